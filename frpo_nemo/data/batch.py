@@ -1,0 +1,111 @@
+"""The one data format: sequences are ragged and stay ragged. Nothing here pads.
+
+A batch is flat token ids plus lengths plus columns; a column holds one value per sequence, a token column one
+value per *response* token. Prompt tokens never carry a loss, so they have no column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SequenceBatch:
+    """N sequences, each a prompt followed by a response.
+
+    tokens: int64 [T], sequence after sequence. lengths, prompt_lengths: int64 [N], in tokens, T = sum(lengths).
+    columns: name -> [N]. token_columns: name -> [R], R = sum(lengths - prompt_lengths), in the order of tokens.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    token_columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_lists(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], **columns) -> "SequenceBatch":
+        """Join token id lists pair by pair; keyword arguments become per-sequence columns."""
+        flat = [token for prompt, response in zip(prompts, responses, strict=True) for token in (*prompt, *response)]
+        prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+        response_lengths = torch.tensor([len(r) for r in responses], dtype=torch.int64)
+        return cls(
+            torch.tensor(flat, dtype=torch.int64),
+            prompt_lengths + response_lengths,
+            prompt_lengths,
+            {name: torch.as_tensor(values) for name, values in columns.items()},
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """int64 [N]."""
+        return self.lengths - self.prompt_lengths
+
+    def select(self, indices: Sequence[int] | Tensor) -> "SequenceBatch":
+        """The sequences at `indices`, in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        return SequenceBatch(
+            self.tokens[ragged_positions(self.lengths, indices)],
+            self.lengths[indices],
+            self.prompt_lengths[indices],
+            {name: column[indices] for name, column in self.columns.items()},
+            self._select_token_columns(indices),
+        )
+
+    def _select_token_columns(self, indices: Tensor) -> dict[str, Tensor]:
+        if not self.token_columns:
+            return {}
+        positions = ragged_positions(self.response_lengths, indices)
+        return {name: column[positions] for name, column in self.token_columns.items()}
+
+    @staticmethod
+    def concat(batches: Sequence["SequenceBatch"]) -> "SequenceBatch":
+        """All sequences of all batches; every batch has the same columns."""
+        first = batches[0]
+        return SequenceBatch(
+            torch.cat([b.tokens for b in batches]),
+            torch.cat([b.lengths for b in batches]),
+            torch.cat([b.prompt_lengths for b in batches]),
+            {name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
+            {name: torch.cat([b.token_columns[name] for b in batches]) for name in first.token_columns},
+        )
+
+    def unpack(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, response ids) of every sequence, as Python lists."""
+        out, start = [], 0
+        flat = self.tokens.tolist()
+        for length, prompt_length in zip(self.lengths.tolist(), self.prompt_lengths.tolist()):
+            out.append((flat[start : start + prompt_length], flat[start + prompt_length : start + length]))
+            start += length
+        return out
+
+
+def segment_ids(lengths: Tensor) -> Tensor:
+    """For every element of a ragged layout, the index of the segment it belongs to. int64 [sum(lengths)]."""
+    return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+
+
+def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sum of each segment's values: [sum(lengths)] -> [N]. Differentiable."""
+    return torch.zeros(lengths.numel(), dtype=values.dtype, device=values.device).index_add(0, segment_ids(lengths), values)
+
+
+def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of each segment's values: [sum(lengths)] -> [N]; 0 for an empty segment. Differentiable."""
+    return segment_sum(values, lengths) / lengths.clamp(min=1)
+
+
+def ragged_positions(lengths: Tensor, indices: Tensor) -> Tensor:
+    """Flat positions of the chosen segments, segment after segment."""
+    starts = torch.cumsum(lengths, 0) - lengths
+    chosen = lengths[indices]
+    offsets = torch.arange(int(chosen.sum())) - torch.repeat_interleave(torch.cumsum(chosen, 0) - chosen, chosen)
+    return torch.repeat_interleave(starts[indices], chosen) + offsets

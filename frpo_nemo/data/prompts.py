@@ -1,0 +1,179 @@
+"""Prompts for reinforcement learning: rows -> chat messages -> token ids, and the order in which steps draw
+them.
+
+Nothing here keeps a position: which prompts a step uses follows from the step's number alone, so a resumed
+run continues with the right ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from frpo_nemo.data.sources import load_rows
+from frpo_nemo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: chat messages, their token ids up to where the answer begins, and what rewards may want to
+    know."""
+
+    prompt_ids: list[int]
+    messages: list[dict[str, str]]
+    task: str | None
+    columns: dict[str, Any]  # the row's other columns, as they came
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """`dropped`: how many prompts were left out for being longer than max_prompt_tokens."""
+
+    examples: list[Prompt]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all examples in order: equal on all ranks, and equal when a run resumes."""
+        return fingerprint((e.prompt_ids, e.task, e.columns) for e in self.examples)
+
+    @functools.cached_property
+    def tasks(self) -> set[str | None]:
+        return {e.task for e in self.examples}
+
+    def columns(self, indices: Sequence[int], repeat: int = 1) -> dict[str, list]:
+        """The raw columns of the examples at `indices`, each `repeat` times (responses of one prompt are
+        neighbours). A column that an example's source does not have is None there."""
+        rows = [self.examples[i].columns for i in indices for _ in range(repeat)]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+
+def load_prompts(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int) -> PromptSet:
+    """Read all `sources`, render their prompts with the tokenizer's chat template (generation prompt added)
+    and tokenize. Raises ConfigError: whatever `check_source` finds, no chat template, a source of which
+    nothing is left.
+    """
+    check_tokenizer(tokenizer)
+    examples, dropped = [], 0
+    for source in sources:
+        rows = load_rows(source)
+        messages = [to_messages(row[source.prompt], source) for row in rows]
+        prompt_ids = encode_prompts(messages, tokenizer, source)
+        kept = [
+            Prompt(ids, m, row_task(row, source), {k: v for k, v in row.items() if k != source.prompt})
+            for ids, m, row in zip(prompt_ids, messages, rows, strict=True)
+            if len(ids) <= max_prompt_tokens
+        ]
+        if not kept:
+            shortest = min(map(len, prompt_ids))
+            raise ConfigError(
+                f"data source '{source.path}': all {len(rows)} prompts are longer than "
+                f"max_prompt_tokens={max_prompt_tokens}; the shortest has {shortest}"
+            )
+        dropped += len(rows) - len(kept)
+        examples += kept
+    return PromptSet(examples, dropped)
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise ConfigError when prompts cannot be rendered or answers cannot end with this tokenizer."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: take an "
+            "instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer files"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of '{tokenizer.name_or_path}' has no EOS token, so no answer can end: "
+            "set eos_token in its tokenizer_config.json"
+        )
+
+
+def to_messages(prompt: str | list[dict[str, str]], source) -> list[dict[str, str]]:
+    """A string is one user message, a list is chat messages; the source's system prompt goes before."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+        raise ConfigError(
+            f"data source '{source.path}', column '{source.prompt}': a prompt is a string or a list of "
+            f"{{role, content}} messages, not {str(prompt)[:80]!r}"
+        )
+    if source.system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise ConfigError(
+            f"data source '{source.path}' has prompts with a system message of their own: remove system_prompt"
+        )
+    return [{"role": "system", "content": source.system_prompt}, *messages]
+
+
+def encode_prompts(conversations: list[list[dict]], tokenizer, source) -> list[list[int]]:
+    """Token ids of every conversation up to the place where the assistant's answer begins. A template writes
+    its own BOS, so the tokenizer must not add another."""
+    try:
+        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as problem:
+        raise ConfigError(
+            f"data source '{source.path}': the chat template of '{tokenizer.name_or_path}' refuses its "
+            f"prompts: {problem}"
+        ) from problem
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def row_task(row: dict[str, Any], source) -> str | None:
+    """The task of a row: the source's own, or what its task column says."""
+    task = source.task if source.task_column is None else row[source.task_column]
+    return None if task is None else str(task)
+
+
+def fingerprint(rows) -> str:
+    """sha256 of rows of plain values, in order; 16 hex digits."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PromptSampler:
+    """Which examples each step draws. Epoch after epoch, each in its own order, laid end to end and cut into
+    steps: nothing repeats within an epoch, and a step may hold the end of one epoch and the beginning of the
+    next."""
+
+    num_examples: int
+    prompts_per_step: int
+    seed: int
+    shuffle: bool = True
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of step 0, 1, ...; a pure function of the step."""
+        first = step * self.prompts_per_step
+        positions = range(first, first + self.prompts_per_step)
+        return [self._order(p // self.num_examples)[p % self.num_examples] for p in positions]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_examples / self.prompts_per_step)
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        return _permutation(self.num_examples, self.seed, epoch) if self.shuffle else range(self.num_examples)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(size).tolist()
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and "content" in value

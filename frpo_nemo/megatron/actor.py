@@ -1,0 +1,282 @@
+"""The policy that learns: forward, backward and update on megatron-core, over packed microbatches in any layout.
+
+Every method takes the *global* batch, equal on all ranks, and returns results in its order on all ranks. The names
+are NeMo-Aligner's. A loss is a plain function (see `Loss`) of log-probs; it returns summands of a global sum, so the
+result does not depend on how the batch is cut into microbatches, replicas or stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Callable
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from frpo_nemo.data.batch import SequenceBatch, ragged_positions
+from frpo_nemo.megatron import distributed, optimizer, packing
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.cpu import runs_on_megatron_device
+from frpo_nemo.megatron.hf_weights import load_hf_weights, stream_hf_weights
+from frpo_nemo.megatron.logprobs import token_logprobs
+from frpo_nemo.megatron.model import DTYPES, build_model, output_weight, uses_transformer_engine
+
+
+@dataclass
+class Losses:
+    """What a loss function returns for a microbatch: each sequence's summand [N] of the global loss, and columns
+    without gradient for the caller's statistics, per sequence [N] and per response token [R]."""
+
+    losses: Tensor
+    per_sequence: dict[str, Tensor] = field(default_factory=dict)
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+
+# (logprobs fp32 [R], entropy fp32 [R], the microbatch's sequences with their columns) -> Losses
+Loss = Callable[[Tensor, Tensor, SequenceBatch], Losses]
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite. The weights are unchanged. `sequences`: indices in the global batch whose
+    loss is not finite (empty if only the gradient is)."""
+
+    def __init__(self, message: str, sequences: list[int]):
+        super().__init__(message)
+        self.sequences = sequences
+
+
+@dataclass
+class StepResult:
+    """Columns in the order of the global batch: the loss's, and "loss" [N], "logprobs" and "entropy" [R]."""
+
+    per_sequence: dict[str, Tensor]
+    per_token: dict[str, Tensor]
+    grad_norm: float
+    learning_rate: float
+
+
+class PolicyActor:
+    """Model, optimizer and frozen reference of this rank."""
+
+    def __init__(self, model, optim=None, *, microbatch_tokens: int, temperature: float = 1.0):
+        """`model`: a ModelConfig with the Hugging Face path; `optim`: an OptimizerConfig, or None for inference only.
+        temperature: of the policy whose log-probs are meant, softmax(logits / temperature)."""
+        self.arch = Architecture.from_hf(model.path)
+        self.config, self.optim = model, optim
+        self.microbatch_tokens, self.temperature = microbatch_tokens, temperature
+        self.device = distributed.device()
+        self.gpt = build_model(self.arch, model).to(self.device)
+        load_hf_weights(self.gpt, self.arch, model.path)
+        self.ddp = self.optimizer = None
+        self._reference: dict[str, Tensor] | None = None
+        self._offloaded = False
+        if optim is not None:
+            self._set_up_training()
+
+    # -- training
+
+    @runs_on_megatron_device
+    def train_step(self, batch: SequenceBatch, loss: Loss, *, update: int, total_updates: int) -> StepResult:
+        """Gradient of the sum of all sequences' losses, then one optimizer update (number `update` from 0).
+
+        Raises NonFiniteLoss before the update.
+        """
+        per_sequence, per_token = self.accumulate_gradient(batch, loss)
+        bad = (~torch.isfinite(per_sequence["loss"])).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteLoss(f"the loss of {len(bad)} of {batch.num_sequences} sequences is not finite", bad)
+        rate = optimizer.learning_rate(update, total_updates, self.optim)
+        try:
+            norm = optimizer.step(self.optimizer, rate, self.optim.clip_grad)
+        except optimizer.NonFiniteGradient as error:
+            raise NonFiniteLoss(f"{error}, although every loss is finite", []) from None
+        return StepResult(per_sequence, per_token, norm, rate)
+
+    @runs_on_megatron_device
+    def accumulate_gradient(self, batch: SequenceBatch, loss: Loss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Leave d(sum of losses)/d(weights), summed over the world, in the gradient buffers; returns the columns per
+        sequence and per token."""
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batch, loss, forward_only=False)
+
+    def get_forward_output_and_loss_func(self, loss: Loss | None):
+        """megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss)."""
+
+        def forward_step(microbatches, model):
+            microbatch = next(microbatches)
+            hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=microbatch.packed)
+            return hidden, partial(self._loss_of_hidden, microbatch, loss)
+
+        return forward_step
+
+    # -- inference
+
+    @torch.no_grad()
+    def get_inference_log_probs(self, batch: SequenceBatch) -> Tensor:
+        """Log-probs of all response tokens under the current policy: fp32 [R], on CPU."""
+        self.gpt.eval()
+        return self._run(batch, None, forward_only=True)[1]["logprobs"]
+
+    def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
+        """Log-probs under the frozen reference, fp32 [R]: its weights change places with the policy's for the pass."""
+        self._swap_reference()
+        out = self.get_inference_log_probs(batch)
+        self._swap_reference()
+        return out
+
+    @torch.no_grad()
+    def freeze_reference(self) -> None:
+        """Keep a copy of the present weights, on CPU, as the reference policy."""
+        self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.gpt.named_parameters()}
+
+    def stream_hf_weights(self, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20):
+        """(Hugging Face name, full tensor) of every weight, the same on every rank; a collective."""
+        return stream_hf_weights(self.gpt, self.arch, dtype=dtype, bucket_bytes=bucket_bytes)
+
+    # -- GPU memory between phases (nothing to do on CPU)
+
+    def prepare_for_training(self) -> None:
+        """Bring gradients and optimizer state back to the GPU."""
+        if self._offloaded:
+            self.ddp.restore_grad_buffers()
+            self.optimizer.restore_from_cpu()
+            self._offloaded = False
+
+    def finish_training(self) -> None:
+        """Move optimizer state to CPU and release the gradients: rollouts need the memory."""
+        # In fp32 the optimizer's parameters are views of the model's, which stay.
+        if torch.cuda.is_available() and self.optimizer is not None and self.config.precision != "fp32":
+            self.ddp.offload_grad_buffers()
+            self.optimizer.offload_to_cpu()
+            self._offloaded = True
+
+    def prepare_for_inference(self) -> None:
+        """The weights are always on the device: refit and log-prob passes need nothing else."""
+        self.gpt.eval()
+
+    def finish_inference(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # -- inside
+
+    @runs_on_megatron_device
+    def _set_up_training(self) -> None:
+        config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.ddp = DistributedDataParallel(self.gpt.config, config, self.gpt)
+        self.optimizer = optimizer.build_optimizer(self.ddp, self.optim, DTYPES[self.config.precision])
+        self.gpt.config.no_sync_func = self.ddp.no_sync
+        self.gpt.config.grad_scale_func = None
+        # Losses are already divided by global counts, so the token count that the schedule passes is dropped.
+        self.gpt.config.finalize_model_grads_func = lambda models, num_tokens, **kw: finalize_model_grads(models, **kw)
+
+    @runs_on_megatron_device
+    def _run(self, batch: SequenceBatch, loss: Loss | None, *, forward_only: bool):
+        """One pass over the batch; returns the columns per sequence and per token."""
+        microbatches = self._microbatches(batch)
+        outputs = get_forward_backward_func()(
+            forward_step_func=self.get_forward_output_and_loss_func(loss),
+            data_iterator=iter(microbatches),
+            model=self.gpt if forward_only else self.ddp,
+            num_microbatches=len(microbatches),
+            seq_length=max(m.tokens.shape[1] for m in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return self._gather_columns(batch, microbatches, outputs)
+
+    def _microbatches(self, batch: SequenceBatch) -> list[packing.Microbatch]:
+        lengths = batch.lengths.tolist()
+        rank, replicas = distributed.data_parallel()
+        mine = packing.split_over_replicas(lengths, replicas)[rank]
+        packs = packing.split_into_microbatches([lengths[i] for i in mine], self.microbatch_tokens)
+        te = uses_transformer_engine()
+        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return [
+            packing.build_microbatch(
+                batch,
+                [mine[i] for i in pack],
+                device=self.device,
+                # FP8 GEMMs want every rank's token count to be a multiple of 16.
+                pad_multiple=multiple * self.config.context_parallel_size * (2 if te else 1) * (16 if self.config.fp8 else 1),
+                cp_rank=parallel_state.get_context_parallel_rank(),
+                cp_size=self.config.context_parallel_size,
+                thd=te,
+            )
+            for pack in packs
+        ]
+
+    def _loss_of_hidden(self, microbatch: packing.Microbatch, loss: Loss | None, hidden: Tensor):
+        """megatron-core's loss function: (sum of losses, token count (unused), columns)."""
+        logprobs, entropy = self._logprobs(microbatch, hidden)
+        out = loss(logprobs, entropy, microbatch.sequences) if loss else Losses(logprobs.new_zeros(len(microbatch.indices)))
+        out.per_sequence["loss"] = out.losses.detach()
+        out.per_token |= {"logprobs": logprobs.detach(), "entropy": entropy}
+        return out.losses.sum(), torch.ones((), dtype=torch.int, device=hidden.device), out
+
+    def _logprobs(self, microbatch: packing.Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden.squeeze(0)  # [1, T, H] -> [T, H], T divided by TP under sequence parallelism
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        logprobs, entropy = token_logprobs(
+            hidden[microbatch.predictors],
+            output_weight(self.gpt),
+            microbatch.targets,
+            vocab_size=self.arch.vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            chunk_tokens=self.config.logprob_chunk_tokens,
+            temperature=self.temperature,
+        )
+        if self.config.context_parallel_size > 1:
+            total = int(microbatch.sequences.response_lengths.sum())
+            group = parallel_state.get_context_parallel_group()
+            logprobs, entropy = (
+                _SumOverGroup.apply(x.new_zeros(total).index_add(0, microbatch.slots, x), group) for x in (logprobs, entropy)
+            )
+        return logprobs, entropy
+
+    def _gather_columns(self, batch, microbatches, outputs: list[Losses]):
+        """Columns of all microbatches of all replicas, in the order of the global batch, on every rank's CPU."""
+        sequences = torch.tensor([i for m in microbatches for i in m.indices])
+        tokens = ragged_positions(batch.response_lengths, sequences)
+        per_sequence = self._gather([o.per_sequence for o in outputs], sequences, batch.num_sequences)
+        per_token = self._gather([o.per_token for o in outputs], tokens, int(batch.response_lengths.sum()))
+        return per_sequence, per_token
+
+    def _gather(self, columns: list[dict[str, Tensor]], places: Tensor, total: int) -> dict[str, Tensor]:
+        gathered = {}
+        # Only the last stage has outputs, so it names the columns.
+        for name in distributed.from_last_stage(list(columns[0]) if columns else None):
+            full = torch.zeros(total)
+            if columns:
+                full[places] = torch.cat([c[name] for c in columns]).float().cpu()
+            gathered[name] = distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu()
+        return gathered
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        for name, parameter in self.gpt.named_parameters():
+            current = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(self._reference[name])
+            self._reference[name] = current
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """Forward: sum over the group. Backward: identity, because every rank computes the same loss from the sum."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        torch.distributed.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

@@ -1,0 +1,269 @@
+"""What a Hugging Face config.json says about a model, in one frozen value: the only reader of that file.
+
+Nothing here loads weights, torch or transformers (`rope_frequencies` imports torch when called), so a bad model or a
+bad parallel layout is refused in milliseconds. A key absent from config.json has transformers' default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from frpo_nemo.errors import ConfigError
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as attention heads
+_DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_ROPE_SETTINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder of one of the SUPPORTED families.
+
+    rope_scaling: None, {"rope_type": "linear", "factor": f}, or {"rope_type": "llama3", "factor": f,
+    "low_freq_factor": f, "high_freq_factor": f, "original_max_position_embeddings": n}.
+    sliding_window: tokens that a layer attends to, or None. Our attention is full, which is the same for sequences
+    up to that length; longer ones are refused by `check_sequence_length`.
+    dtype: "float32", "bfloat16", "float16" or None, as the weights were saved according to config.json.
+    """
+
+    family: str
+    source: str  # the directory, for messages
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = field(hash=False)
+    qkv_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    max_position_embeddings: int
+    sliding_window: int | None
+    dtype: str | None
+    hf_config: dict[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> Architecture:
+        """Read `path`/config.json, in the style of transformers 4 or 5. ConfigError: not supported."""
+        config = _read_config(Path(path))
+        family = _supported_family(config, path)
+        missing = [key for key in _REQUIRED if config.get(key) is None]
+        if missing:
+            raise ConfigError(f"{path}/config.json lacks {', '.join(missing)}.")
+        _refuse_unsupported(config, family, path)
+        heads = config["num_attention_heads"]
+        max_positions = config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+        theta, scaling = _rope(config, max_positions, path)
+        return cls(
+            family=family,
+            source=str(path),
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads", _DEFAULT_KV_HEADS.get(family)) or heads,
+            head_dim=_head_dim(config, family),
+            vocab_size=config["vocab_size"],
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=max_positions,
+            sliding_window=_sliding_window(config, family),
+            dtype=_dtype(config, path),
+            hf_config=config,
+        )
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding and output layers: the smallest multiple of lcm(64, tp) that holds the vocabulary.
+
+        64 keeps a shard's rows a multiple of 8 (tensor cores) up to TP8, and makes the size the same for every such
+        layout, so that a checkpoint loads in another. Published models need no padding. Padding rows are zero, are
+        never exported, and must be left out of every softmax.
+        """
+        divisor = math.lcm(64, tp)
+        return -(-self.vocab_size // divisor) * divisor
+
+    def rope_frequencies(self):
+        """Inverse frequencies of the rotary embedding, float32 [head_dim / 2], as transformers computes them.
+
+        megatron-core's own llama3 scaling fixes low_freq_factor=1, high_freq_factor=4 and an original length of 8192,
+        whatever the config says, so the model takes these instead.
+        """
+        import torch
+
+        frequencies = 1.0 / self.rope_theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        factor = scaling["factor"]
+        if scaling["rope_type"] == "linear":
+            return frequencies / factor
+        # llama3: waves longer than the original context / low are slowed, shorter than / high kept, others in between.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        rotations = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+        smooth = (rotations - low) / (high - low)
+        between = (1 - smooth) * frequencies / factor + smooth * frequencies
+        slowed = torch.where(rotations < low, frequencies / factor, between)
+        return torch.where(rotations > high, frequencies, slowed)
+
+    def layers_of_stage(self, pp_rank: int, pp: int, first: int | None = None, last: int | None = None) -> range:
+        """Global indices of the layers on pipeline stage `pp_rank`; `first` and `last` are the layers of the first and
+        last stage in an uneven split. The same as megatron-core's get_num_layers_to_build and
+        get_transformer_layer_offset; the split must have passed `check_parallel`."""
+        middle_stages = pp - (first is not None) - (last is not None)
+        per_stage = (self.num_layers - (first or 0) - (last or 0)) // middle_stages if middle_stages else 0
+        sizes = [per_stage] * pp
+        if first is not None:
+            sizes[0] = first
+        if last is not None:
+            sizes[-1] = last
+        start = sum(sizes[:pp_rank])
+        return range(start, start + sizes[pp_rank])
+
+    def check_parallel(self, tp: int, pp: int, first: int | None = None, last: int | None = None) -> None:
+        """Raise ConfigError when the model cannot be split over `tp` tensor and `pp` pipeline ranks.
+
+        Fewer key-value heads than tensor ranks are fine when they divide `tp`: megatron-core then splits a query
+        group's heads over several ranks, and the table of weights follows.
+        """
+        where = f"(model.path={self.source})"
+        for name, size in (("num_attention_heads", self.num_heads), ("intermediate_size", self.ffn_hidden_size)):
+            if size % tp:
+                raise ConfigError(f"tensor_model_parallel_size={tp} does not divide {name}={size} {where}.")
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            raise ConfigError(
+                f"tensor_model_parallel_size={tp} is neither a divisor nor a multiple of "
+                f"num_key_value_heads={self.num_kv_heads} {where}."
+            )
+        self._check_stages(pp, first, last, where)
+
+    def _check_stages(self, pp: int, first: int | None, last: int | None, where: str) -> None:
+        given = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+        given = {name: layers for name, layers in given.items() if layers is not None}
+        if given and pp == 1:
+            raise ConfigError(f"{next(iter(given))} needs pipeline_model_parallel_size above 1.")
+        for name, layers in given.items():
+            if layers < 1:
+                raise ConfigError(f"{name}={layers} must be at least 1.")
+        stages, layers = pp - len(given), self.num_layers - sum(given.values())
+        if not given and layers % stages:
+            raise ConfigError(
+                f"pipeline_model_parallel_size={pp} does not divide num_hidden_layers={self.num_layers} {where}; set "
+                "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage for an uneven split."
+            )
+        if given and (layers % stages or layers < stages if stages else layers != 0):
+            settings = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ConfigError(
+                f"{settings} leaves {layers} of {self.num_layers} layers for the other {stages} of {pp} pipeline "
+                f"stages, which must share them evenly {where}."
+            )
+
+    def check_sequence_length(self, tokens: int) -> None:
+        """Raise ConfigError when sequences of up to `tokens` tokens are more than this model can be trained on here."""
+        if self.sliding_window is not None and tokens > self.sliding_window:
+            raise ConfigError(
+                f"Sequences of up to {tokens} tokens exceed sliding_window={self.sliding_window} of {self.source}: "
+                "attention here is full, which equals the model's own only up to that length. Shorten the prompts or "
+                "the responses."
+            )
+        if tokens > self.max_position_embeddings:
+            raise ConfigError(
+                f"Sequences of up to {tokens} tokens exceed max_position_embeddings={self.max_position_embeddings} "
+                f"of {self.source}. Shorten the prompts or the responses."
+            )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; model.path must be a directory in Hugging Face format.")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} holds a JSON {type(config).__name__}, not an object of settings.")
+    return config
+
+
+def _supported_family(config: dict[str, Any], path: str | Path) -> str:
+    family = config.get("model_type")
+    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)]
+    if experts or "moe" in str(family) or family == "mixtral":
+        raise ConfigError(f"{path} is a mixture of experts (model_type={family!r}); only dense models are supported.")
+    if family not in SUPPORTED:
+        raise ConfigError(f"{path} has model_type={family!r}; supported are {', '.join(SUPPORTED)}.")
+    return family
+
+
+def _refuse_unsupported(config: dict[str, Any], family: str, path: str | Path) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"{path} has hidden_act={config['hidden_act']!r}; only 'silu' is supported.")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ConfigError(f"{path} has {key}=true, which is not supported for model_type={family!r}.")
+    if config.get("quantization_config"):
+        raise ConfigError(f"{path} holds quantized weights (quantization_config); use the unquantized checkpoint.")
+    if config.get("use_mrope"):
+        raise ConfigError(f"{path} has use_mrope=true; only text models with plain rotary embeddings are supported.")
+
+
+def _head_dim(config: dict[str, Any], family: str) -> int:
+    default = 128 if family == "qwen3" else None
+    return config.get("head_dim", default) or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _rope(config: dict[str, Any], max_positions: int, path: str | Path) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ConfigError(f"{path} has partial_rotary_factor={partial}; only full rotary embeddings are supported.")
+    if kind == "default":
+        return theta, None
+    if kind not in _ROPE_SETTINGS:
+        raise ConfigError(f"{path} has rope_type={kind!r}; supported are 'default', 'linear' and 'llama3'.")
+    rope = {"original_max_position_embeddings": max_positions, **rope}
+    missing = [key for key in _ROPE_SETTINGS[kind] if rope.get(key) is None]
+    if missing:
+        raise ConfigError(f"{path}/config.json has rope_type={kind!r} without {', '.join(missing)}.")
+    return theta, {"rope_type": kind, **{key: rope[key] for key in _ROPE_SETTINGS[kind]}}
+
+
+def _dtype(config: dict[str, Any], path: str | Path) -> str | None:
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"{path} has weights of dtype {dtype!r}; supported are float32, bfloat16 and float16.")
+    return dtype
+
+
+def _sliding_window(config: dict[str, Any], family: str) -> int | None:
+    if family == "llama":
+        return None
+    if family != "mistral":
+        layer_types = config.get("layer_types")
+        windowed = config.get("max_window_layers", 28) < config["num_hidden_layers"]
+        if not config.get("use_sliding_window", False):
+            return None
+        if not ("sliding_attention" in layer_types if layer_types else windowed):
+            return None
+    return config.get("sliding_window", 4096)

@@ -1,0 +1,90 @@
+"""Megatron-core without CUDA: everything that is replaced, and why. Nothing here runs where a CUDA device exists.
+
+megatron-core names "cuda" literally in tensor factories and asks `torch.cuda` for devices, streams, events and RNG
+states. Two things make it run on CPU with gloo: stand-ins for those `torch.cuda` functions (installed once), and a
+`TorchFunctionMode` that turns cuda devices into cpu (active only inside `megatron_device()`, because it slows every
+torch call).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def megatron_device() -> contextlib.AbstractContextManager:
+    """Context for every call into megatron-core: makes it run on CPU where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    _install_stand_ins()
+    return _CudaIsCpu()
+
+
+def runs_on_megatron_device(function):
+    """Decorator form of `megatron_device()`."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with megatron_device():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Maps cuda devices to cpu in factories, `.to`, `.cuda`; `Tensor.type()` answers as it would on CUDA."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The distributed optimizer sorts parameters by type names such as 'torch.cuda.FloatTensor'.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs.get("device") is not None and "cuda" in str(kwargs["device"]):
+            kwargs = dict(kwargs, device="cpu")
+        if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], (str, torch.device)):
+            args = (args[0], "cpu" if "cuda" in str(args[1]) else args[1], *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream or an event on a machine where everything happens in program order."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _nothing(self, *args, **kwargs):
+        return None
+
+    record = wait = synchronize = wait_stream = wait_event = _nothing
+
+    def record_event(self, *args):
+        return _Stream()
+
+    def query(self) -> bool:
+        return True
+
+
+@functools.cache
+def _install_stand_ins() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def nothing(*args, **kwargs):
+        return None
+
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.Stream = cuda.Event = _Stream
+    cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    # Megatron's RNG tracker forks the "CUDA" generator; on CPU that is the one global generator.
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -1,0 +1,119 @@
+"""Processes and groups: the world (torchrun, srun or plain python), Megatron's parallel groups inside it, and the
+few collectives that the rest uses. One process per GPU (per rank on CPU)."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+import subprocess
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from frpo_nemo.megatron.cpu import megatron_device, runs_on_megatron_device
+
+
+def read_world() -> tuple[int, int]:
+    """(rank, world size) that torchrun or srun started, or (0, 1); completes the rendezvous variables in the
+    environment, which torch.distributed and vLLM's external launcher read."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
+        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+        env.setdefault("MASTER_ADDR", _first_slurm_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+    if "RANK" not in env:
+        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(_free_port()))
+    return int(env["RANK"]), int(env["WORLD_SIZE"])
+
+
+def start_world() -> tuple[int, int]:
+    """Initialise torch.distributed: NCCL with CUDA (gloo for CPU tensors), gloo without. Returns (rank, world size)."""
+    rank, world_size = read_world()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(hours=2))
+    return rank, world_size
+
+
+@runs_on_megatron_device
+def start_model_parallel(model, seed: int) -> None:
+    """Create Megatron's groups for `model` (a ModelConfig): ranks are ordered TP fastest, then CP, DP, PP."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+    )
+    tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
+
+
+def stop_model_parallel() -> None:
+    """Undo start_model_parallel, so that another layout can follow in the same processes (tests do). megatron-core
+    forgets its groups but leaves them alive, with the threads that each gloo group owns."""
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    """In the world."""
+    return dist.get_rank()
+
+
+def data_parallel() -> tuple[int, int]:
+    """(rank, size) among the replicas of the model."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def sum_over_replicas_and_stages(values: Tensor) -> Tensor:
+    """Sum over data-parallel replicas and pipeline stages, in place. With zeros everywhere but in the one place that
+    knows a value, this is an exact gather that every rank receives."""
+    with megatron_device():
+        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def from_last_stage(value):
+    """The last pipeline stage's picklable `value`, on every stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    box = [value]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """Every rank's picklable `value`, in rank order, on every rank."""
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """`node[003-010,12]` -> `node003`; scontrol knows every form, the pattern serves where it is not installed."""
+    try:
+        return subprocess.check_output(["scontrol", "show", "hostnames", nodelist], text=True).split()[0]
+    except FileNotFoundError:
+        name, bracket = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?", nodelist).groups()
+        return name + (re.split("[-,]", bracket)[0] if bracket else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,98 @@
+"""Log-probabilities and entropy from hidden states, vocabulary-parallel and in chunks of tokens.
+
+Only `chunk_tokens` rows of fp32 logits exist at any time, in the forward and in the backward pass (which computes
+them again). The output layer of the model therefore passes hidden states through (see model.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def vocab_parallel_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_rank: int, temperature: float) -> Tensor:
+    """This rank's part of the logits in fp32: hidden [T, H], weight [V/tp, H] -> [T, V/tp].
+
+    Rows of a padded vocabulary get -inf: they are no tokens.
+    """
+    logits = (hidden @ weight.t()).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    first = tp_rank * weight.shape[0]
+    if first + weight.shape[0] > vocab_size:
+        logits[:, max(vocab_size - first, 0) :] = float("-inf")
+    return logits
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+    chunk_tokens: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ weight^T / temperature) at `targets`, and the entropy of that distribution (no gradient).
+
+    hidden: [T, H], equal on all TP ranks; its gradient comes out *partial* (this rank's vocabulary only), to be summed
+    over TP by the caller's mapping. weight: [V/tp, H]. targets: int64 [T], global ids. Returns two fp32 [T].
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets, vocab_size, tp_group, chunk_tokens, temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, vocab_size, tp_group, chunk_tokens, temperature):
+        ctx.options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature)
+        ctx.chunk_tokens = chunk_tokens
+        tokens = hidden.shape[0]
+        logprobs, entropy, logsumexp = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+        for chunk in _chunks(tokens, chunk_tokens):
+            logits = vocab_parallel_logits(hidden[chunk], weight, **ctx.options)
+            local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
+            target_logits = torch.where(owned, logits.gather(1, local[:, None]).squeeze(1), 0.0)
+            maximum = logits.amax(dim=1)
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
+            probabilities = torch.exp(logits - maximum[:, None])
+            # A padded row holds probability 0 times -inf; only -inf itself is replaced, so that a NaN stays visible.
+            weighted = (probabilities * logits.masked_fill(logits == float("-inf"), 0.0)).sum(dim=1)
+            sums = torch.stack([probabilities.sum(dim=1), weighted, target_logits])
+            dist.all_reduce(sums, group=tp_group)
+            logsumexp[chunk] = sums[0].log() + maximum
+            entropy[chunk] = logsumexp[chunk] - sums[1] / sums[0]
+            logprobs[chunk] = sums[2] - logsumexp[chunk]
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, _):
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # fp32: many chunks add up, and bf16 would drop the small ones.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
+            logits = vocab_parallel_logits(hidden[chunk], weight, **ctx.options)
+            local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
+            scale = grad_logprobs[chunk] / ctx.options["temperature"]
+            # d logp / d logits = onehot(target) - softmax
+            grad_logits = torch.exp(logits - logsumexp[chunk, None]) * -scale[:, None]
+            grad_logits.scatter_add_(1, local[:, None], torch.where(owned, scale, 0.0)[:, None])
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[chunk] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ hidden[chunk]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def _chunks(tokens: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _local_targets(targets: Tensor, rows: int, tp_rank: int) -> tuple[Tensor, Tensor]:
+    """(row on this rank, whether this rank has it) of each target id; the row of a target elsewhere is 0."""
+    local = targets - tp_rank * rows
+    owned = (local >= 0) & (local < rows)
+    return torch.where(owned, local, 0), owned

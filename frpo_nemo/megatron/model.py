@@ -1,0 +1,152 @@
+"""The policy as a megatron-core GPTModel, built from an Architecture and a ModelConfig. Weights come from hf_weights.
+
+With Transformer Engine on a CUDA device its layers are used (FP8, context parallelism); otherwise megatron-core's
+local ones with the replacements of layers.py. The output layer passes hidden states through: logprobs.py computes
+what is needed of the logits, in chunks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.cpu import runs_on_megatron_device
+from frpo_nemo.megatron.hf_weights.binding import bind
+from frpo_nemo.megatron.layers import PackedRotaryEmbedding, RMSNorm, local_layer_spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def uses_transformer_engine() -> bool:
+    """Transformer Engine's modules need a CUDA device, so having it installed is not enough."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(arch: Architecture, model, *, transformer_engine: bool) -> TransformerConfig:
+    """megatron-core's configuration. `model`: a ModelConfig (see configs/frpo.yaml for its fields)."""
+    dtype = DTYPES[model.precision]
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.precision == "bf16",
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        num_layers_in_first_pipeline_stage=model.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=model.num_layers_in_last_pipeline_stage,
+        # Packs differ in length; with that, megatron-core insists on this (unused) MoE dispatcher.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Losses are global sums with global denominators, so megatron-core must not average anything.
+        calculate_per_token_loss=True,
+        # Every weight is loaded, so none is drawn.
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # The fused versions need CUDA extensions or torch.compile; Transformer Engine brings its own.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=transformer_engine,
+        **_recompute(model.recompute),
+        **_fp8(model),
+    )
+
+
+def layer_spec(arch: Architecture, *, transformer_engine: bool) -> ModuleSpec:
+    """One transformer layer, of Transformer Engine's modules or local."""
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    return local_layer_spec(arch.qk_norm)
+
+
+@runs_on_megatron_device
+def build_model(arch: Architecture, model) -> GPTModel:
+    """This rank's part of the policy, weights not set. Model parallel groups exist already. `model`: a ModelConfig."""
+    transformer_engine = uses_transformer_engine()
+    config = transformer_config(arch, model, transformer_engine=transformer_engine)
+    layers = [layer_spec(arch, transformer_engine=transformer_engine)] * get_num_layers_to_build(config)
+    gpt = GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine)),
+        vocab_size=arch.padded_vocab_size(model.tensor_model_parallel_size),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        parallel_output=True,
+    )
+    if gpt.post_process:
+        gpt.output_layer.__class__ = _HiddenStatesOutput
+    if not transformer_engine:
+        gpt.rotary_pos_emb.__class__ = PackedRotaryEmbedding
+    _mark_tensor_parallel(gpt, arch)
+    gpt.rotary_pos_emb.inv_freq = arch.rope_frequencies().to(gpt.rotary_pos_emb.inv_freq.device)
+    return gpt
+
+
+def output_weight(gpt: GPTModel) -> torch.Tensor:
+    """The last stage's output projection, [padded vocabulary / TP, hidden]."""
+    return gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+
+
+class _HiddenStatesOutput(ColumnParallelLinear):
+    """Holds the output weight like its parent, but the model's output is the final hidden states."""
+
+    def forward(self, input_, weight=None, runtime_gather_output=None, **kwargs):
+        return input_, None
+
+
+def _mark_tensor_parallel(gpt: GPTModel, arch: Architecture) -> None:
+    """megatron-core marks sharded parameters only when it draws their values; an unmarked one would count on TP rank
+    0 alone in the gradient norm."""
+    for binding in bind(gpt, arch):
+        if binding.parameter is not None:
+            binding.parameter.tensor_model_parallel = not binding.weight.replicated
+
+
+def _final_norm(transformer_engine: bool):
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm
+
+
+def _recompute(mode: str) -> dict:
+    if mode == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if mode == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return {}
+
+
+def _fp8(model) -> dict:
+    return dict(fp8=model.fp8, fp8_recipe=model.fp8_recipe) if model.fp8 else {}

@@ -1,0 +1,156 @@
+"""From a ragged batch to packed microbatches: which sequences a replica takes, which share a microbatch, and the
+tensors that the model wants. Pure functions of lengths, so that every rank of a replica decides the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.megatron.layers import AttentionPlan, PackedSequences
+
+
+@dataclass
+class Microbatch:
+    """One packed forward pass.
+
+    indices: where its sequences stand in the global batch. tokens, position_ids: int64 [1, T'], T' the padded length
+    (divided by CP). predictors, targets: int64 [R'], positions whose hidden state predicts a response token, and that
+    token. slots: int64 [R'], the response token's place among the microbatch's R response tokens (R' = R without CP).
+    """
+
+    indices: list[int]
+    sequences: SequenceBatch
+    tokens: Tensor
+    position_ids: Tensor
+    packed: PackedSeqParams
+    predictors: Tensor
+    targets: Tensor
+    slots: Tensor
+
+
+def split_over_replicas(lengths: list[int], replicas: int) -> list[list[int]]:
+    """Indices for each replica: longest first, each to the replica with the fewest tokens so far. Every sequence goes
+    to exactly one replica, and every replica gets one if there are enough."""
+    parts: list[list[int]] = [[] for _ in range(replicas)]
+    tokens = [0] * replicas
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        target = min(range(replicas), key=lambda r: (tokens[r], r))
+        parts[target].append(index)
+        tokens[target] += lengths[index]
+    return [sorted(part) for part in parts]
+
+
+def split_into_microbatches(lengths: list[int], token_budget: int) -> list[list[int]]:
+    """First-fit decreasing: every microbatch holds at most `token_budget` tokens, or one longer sequence."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for pack, left in enumerate(room):
+            if lengths[index] <= left:
+                break
+        else:
+            pack = len(packs)
+            packs.append([])
+            room.append(token_budget)
+        packs[pack].append(index)
+        room[pack] -= lengths[index]
+    return packs
+
+
+def build_microbatch(
+    batch: SequenceBatch,
+    indices: list[int],
+    *,
+    device: torch.device,
+    pad_multiple: int = 1,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    thd: bool = False,
+) -> Microbatch:
+    """Pack the sequences at `indices`. The pack's length becomes a multiple of `pad_multiple` by a segment of padding
+    at its end; with context parallelism each sequence is padded to a multiple of 2 * cp_size too. `thd`: parameters
+    for Transformer Engine's attention instead of layers.py's."""
+    sequences = batch.select(indices)
+    lengths = sequences.lengths.tolist()
+    padded = [-(-length // (2 * cp_size)) * 2 * cp_size if cp_size > 1 else length for length in lengths]
+    tail = -sum(padded) % pad_multiple
+    segments = padded + ([tail] if tail else [])
+    starts = torch.tensor([0, *segments]).cumsum(0)
+
+    tokens = torch.zeros(sum(segments), dtype=torch.int64)
+    own = torch.tensor(lengths)
+    within = torch.cat([torch.arange(length) for length in lengths])
+    places = torch.repeat_interleave(starts[: len(lengths)], own) + within
+    tokens[places] = sequences.tokens
+    positions = torch.cat([torch.arange(segment) for segment in segments])
+
+    is_response = within >= torch.repeat_interleave(sequences.prompt_lengths, own)
+    predictors, targets = places[is_response] - 1, sequences.tokens[is_response]
+    slots = torch.arange(targets.numel())
+    if cp_size > 1:
+        shard = context_parallel_shard(segments, cp_rank, cp_size)
+        tokens, positions = tokens[shard], positions[shard]
+        local = torch.full((sum(segments),), -1, dtype=torch.int64)
+        local[shard] = torch.arange(shard.numel())
+        here = local[predictors] >= 0
+        predictors, targets, slots = local[predictors[here]], targets[here], slots[here]
+
+    packed = _thd_parameters(starts, segments, device) if thd else _local_parameters(positions, segments, device)
+    return Microbatch(
+        indices=list(indices),
+        sequences=to_device(sequences, device),
+        tokens=tokens[None].to(device),
+        position_ids=positions[None].to(device),
+        packed=packed,
+        predictors=predictors.to(device),
+        targets=targets.to(device),
+        slots=slots.to(device),
+    )
+
+
+def context_parallel_shard(segments: list[int], cp_rank: int, cp_size: int) -> Tensor:
+    """Positions of a pack that context-parallel rank `cp_rank` holds: of each segment's 2 * cp_size equal pieces, the
+    cp_rank-th from the front and the cp_rank-th from the back, which balances causal attention (Transformer Engine's
+    layout for packed sequences)."""
+    pieces, start = [], 0
+    for segment in segments:
+        piece = segment // (2 * cp_size)
+        for which in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            pieces.append(torch.arange(start + which * piece, start + (which + 1) * piece))
+        start += segment
+    return torch.cat(pieces)
+
+
+def to_device(batch: SequenceBatch, device: torch.device) -> SequenceBatch:
+    """The batch with every tensor on `device`."""
+    return SequenceBatch(
+        batch.tokens.to(device),
+        batch.lengths.to(device),
+        batch.prompt_lengths.to(device),
+        {name: column.to(device) for name, column in batch.columns.items()},
+        {name: column.to(device) for name, column in batch.token_columns.items()},
+    )
+
+
+def _local_parameters(positions: Tensor, segments: list[int], device: torch.device) -> PackedSequences:
+    return PackedSequences(
+        qkv_format="sbhd", positions=positions.to(device), attention=AttentionPlan.of(segments, device)
+    )
+
+
+def _thd_parameters(starts: Tensor, segments: list[int], device: torch.device) -> PackedSeqParams:
+    cu_seqlens = starts.to(torch.int32).to(device)
+    longest = max(segments)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

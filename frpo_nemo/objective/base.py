@@ -1,0 +1,102 @@
+"""What every objective is: a frozen dataclass of its settings, with the four methods that a trainer calls."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.objective.ragged import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """N sequences with R response tokens in all, in groups that share a prompt.
+
+    The reward part of the loss is sum_i coefficients[i] * sequence_loss[i]: a plain sum over sequences, so
+    any microbatching and any split over ranks gives the same gradient.
+    """
+
+    clip_high: float = 0.2  # a token's probability ratio counts up to 1 + clip_high
+    beta: float = 0.0  # weight of the KL to the frozen reference policy; 0: no reference is needed
+
+    # Whether effective_advantages depends on the current policy. Then the class also has
+    # importance(logprobs_R, old_logprobs_R, lengths_N) -> [N], to be passed on when the policy has moved.
+    uses_importance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_number("clip_high", self.clip_high, above=0)
+        require_number("beta", self.beta, at_least=0)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor of the whole reward part."""
+        return 1.0
+
+    @abstractmethod
+    def effective_advantages(
+        self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None
+    ) -> Tensor:
+        """rewards_N: float, NaN = unscored. groups_N: int64, any ids. Both hold whole groups. importance_N:
+        see uses_importance; None means on-policy (all 1). Returns float32 [N], 0 for a sequence that takes no
+        part: one without a reward, or whose group has fewer than two."""
+
+    @abstractmethod
+    def sequence_loss(
+        self,
+        logprobs_R: Tensor,
+        old_logprobs_R: Tensor,
+        lengths_N: Tensor,
+        advantages_N: Tensor,
+        token_weights_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose gradient
+        the clip removes, [N], detached. Log-probs are float32 or float64, sequence after sequence; lengths_N:
+        int64, >= 1, sums to R. token_weights_R multiply the tokens' terms (mismatch.truncated_importance)."""
+
+    def coefficients(self, rewards_N: Tensor, groups_N: Tensor) -> Tensor:
+        """Weight of each sequence's loss in the total, over the global batch: loss_scale / (scored members of
+        its group * number of groups that take part); 0 for a sequence that takes no part. float32 [N]."""
+        groups = Groups.of(rewards_N, groups_N)
+        weights_M = self.loss_scale / (groups.sizes * groups.count)[groups.ids].double()
+        return groups.scatter(weights_M, rewards_N.numel())
+
+    def statistics(self, rewards_N: Tensor, groups_N: Tensor, advantages_N: Tensor) -> dict[str, float]:
+        """What to log about one global batch. Shares are of all groups; a mean over no group is left out."""
+        groups = Groups.of(rewards_N, groups_N)
+        num_groups = torch.unique(groups_N).numel()
+        equal_K = groups.max(groups.centred(rewards_N[groups.members].double())) == 0
+        return {
+            "max_abs_advantage": advantages_N.abs().max().item(),
+            "share_contributing_groups": groups.count / num_groups,
+            "share_zero_spread_groups": equal_K.sum().item() / num_groups,
+        }
+
+
+def require_number(
+    field: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+) -> None:
+    """ConfigError unless `value` is a finite number within the bounds."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and value > above and value >= at_least and value < below:
+        return
+    bounds = [("above", above), ("at least", at_least), ("below", below)]
+    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
+    raise ConfigError(f"objective.{field}={value!r} must be a number {wanted}.")
+
+
+def require_bool(field: str, value: Any) -> None:
+    """ConfigError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"objective.{field}={value!r} must be true or false.")
+
+
+def require_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    """ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"objective.{field}={value!r} must be one of {', '.join(choices)}.")

@@ -1,0 +1,78 @@
+"""GRPO and Dr. GRPO: the baselines, in the same registry and with the same loss per group as FRPO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frpo_nemo.objective.base import Objective, require_number
+from frpo_nemo.objective.ragged import Groups, per_token, token_mean
+from frpo_nemo.objective.registry import register_objective
+
+STD_EPSILON = 1e-6
+
+
+@register_objective("dr_grpo")
+@dataclass(frozen=True, kw_only=True)
+class DrGRPO(Objective):
+    """Advantages r_i - mean(r) (arXiv 2503.20783, without the std) and PPO's two-sided clip.
+
+    The paper also divides by a constant instead of by the response's length; here every objective takes the
+    mean over a sequence's tokens, so that a comparison differs in the advantages and the clip only.
+    """
+
+    clip_low: float = 0.2  # a token's ratio counts down to 1 - clip_low when its advantage is negative
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("clip_low", self.clip_low, above=0, below=1)
+
+    def effective_advantages(
+        self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None
+    ) -> Tensor:
+        """importance_N has no influence. See Objective."""
+        groups = Groups.of(rewards_N, groups_N)
+        centred_M = groups.centred(rewards_N[groups.members].double())
+        return groups.scatter(self._normalised(groups, centred_M), rewards_N.numel())
+
+    def _normalised(self, groups: Groups, centred_M: Tensor) -> Tensor:
+        return centred_M
+
+    def sequence_loss(
+        self,
+        logprobs_R: Tensor,
+        old_logprobs_R: Tensor,
+        lengths_N: Tensor,
+        advantages_N: Tensor,
+        token_weights_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """-mean_t min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i). See Objective.
+
+        The minimum bounds rho from above where A > 0 and from below where A < 0; bounded before exp, so that
+        a ratio that overflows but is clipped has gradient 0 and not NaN.
+        """
+        high, low = math.log1p(self.clip_high), math.log1p(-self.clip_low)
+        log_ratios_R = logprobs_R - old_logprobs_R
+        advantages_R = per_token(advantages_N, lengths_N, log_ratios_R.numel())
+        bounded_R = torch.where(advantages_R >= 0, log_ratios_R.clamp(max=high), log_ratios_R.clamp(min=low))
+        terms_R = -advantages_R * torch.exp(bounded_R)
+        if token_weights_R is not None:
+            terms_R = terms_R * token_weights_R
+        clipped_R = (bounded_R != log_ratios_R) & (advantages_R != 0)
+        return token_mean(terms_R, lengths_N), token_mean(clipped_R.to(log_ratios_R.dtype), lengths_N)
+
+
+@register_objective("grpo")
+@dataclass(frozen=True, kw_only=True)
+class GRPO(DrGRPO):
+    """Advantages (r_i - mean(r)) / (std(r) + 1e-6) (DeepSeekMath, arXiv 2402.03300) and PPO's two-sided clip.
+
+    std is the sample standard deviation (divisor G - 1), as in TRL and verl; the paper does not say which.
+    """
+
+    def _normalised(self, groups: Groups, centred_M: Tensor) -> Tensor:
+        std_K = torch.sqrt(groups.sum(centred_M.square()) / (groups.sizes - 1))
+        return centred_M / (std_K + STD_EPSILON)[groups.ids]

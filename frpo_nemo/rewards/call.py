@@ -1,0 +1,128 @@
+"""Finding a reward function by name and calling it so that nothing it does escapes as anything but a
+`Failure`.
+
+A reward is a callable `(prompts, completions, **columns) -> list[float | None]`, or a class whose instances
+are; it is called with keywords only, so a function that ignores prompts may leave them to **columns (as in
+TRL). Shared by the training process and the reward workers, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frpo_nemo.errors import ConfigError
+
+BUILT_IN = {
+    "math": "frpo_nemo.rewards.mathematics.math_answer",
+    "exact": "frpo_nemo.rewards.builtin.exact_answer",
+    "format": "frpo_nemo.rewards.builtin.format_match",
+    "regex": "frpo_nemo.rewards.builtin.regex_search",
+    "length": "frpo_nemo.rewards.builtin.length_penalty",
+    "world": "frpo_nemo.data.world.world_reward",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A response that a reward did not manage to score. kind: error, timeout or died."""
+
+    kind: str
+    message: str
+
+
+Outcome = float | None | Failure
+
+
+def load_target(target: str) -> Callable:
+    """The callable behind a built-in name, `package.module.function` or `path/to/file.py:function`.
+
+    Raises ConfigError when there is none, or when its module fails to import, whatever the reason.
+    """
+    path = BUILT_IN.get(target, target)
+    module_name, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
+    if not module_name:
+        close = difflib.get_close_matches(target, BUILT_IN, n=1)
+        raise ConfigError(
+            f"'{target}' is neither a built-in reward ({', '.join(BUILT_IN)}) nor package.module.function "
+            "nor path/to/file.py:function" + (f"; did you mean '{close[0]}'?" if close else "")
+        )
+    try:
+        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except Exception as problem:
+        raise ConfigError(f"'{target}' cannot be imported: {type(problem).__name__}: {problem}") from problem
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"'{target}': {module_name} has no function '{name}'")
+    return function
+
+
+def bind(target: str, args: dict[str, Any]) -> Callable:
+    """`function(prompts, completions, columns) -> values`. A class is instantiated, once, with `args`; a
+    function receives them with every call, and they win over columns of the same name."""
+    function = load_target(target)
+    if inspect.isclass(function):
+        function, args = function(**args), {}
+    return lambda prompts, completions, columns: function(
+        prompts=prompts, completions=completions, **{**columns, **args}
+    )
+
+
+def call_batch(function: Callable, prompts: list, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
+    """One call for all responses; if it throws, one call for each, so that a bad response fails alone."""
+    try:
+        values = _checked_length(function(prompts, completions, columns), len(completions))
+    except Exception:  # noqa: BLE001 - a reward may throw anything
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
+        return [call_one(function, *response) for response in zip(prompts, completions, rows, strict=True)]
+    return [as_outcome(value) for value in values]
+
+
+def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, Any]) -> Outcome:
+    """One response alone; `row` is its columns."""
+    try:
+        columns = {name: [value] for name, value in row.items()}
+        (value,) = _checked_length(function([prompt], [completion], columns), 1)
+    except Exception as problem:  # noqa: BLE001 - a reward may throw anything
+        return Failure("error", f"{type(problem).__name__}: {problem}")
+    return as_outcome(value)
+
+
+def as_outcome(value: Any) -> Outcome:
+    """What a reward returned for one response: None, a finite number (also numpy's, or a tensor's), or a
+    failure."""
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    return Failure("error", f"returned {str(value)[:80]!r}, which is not a finite number")
+
+
+def _checked_length(values: Any, expected: int) -> list:
+    values = list(values)
+    if len(values) != expected:
+        raise ValueError(f"returned {len(values)} values for {expected} responses")
+    return values
+
+
+def _load_file(path: Path):
+    # Named by the full path, so that two files of one name do not replace each other in sys.modules.
+    name = f"reward_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]

@@ -1,0 +1,210 @@
+"""All rewards of a run: who scores which response, and what becomes of responses that were not scored.
+
+A response's total is the weighted sum of the rewards that scored it. It has none, NaN, when no reward scored
+it or when one that should have scored it failed: a failure is never 0, which would count against the
+response.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.rewards.call import BUILT_IN, Failure, Outcome, bind, call_batch, load_target
+from frpo_nemo.rewards.pool import WorkerPool
+
+ALWAYS_ISOLATED = ("math",)  # may hang on ordinary input
+PROVIDED_COLUMNS = ("task", "response_tokens")  # by training, beside those of the data
+
+
+@dataclass(frozen=True)
+class Scores:
+    """total: float64 [N], NaN where unscored. parts: reward name -> float64 [N], unweighted, NaN where it did
+    not score. failures: reward name -> kind (error, timeout, died) -> count. messages: reward name -> what
+    its first failure said."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    failures: dict[str, dict[str, int]] = field(default_factory=dict)
+    messages: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward as configured. call: (prompts, completions, columns) -> one Outcome per response."""
+
+    name: str
+    weight: float
+    tasks: frozenset[str] | None
+    call: Callable[[list, list[str], dict[str, list]], list[Outcome]]
+
+    def applies(self, task: str | None) -> bool:
+        return self.tasks is None or task in self.tasks
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """Made by `build_rewards`."""
+
+    rewards: list[Reward]
+    pools: list[WorkerPool]
+
+    def score(
+        self, prompts: list, completions: list[str], tasks: list[str | None], columns: Mapping[str, list]
+    ) -> Scores:
+        """Score N responses. prompts: strings or lists of chat messages. completions: text without special
+        tokens. tasks: of each response's prompt. columns: name -> N values, passed to every reward; `task` is
+        added, and columns named prompts or completions are left out, since the arguments are called so. Never
+        raises for what a reward does; RuntimeError when an isolated one cannot be started."""
+        columns = {k: v for k, v in columns.items() if k not in ("prompts", "completions")} | {"task": tasks}
+        total = torch.zeros(len(completions), dtype=torch.float64)
+        scored, failed = torch.zeros_like(total, dtype=torch.bool), torch.zeros_like(total, dtype=torch.bool)
+        scores = Scores(total, {})
+        for reward in self.rewards:
+            mine = [i for i, task in enumerate(tasks) if reward.applies(task)]
+            outcomes = reward.call(
+                [prompts[i] for i in mine],
+                [completions[i] for i in mine],
+                {name: [values[i] for i in mine] for name, values in columns.items()},
+            )
+            part = torch.full_like(total, math.nan)
+            part[mine] = torch.tensor([o if isinstance(o, float) else math.nan for o in outcomes], dtype=torch.float64)
+            scores.parts[reward.name] = part
+            scored |= ~part.isnan()
+            total += reward.weight * part.nan_to_num()
+            failures = {i: o for i, o in zip(mine, outcomes, strict=True) if isinstance(o, Failure)}
+            failed[list(failures)] = True
+            _record(scores, reward.name, list(failures.values()))
+        total[~scored | failed] = math.nan
+        return scores
+
+    def check_tasks(self, tasks: set[str | None]) -> None:
+        """Raise ConfigError unless every task of the data has a reward and every reward finds its tasks in
+        the data."""
+        for task in sorted(tasks, key=str):
+            if not any(reward.applies(task) for reward in self.rewards):
+                raise ConfigError(f"no reward applies to the examples of task {task!r}: see the `tasks` of each reward")
+        for reward in self.rewards:
+            absent = sorted((reward.tasks or frozenset()) - tasks)
+            if absent:
+                found = ", ".join(sorted(map(str, tasks)))
+                raise ConfigError(
+                    f"reward.{reward.name}.tasks: no example has task '{absent[0]}'; the data has {found}"
+                )
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for pool in self.pools:
+            pool.close()
+
+
+def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
+    """The rewards of a run from its name -> RewardConfig mapping (target, weight, tasks, args, timeout,
+    isolate, workers). `timeout` holds for isolated rewards: a call inside this process cannot be stopped, so
+    a function that may hang must be isolated. Raises ConfigError like `check_rewards`."""
+    check_rewards(configs)
+    rewards, pools = [], []
+    for name, config in configs.items():
+        if config.isolate or config.target in ALWAYS_ISOLATED:
+            pool = WorkerPool(name, config.target, _args(config), config.workers, config.timeout)
+            pools.append(pool)
+            call = pool.call
+        else:
+            call = _in_process(bind(config.target, _args(config)))
+        rewards.append(Reward(name, config.weight, None if config.tasks is None else frozenset(config.tasks), call))
+    return RewardSet(rewards, pools)
+
+
+def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) -> None:
+    """Raise ConfigError for a reward that cannot work: not importable, unknown or missing arguments,
+    senseless numbers, or, when the data's `columns` are given, a column that it needs and that is not there.
+    """
+    if not configs:
+        raise ConfigError("there is no reward: name at least one under `reward`")
+    for name, config in configs.items():
+        try:
+            _check_numbers(config)
+            _check_arguments(config, columns)
+        except ConfigError as problem:
+            raise ConfigError(f"reward.{name}: {problem}") from problem
+
+
+def _check_numbers(config) -> None:
+    if not math.isfinite(config.weight):
+        raise ConfigError(f"weight={config.weight} is not a finite number")
+    if config.timeout <= 0 or config.workers < 1:
+        raise ConfigError(f"timeout={config.timeout} must be above 0 and workers={config.workers} at least 1")
+
+
+def _check_arguments(config, columns: list[str] | None) -> None:
+    target, args = load_target(config.target), _args(config)
+    parameters = _named_parameters(target)
+    unknown = [name for name in args if name not in parameters]
+    if unknown:
+        raise ConfigError(
+            f"{config.target} has no argument '{unknown[0]}' (args); it has {', '.join(parameters) or 'none'}"
+        )
+    needed = [name for name, p in parameters.items() if p.default is p.empty and name not in args]
+    if inspect.isclass(target):
+        if needed:
+            raise ConfigError(f"{config.target} needs the argument '{needed[0]}' (args)")
+        target = target.__call__
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
+        raise ConfigError(f"{config.target} must take (prompts, completions, **columns): it has no **columns")
+    if config.target in BUILT_IN and "column" in parameters:
+        needed.append(args.get("column", parameters["column"].default))
+    if columns is not None:
+        _check_columns(config.target, needed, sorted({*columns, *PROVIDED_COLUMNS}))
+    if config.target in BUILT_IN:
+        _try_empty(config.target, args, needed)
+
+
+def _named_parameters(target: Callable) -> dict[str, inspect.Parameter]:
+    return {
+        name: p
+        for name, p in inspect.signature(target).parameters.items()
+        if name not in ("prompts", "completions") and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+
+
+def _check_columns(target: str, needed: list[str], available: list[str]) -> None:
+    for name in needed:
+        if name not in available:
+            raise ConfigError(
+                f"{target} needs '{name}', which is neither in args nor a column of the data; "
+                f"the columns are {', '.join(available)}"
+            )
+
+
+def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> None:
+    """A call without responses: a built-in reward checks its own arguments."""
+    try:
+        bind(target, args)([], [], {name: [] for name in (*needed, *PROVIDED_COLUMNS)})
+    except Exception as problem:
+        raise ConfigError(f"{target} refuses its args {args}: {problem}") from problem
+
+
+def _in_process(function: Callable) -> Callable:
+    return lambda prompts, completions, columns: call_batch(function, prompts, completions, columns)
+
+
+def _args(config) -> dict[str, Any]:
+    """Plain containers: OmegaConf's would follow the arguments into workers and users' functions."""
+    from omegaconf import OmegaConf
+
+    args = config.args
+    return OmegaConf.to_container(args, resolve=True) if OmegaConf.is_config(args) else dict(args)
+
+
+def _record(scores: Scores, name: str, failures: list[Failure]) -> None:
+    if failures:
+        scores.failures[name] = dict(Counter(f.kind for f in failures))
+        scores.messages[name] = failures[0].message

@@ -1,0 +1,262 @@
+"""The vLLM engine that lives in this process beside the policy, one of world / tensor_parallel_size in the world.
+
+Every rank of an engine calls every method with the same arguments: vLLM's external launcher runs one scheduler per
+rank, and they stay in step because they see the same requests. vLLM is imported when an engine is made (seconds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.rollout.verify import WeightCheck, raise_on_all_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One response. token_ids: with the stop token that ended it, if any. logprobs: one per token, of the distribution
+    that was sampled from, before top-p and top-k; empty when `generate` was given another temperature."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    truncated: bool  # max_tokens came before a stop token
+
+
+class RolloutEngine:
+    """vLLM for sampling, refitted from the policy. torch.distributed is initialised before, also in a world of one."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.6,
+        max_num_seqs: int = 256,
+        enforce_eager: bool = False,
+        temperature: float = 1.0,
+        load_format: str = "dummy",
+    ):
+        """dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. temperature: of the rollouts;
+        their log-probs are those of softmax(logits / temperature). load_format: "dummy" leaves the weights to the
+        first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does not fit.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("torch.distributed must be initialised before a RolloutEngine, also in a world of one")
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world % tensor_parallel_size:
+            raise ConfigError(f"rollout.tensor_model_parallel_size={tensor_parallel_size} does not divide world={world}")
+        if dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"the rollout engine's dtype is {dtype!r}; it should be float32 or bfloat16")
+        self.num_engines = world // tensor_parallel_size
+        self.engine_index = rank // tensor_parallel_size
+        self._dtype = getattr(torch, dtype)
+        self._temperature, self._max_model_len = temperature, max_model_len
+        self._on_gpu = torch.cuda.is_available()
+        self._asleep: set[str] = set()
+        self._has_weights = load_format != "dummy"
+        with _quiet(), _isolated_rng(0):  # vLLM seeds every global generator when it starts
+            self._llm = _start_vllm(
+                model=model_path,
+                dtype=dtype,
+                tensor_parallel_size=tensor_parallel_size,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager or not self._on_gpu,  # compiling on CPU: 15-25 s, for 5% at most (measured)
+                enable_sleep_mode=self._on_gpu,
+                load_format=load_format,
+                # "raw" is before the temperature, "processed" after; at temperature 1 raw does not copy the logits.
+                logprobs_mode="raw_logprobs" if temperature == 1 else "processed_logprobs",
+            )
+        gc.unfreeze()  # vLLM freezes the heap as it is now, in which garbage of the whole process may sit
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        samples: int = 1,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        top_k: int = -1,
+    ) -> list[list[Completion]]:
+        """`samples` responses to each prompt (token ids), in the order of the prompts.
+
+        The same weights, arguments and engine layout give the same tokens and log-probs, bit for bit, in any process:
+        sampling draws from generators seeded with (seed, engine_index), and no prefix cache survives between calls.
+        The process's own random state is left as it was. temperature: None is the engine's; at another one (0 is
+        greedy) no log-probs are returned.
+        """
+        from vllm import SamplingParams
+
+        rollout = temperature is None or temperature == self._temperature
+        self._check_request(prompts, max_tokens, rollout and (top_p < 1 or top_k > 0))
+        self._wake("weights", "kv_cache")
+        self._forget_prefixes()
+        params = SamplingParams(
+            n=samples,
+            temperature=self._temperature if temperature is None else temperature,
+            top_p=top_p,
+            top_k=top_k,
+            max_tokens=max_tokens,
+            stop_token_ids=list(stop_token_ids),
+            ignore_eos=True,  # the stop tokens are the caller's, and no others
+            detokenize=False,
+            logprobs=0 if rollout else None,  # 0: of the sampled token alone
+            flat_logprobs=True,
+        )
+        seed = int(np.random.SeedSequence((seed, self.engine_index)).generate_state(1)[0])
+        with _isolated_rng(seed), self._without_compiling():
+            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            outputs = self._llm.generate(requests, params, use_tqdm=False) if requests else []
+        return [[_completion(response, rollout) for response in output.outputs] for output in outputs]
+
+    @torch.no_grad()
+    def refit(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights by a stream of (Hugging Face name, full tensor), the same on every rank of the engine,
+        and prove that they arrived. Collective over the world; `weights` is always consumed to its end, because it may
+        be made by collectives. Raises RefitError, on every rank, naming rank and tensors.
+        """
+        self._wake("weights")
+        check = WeightCheck(self._model(), self._dtype)
+        stream = check.watch(weights)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        for _ in stream:
+            pass
+        self._forget_prefixes()
+        problems = check.problems()
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise_on_all_ranks(f"after the refit, {shown}" if problems else None)
+        self._has_weights = True
+
+    def sleep(self) -> None:
+        """Give the GPU memory of weights and KV cache back until `refit` (weights only) or `generate` wakes them.
+
+        Level 1: the weights wait in host memory. Level 2 would drop them, as every refit sends them again, but drops
+        with them whatever a model keeps outside of parameters and buffers, and that comes back as garbage. Nothing to
+        do on CPU.
+        """
+        if self._on_gpu and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake(self) -> None:
+        """Undo `sleep` now. `refit` and `generate` do it by themselves, for what they need."""
+        self._wake("weights", "kv_cache")
+
+    def _wake(self, *tags: str) -> None:
+        if needed := self._asleep.intersection(tags):
+            self._llm.wake_up(tags=sorted(needed))
+            self._asleep -= needed
+
+    def _forget_prefixes(self) -> None:
+        """Cached keys and values belong to the weights that made them; and hits change the last bits of results."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests of an earlier call are still running")
+
+    def _model(self) -> torch.nn.Module:
+        return self._llm.apply_model(lambda model: model)[0]
+
+    def _without_compiling(self) -> contextlib.AbstractContextManager:
+        """On CPU, vLLM's sampler compiles one small function at the first call (2 s and a C++ compiler) for nothing."""
+        return contextlib.nullcontext() if self._on_gpu else torch.compiler.set_stance("force_eager")
+
+    def _check_request(self, prompts: Sequence[Sequence[int]], max_tokens: int, truncated_sampling: bool) -> None:
+        if not self._has_weights:
+            raise RuntimeError("generate() before the first refit: the engine was started without weights")
+        if truncated_sampling and self._temperature != 1:
+            raise ConfigError(
+                f"rollout.temperature={self._temperature} together with top_p or top_k: vLLM then gives log-probs of "
+                "the truncated distribution. Use temperature=1 with them, or top_p=1 and top_k=-1."
+            )
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if longest + max_tokens > self._max_model_len:
+            raise ConfigError(
+                f"a prompt of {longest} tokens and {max_tokens} tokens of response do not fit into "
+                f"max_model_len={self._max_model_len}"
+            )
+
+
+def _completion(response, with_logprobs: bool) -> Completion:
+    logprobs = response.logprobs.logprobs if with_logprobs else []
+    return Completion(list(response.token_ids), logprobs, truncated=response.finish_reason == "length")
+
+
+def _start_vllm(**settings):
+    """The LLM of this rank. Environment variables that the user set are left as they are."""
+    rank = str(dist.get_rank())
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process; external_launcher demands it
+        "VLLM_PLUGINS": "",  # nemo-toolkit registers one that we do not need
+        "VLLM_LOGGING_LEVEL": "ERROR",  # warnings on CPU are many and never ours to act on
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB per rank; touched only as far as it is used
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+    }.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    if not torch.cuda.is_available():
+        _keep_cpu_weights_readable()
+    return LLM(
+        distributed_executor_backend="external_launcher",
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        generation_config="vllm",  # else the checkpoint's file would add stop tokens and sampling settings
+        enable_prefix_caching=True,  # the responses of one group share their prompt
+        use_tqdm_on_load=False,
+        **settings,
+    )
+
+
+def _keep_cpu_weights_readable() -> None:
+    """On CPU, vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so that nobody can read
+    what the engine computes with. Plain `linear` on live parameters costs 3% (fp32) to 20% (bf16) of generation on a
+    tiny model and makes every refit provable."""
+    from vllm.model_executor.layers import utils
+
+    def keep_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = keep_weight
+
+
+@contextlib.contextmanager
+def _isolated_rng(seed: int) -> Iterator[None]:
+    """All global generators begin at `seed` (below 2**32) inside, and are restored after. vLLM samples from torch's
+    (model runner V1) or takes the seeds of requests from numpy's (V2)."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of vLLM's imports: they concern its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,218 @@
+"""Proof that a refit arrived: fingerprints of the engine's own weights, and the gap between two log-probabilities.
+
+Nothing here starts or drives vLLM. The fact to know: both sides of a fingerprint are taken on every rank, of the same
+slice (what that rank's vLLM shard should hold), so that tensor parallelism needs neither sums over ranks nor special
+cases for replicated heads, and a tensor that sits in the wrong place differs as surely as one with wrong values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class RefitError(RuntimeError):
+    """The engine does not hold, or does not compute with, the weights that it was sent. Never go on after it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where one Hugging Face tensor lies on this rank. `live`: a view of the engine's own memory; it should hold the
+    `live.shape[dim]` rows (dim 0) or columns (dim 1) of the full tensor that begin at `start`."""
+
+    live: Tensor
+    dim: int = 0
+    start: int = 0
+
+    def cut(self, full: Tensor) -> Tensor | None:
+        """The part of the Hugging Face tensor `full` that belongs here; None when the shapes do not fit."""
+        length = self.live.shape[self.dim]
+        if full.dim() != self.live.dim() or full.shape[self.dim] < self.start + length:
+            return None
+        part = full.narrow(self.dim, self.start, length)
+        return part if part.shape == self.live.shape else None
+
+
+class WeightCheck:
+    """Watches a stream of weights on its way into vLLM, then compares vLLM's live parameters with what was streamed.
+
+    check = WeightCheck(model, dtype); reload(check.watch(weights)); problems = check.problems()
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        """`model`: this rank's vLLM model, whose unquantised parameters have `dtype`."""
+        self._model, self._dtype = model, dtype
+        self._sent: dict[str, Tensor] = {}  # name -> fingerprint of this rank's part
+        self._problems: list[str] = []
+
+    def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same (Hugging Face name, full tensor) pairs, cast to the engine's dtype; remembers 8 bytes of each."""
+        shards = live_shards(self._model)  # before vLLM takes the parameters apart to reload them
+        tied = getattr(self._model.config, "tie_word_embeddings", False)
+        for name, tensor in weights:
+            tensor = tensor.detach().to(self._dtype)
+            part = shards[name].cut(tensor) if name in shards else None
+            if part is not None and name not in self._sent:
+                self._sent[name] = fingerprint(part)
+            elif name in self._sent:
+                self._problems.append(f"{name} came twice in the weight stream")
+            elif name in shards:
+                self._problems.append(f"{name} was streamed with shape {tuple(tensor.shape)}, which does not fit")
+            elif not (tied and name == "lm_head.weight"):
+                self._problems.append(f"{name} was streamed, but the engine has no such tensor")
+            yield name, tensor
+
+    def problems(self) -> list[str]:
+        """One sentence per tensor that is missing or differs on this rank; empty when all is well."""
+        shards = live_shards(self._model)
+        missing = [f"{name} was not in the weight stream" for name in shards if name not in self._sent]
+        names = [name for name in shards if name in self._sent]
+        if not names:
+            return self._problems + missing
+        sent = torch.stack([self._sent[name].cpu() for name in names])
+        live = torch.stack([fingerprint(shards[name].live) for name in names]).cpu()
+        different = [names[i] for i in (sent != live).nonzero().flatten().tolist()]
+        return self._problems + missing + [f"{name} in the engine differs from the tensor sent" for name in different]
+
+
+def live_shards(model: nn.Module) -> dict[str, Shard]:
+    """Hugging Face name -> where that tensor lies in this rank's vLLM model (dense decoders, unquantised)."""
+    fused_names = model.packed_modules_mapping  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
+    shards, seen = {}, set()
+    for path, module in model.named_modules():
+        parent, _, leaf = path.rpartition(".")
+        for kind, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:  # tied embeddings appear once, as in a Hugging Face checkpoint
+                continue
+            seen.add(id(parameter))
+            pieces = _pieces(module, kind, parameter.detach())
+            for name, shard in zip(fused_names.get(leaf, [leaf]), pieces, strict=True):
+                shards[f"{parent}.{name}.{kind}" if parent else f"{name}.{kind}"] = shard
+    return shards
+
+
+def _pieces(module: nn.Module, kind: str, live: Tensor) -> list[Shard]:
+    """The Hugging Face tensors that `module`'s parameter holds, in order; one unless vLLM fuses several."""
+    from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    if isinstance(module, QKVParallelLinear):
+        kv_rank = module.tp_rank // module.num_kv_head_replicas
+        q, k, v = (
+            module.num_heads * module.head_size,
+            module.num_kv_heads * module.head_size,
+            module.num_kv_heads * module.v_head_size,
+        )
+        sizes, ranks = [q, k, v], [module.tp_rank, kv_rank, kv_rank]
+    elif isinstance(module, MergedColumnParallelLinear):
+        sizes = [size // module.tp_size for size in module.output_sizes]
+        ranks = [module.tp_rank] * len(sizes)
+    elif isinstance(module, ColumnParallelLinear):
+        sizes, ranks = [live.shape[0]], [module.tp_rank]
+    elif isinstance(module, RowParallelLinear) and kind == "weight":
+        return [Shard(live, dim=1, start=module.tp_rank * live.shape[1])]
+    elif isinstance(module, VocabParallelEmbedding):  # the rest of its rows pad the vocabulary; vLLM cuts their logits
+        indices = module.shard_indices
+        return [Shard(live[: indices.num_org_elements], start=indices.org_vocab_start_index)]
+    else:
+        return [Shard(live)]
+    return [
+        Shard(part, start=rank * size) for part, rank, size in zip(live.split(sizes), ranks, sizes, strict=True)
+    ]
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """int64 scalar on the tensor's device: sum over 8-byte words of word * odd random weight of its place, mod 2**64.
+
+    An odd factor has an inverse modulo 2**64, so a change of any one word always shows; any other change escapes with a
+    chance of about 2**-60. Compares bits: NaN equals itself, 0.0 differs from -0.0. Reads the tensor once and allocates
+    a few MiB (128 MiB on CUDA).
+    """
+    matrix = tensor.detach().reshape(1, -1) if tensor.dim() < 2 else tensor.detach().flatten(1)
+    total = torch.zeros((), dtype=torch.int64, device=matrix.device)
+    if matrix.numel() == 0:
+        return total
+    word = torch.int64 if matrix.shape[1] * matrix.element_size() % 8 == 0 else _INTEGER[matrix.element_size()]
+    words_per_row = matrix.shape[1] * matrix.element_size() // word.itemsize
+    columns = _odd_numbers(words_per_row, 1, matrix.device)
+    rows = _odd_numbers(matrix.shape[0], 2, matrix.device)
+    step = max(1, (1 << 24 if matrix.is_cuda else 1 << 18) // words_per_row)
+    for start in range(0, matrix.shape[0], step):
+        block = matrix[start : start + step].contiguous()
+        if block.storage_offset() * block.element_size() % word.itemsize:
+            block = block.clone()  # a view as words must begin at a word
+        sums = (block.view(word) * columns).sum(1)
+        total += (sums * rows[start : start + step]).sum()
+    return total
+
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.cache
+def _odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
+    """int64 [count], odd, random, the same in every process."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-(1 << 63), (1 << 63) - 1, (count,), generator=generator) | 1).to(device)
+
+
+# What rounding alone explains, by the precision of model and engine: (statistic, largest value).
+GAP_LIMITS = {"fp32": ("max", 1e-4), "bf16": ("mean", 0.05)}
+
+
+def logprob_gap(rollout_logprobs: Tensor, megatron_logprobs: Tensor) -> tuple[float, float]:
+    """(mean, largest) |difference| over response tokens; both float [R]. (0, 0) of none; NaN where either has NaN."""
+    if rollout_logprobs.numel() == 0:
+        return 0.0, 0.0
+    gap = (rollout_logprobs.double() - megatron_logprobs.double()).abs()
+    return gap.mean().item(), gap.max().item()
+
+
+def check_logprob_gap(
+    rollout_logprobs: Tensor,
+    megatron_logprobs: Tensor,
+    response_lengths: Tensor,
+    *,
+    step: int,
+    precision: str,
+    threshold: float | None = None,
+) -> tuple[float, float]:
+    """logprob_gap of responses [R] = sum(response_lengths [N]); RefitError if it is larger than rounding explains.
+
+    precision: "fp32" or "bf16", for the limit in GAP_LIMITS; `threshold` replaces that by one on the mean. No
+    collective: give the result of `raise_on_all_ranks` its message where other ranks would otherwise wait.
+    """
+    statistic, limit = GAP_LIMITS[precision] if threshold is None else ("mean", threshold)
+    mean, largest = logprob_gap(rollout_logprobs, megatron_logprobs)
+    value = mean if statistic == "mean" else largest
+    if value <= limit:
+        return mean, largest
+    parts = (rollout_logprobs - megatron_logprobs).abs().split(response_lengths.tolist())
+    means = torch.stack([part.mean() if part.numel() else part.new_zeros(()) for part in parts]).nan_to_num(torch.inf)
+    worst = int(means.argmax())
+    raise RefitError(
+        f"step {step}: vLLM's and Megatron's log-probs of the same responses differ by {mean:.2e} per token on average "
+        f"and {largest:.2e} at most ({precision}: the {statistic} should be at most {limit:g}); the worst is sequence "
+        f"{worst} of {len(parts)}, {means[worst]:.2e} per token over {len(parts[worst])} tokens. The engine does not "
+        f"compute what the policy computes."
+    )
+
+
+def raise_on_all_ranks(message: str | None) -> None:
+    """Collective over the world: if any rank brings a message, all raise RefitError with the first and its rank."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [rank for rank, each in enumerate(messages) if each is not None]
+    if failed:
+        also = f" (also ranks {failed[1:]})" if len(failed) > 1 else ""
+        raise RefitError(f"rank {failed[0]}{also}: {messages[failed[0]]}")

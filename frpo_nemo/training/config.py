@@ -1,0 +1,160 @@
+"""The configuration schema: every option, its type and its only default. configs/frpo.yaml and configs/sft.yaml
+document the options; a test keeps the two equal. Composing is in cli.py, checks that need more than a type in validate.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+
+def required(example: str):
+    """A field without a default; the message about a missing value shows `example`."""
+    return field(default=MISSING, metadata={"example": example})
+
+
+@dataclass
+class ModelConfig:
+    path: str = required("Qwen/Qwen2.5-7B-Instruct")  # Hugging Face directory or hub name
+    precision: str = "bf16"  # bf16 (fp32 main weights and gradients) or fp32
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1  # above 1 needs Transformer Engine
+    sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: Optional[int] = None  # uneven split; None: even
+    num_layers_in_last_pipeline_stage: Optional[int] = None
+    recompute: str = "none"  # none, selective (attention) or full (every layer)
+    fp8: Optional[str] = None  # None, hybrid or e4m3; needs Transformer Engine
+    fp8_recipe: str = "delayed"  # delayed, tensorwise or blockwise
+    logprob_chunk_tokens: int = 1024  # tokens whose full-vocabulary fp32 logits exist at one time
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = required("1e-6")
+    min_lr: float = 0.0  # where the cosine ends
+    schedule: str = "constant"  # constant or cosine, after the warm-up
+    warmup_ratio: float = 0.0  # share of max_steps, linear from 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # global gradient norm; 0 turns clipping off
+
+
+@dataclass
+class SourceConfig:
+    """One data set. `path`: a file (.jsonl, .json, .parquet, .csv), a hub name, or `world:...` (the embedded task)."""
+
+    path: str = required("prompts.jsonl")
+    split: str = "train"  # for a hub name
+    prompt: str = "prompt"  # column with the prompt: a string, or a list of chat messages
+    completion: Optional[str] = None  # column with the completion (SFT)
+    task: Optional[str] = None  # the task of every example, or ...
+    task_column: Optional[str] = None  # ... the column that names it; rewards choose examples by task
+    system_prompt: Optional[str] = None  # put before every prompt
+    limit: Optional[int] = None  # the first so many examples
+    start: int = 0  # skip so many examples first (a validation set cut from the same file)
+
+
+@dataclass
+class DataConfig:
+    train: list[SourceConfig] = required("[{path: prompts.jsonl}]")
+    validation: list[SourceConfig] = field(default_factory=list)
+    max_prompt_tokens: int = 1024  # longer prompts are dropped and counted
+    shuffle: bool = True
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = required("16")
+    group_size: int = 8  # responses per prompt (G)
+    max_response_tokens: int = required("2048")
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all tokens
+    tensor_model_parallel_size: int = 1  # of each vLLM engine
+    gpu_memory_utilization: float = 0.6  # share of GPU memory for vLLM
+    max_num_seqs: int = 256  # sequences that one engine decodes together
+    enforce_eager: bool = False  # True: no CUDA graphs
+    refit_bucket_mb: int = 512  # memory bound of the weight stream
+    importance_correction: str = "none"  # none, token or sequence weights for the mismatch of vLLM and Megatron
+    importance_limit: float = 2.0  # where those weights are truncated
+    logprob_gap_threshold: Optional[float] = None  # largest mean |logp_megatron - logp_vllm|; None: by precision
+
+
+@dataclass
+class RewardConfig:
+    """One reward function; `args` are keyword arguments of `target` (an import path or a built-in name)."""
+
+    target: str = required("math")
+    weight: float = 1.0
+    tasks: Optional[list[str]] = None  # None: every example
+    args: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 10.0  # seconds per response, then None
+    isolate: bool = False  # run in worker processes that may be killed
+    workers: int = 2  # processes, when isolated
+
+
+@dataclass
+class TrainerConfig:
+    num_nodes: int = 1
+    devices: int = 1  # processes per node; num_nodes * devices must equal the world that was started
+    max_steps: int = required("500")
+    seed: int = 1
+    microbatch_tokens: int = 8192  # token budget of a packed microbatch
+    updates_per_rollout: int = 1  # optimizer steps per rollout batch, on minibatches of whole groups
+    val_interval: int = 0  # steps between validations; 0: none. Also before the first and after the last step
+    save_interval: int = 0  # steps between checkpoints; 0: only at the end
+    phase_timeout: float = 1800.0  # seconds that one phase may take before the watchdog ends the job
+
+
+@dataclass
+class CheckpointConfig:
+    keep_last: int = 2
+    keep_best: bool = True  # by validation reward
+    resume: str = "auto"  # auto (continue the newest in run_dir, if any), never, or the path of a checkpoint
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = True
+    wandb_project: Optional[str] = None  # None: no W&B
+    wandb_name: Optional[str] = None
+
+
+@dataclass
+class FRPORun:
+    """recipes/frpo.py"""
+
+    run_dir: str = required("runs/first")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: Any = required("frpo")  # configs/objective/*.yaml: `name` of a registered objective, or `_target_`
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: dict[str, RewardConfig] = required("gsm8k")
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class SFTDataConfig(DataConfig):
+    sequences_per_step: int = required("32")  # global batch
+    max_tokens: int = 2048  # prompt and completion; longer examples are dropped and counted
+
+
+@dataclass
+class SFTRun:
+    """recipes/sft.py"""
+
+    run_dir: str = required("runs/first")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,55 @@
+"""The losses that the actor differentiates: summands per sequence of a sum over the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from frpo_nemo.data.batch import SequenceBatch, segment_sum
+from frpo_nemo.megatron.actor import Losses
+from frpo_nemo.objective.base import Objective
+from frpo_nemo.objective.kl import sequence_kl
+from frpo_nemo.objective.mismatch import truncated_importance
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """An objective's loss over a minibatch of `num_sequences` in all (of which a microbatch sees some).
+
+    Reads the columns advantage and coefficient, and the token columns rollout_logprobs, reference_logprobs (if the
+    objective has a KL term) and old_logprobs (off-policy; without it the present policy is the old one).
+    importance_correction: none, token or sequence weights for the mismatch between vLLM and Megatron.
+    """
+
+    objective: Objective
+    num_sequences: int
+    importance_correction: str = "none"
+    importance_limit: float = 2.0
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, sequences: SequenceBatch) -> Losses:
+        lengths = sequences.response_lengths
+        old = sequences.token_columns.get("old_logprobs", logprobs.detach())
+        weights = None
+        if self.importance_correction != "none":
+            rollout = sequences.token_columns["rollout_logprobs"]
+            weights = truncated_importance(old, rollout, lengths, self.importance_correction, self.importance_limit)
+        losses, clipped = self.objective.sequence_loss(logprobs, old, lengths, sequences.columns["advantage"], weights)
+        losses = losses * sequences.columns["coefficient"]
+        per_sequence = {"clipped": clipped}
+        if self.objective.beta > 0:
+            kl = sequence_kl(logprobs, sequences.token_columns["reference_logprobs"], lengths)
+            losses = losses + self.objective.beta * kl / self.num_sequences
+            per_sequence["kl"] = kl.detach()
+        return Losses(losses, per_sequence, {"ratio": torch.exp(logprobs.detach() - old)})
+
+
+@dataclass(frozen=True)
+class CompletionLoss:
+    """Supervised training: mean cross-entropy over the `num_tokens` completion tokens of the global batch."""
+
+    num_tokens: int
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, sequences: SequenceBatch) -> Losses:
+        return Losses(-segment_sum(logprobs, sequences.response_lengths) / self.num_tokens)

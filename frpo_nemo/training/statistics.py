@@ -1,0 +1,67 @@
+"""What is logged about a step, computed from the global batch: plain means over plain tensors, no reductions by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.megatron.actor import StepResult
+from frpo_nemo.objective.base import Objective
+from frpo_nemo.objective.mismatch import mismatch_statistics
+from frpo_nemo.training.rollouts import Rollouts
+
+
+def rollout_statistics(rollouts: Rollouts, tasks: list[str | None]) -> dict[str, float]:
+    """Rewards in all, per task and per reward function; lengths; truncated, unscored and failed responses."""
+    columns, lengths = rollouts.batch.columns, rollouts.batch.response_lengths.double()
+    values = _mean_and_std("reward", columns["reward"])
+    if len(tasks) > 1:
+        for index, task in enumerate(tasks):
+            values |= _mean_and_std(f"reward/task/{task}", columns["reward"][columns["task"] == index])
+    parts = [name for name in columns if name.startswith("reward/")]
+    for name in parts if len(parts) > 1 else ():
+        values |= _mean_and_std(name, columns[name])
+    failures = {
+        f"reward_failures/{reward}/{kind}": float(count)
+        for reward, kinds in rollouts.failures.items()
+        for kind, count in kinds.items()
+    }
+    return values | failures | {
+        "response_length/mean": lengths.mean().item(),
+        "response_length/max": lengths.max().item(),
+        "share/truncated": columns["truncated"].double().mean().item(),
+        "share/unscored": columns["reward"].isnan().double().mean().item(),
+    }
+
+
+def step_statistics(objective: Objective, batch: SequenceBatch, results: list[StepResult]) -> dict[str, float]:
+    """The objective's own statistics, and those of the updates: means over all minibatches."""
+    columns = batch.columns
+    stats = objective.statistics(columns["reward"], columns["group"], columns["advantage"])
+    values = {f"objective/{name}": value for name, value in stats.items()}
+    ratios = torch.cat([r.per_token["ratio"] for r in results])
+    values |= {
+        "loss": sum(r.per_sequence["loss"].sum().item() for r in results) / len(results),
+        "gradient_norm": sum(r.grad_norm for r in results) / len(results),
+        "learning_rate": results[-1].learning_rate,
+        "entropy": torch.cat([r.per_token["entropy"] for r in results]).mean().item(),
+        "share/clipped": torch.cat([r.per_sequence["clipped"] for r in results]).mean().item(),
+        "importance_ratio/mean": ratios.mean().item(),
+        "importance_ratio/max": ratios.max().item(),
+    }
+    if "kl" in results[0].per_sequence:
+        values["kl/reference"] = torch.cat([r.per_sequence["kl"] for r in results]).mean().item()
+    # The policy that sampled: the first minibatch's forward pass, or the pass before the first update.
+    trained = batch.token_columns.get("old_logprobs", results[0].per_token["logprobs"])
+    gaps = mismatch_statistics(trained, batch.token_columns["rollout_logprobs"])
+    return values | {f"rollout_mismatch/{name}": value for name, value in gaps.items()}
+
+
+def _mean_and_std(name: str, values: Tensor) -> dict[str, float]:
+    """Mean and sample standard deviation of what is not NaN; nothing for nothing."""
+    values = values[~values.isnan()].double()
+    if values.numel() == 0:
+        return {}
+    spread = values.std().item() if values.numel() > 1 else 0.0
+    return {f"{name}/mean": values.mean().item(), f"{name}/std": spread}

@@ -1,0 +1,382 @@
+"""Everything about a configuration that can be checked before a model loads, each mistake in one sentence: what is
+wrong, at which key and value, and what would be right. Raises ConfigError; writes nothing, and imports neither
+megatron-core nor vLLM.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Optional
+
+from frpo_nemo.data.prompts import row_task
+from frpo_nemo.data.sources import check_source, load_rows
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.objective import build_objective
+from frpo_nemo.rewards.reward_set import Reward, RewardSet, check_rewards
+from frpo_nemo.training import estimate
+from frpo_nemo.training.resume import check_resume
+
+CHOICES = {
+    "model.precision": ("bf16", "fp32"),
+    "model.recompute": ("none", "selective", "full"),
+    "model.fp8": (None, "hybrid", "e4m3"),
+    "model.fp8_recipe": ("delayed", "tensorwise", "blockwise"),
+    "optim.schedule": ("constant", "cosine"),
+}
+AT_LEAST_1 = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.logprob_chunk_tokens",
+    "data.max_prompt_tokens",
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.max_steps",
+    "trainer.microbatch_tokens",
+    "trainer.updates_per_rollout",
+    "checkpoint.keep_last",
+)
+ABOVE_0 = ("optim.lr", "optim.adam_eps", "trainer.phase_timeout")
+AT_LEAST_0 = (
+    "optim.min_lr",
+    "optim.weight_decay",
+    "optim.clip_grad",
+    "trainer.val_interval",
+    "trainer.save_interval",
+)
+AT_LEAST_0_BELOW_1 = ("optim.warmup_ratio", "optim.adam_beta1", "optim.adam_beta2")
+MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
+
+
+def validate_frpo(cfg, world_size: int) -> None:
+    """Check a typed FRPORun against the number of processes that were started."""
+    _check_common(cfg, world_size)
+    _check_bounds(cfg, ("rollout.prompts_per_step", "rollout.max_response_tokens", "rollout.max_num_seqs",
+                        "rollout.refit_bucket_mb", "rollout.tensor_model_parallel_size"), 1)
+    _check_objective(cfg.objective)
+    _check_sampling(cfg.rollout)
+    _check_batch(cfg, world_size)
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
+    _check_longest(cfg, longest, "data.max_prompt_tokens + rollout.max_response_tokens")
+    arch = _check_model(cfg.model, longest)
+    if arch:
+        _check_engine(cfg, arch)
+    columns = _check_sources(cfg.data)
+    check_rewards(cfg.reward, columns)
+    _check_reward_tasks(cfg)
+    _check_run(cfg, arch, world_size)
+
+
+def validate_sft(cfg, world_size: int) -> None:
+    """Check a typed SFTRun against the number of processes that were started."""
+    _check_common(cfg, world_size)
+    _check_bounds(cfg, ("data.sequences_per_step", "data.max_tokens"), 1)
+    replicas = world_size // _model_parallel(cfg.model)
+    if cfg.data.sequences_per_step < replicas:
+        raise ConfigError(
+            f"data.sequences_per_step={cfg.data.sequences_per_step} gives some of the {replicas} data-parallel replicas "
+            f"nothing to do; set it to at least {replicas}."
+        )
+    if cfg.data.max_tokens <= cfg.data.max_prompt_tokens:
+        raise ConfigError(
+            f"data.max_tokens={cfg.data.max_tokens} (prompt and completion) must exceed "
+            f"data.max_prompt_tokens={cfg.data.max_prompt_tokens}."
+        )
+    _check_longest(cfg, cfg.data.max_tokens, "data.max_tokens")
+    for key, source in _sources(cfg.data):
+        if source.completion is None:
+            raise ConfigError(f"{key}.completion is not set; supervised training needs the column with the answers.")
+    arch = _check_model(cfg.model, cfg.data.max_tokens)
+    _check_sources(cfg.data)
+    _check_run(cfg, arch, world_size)
+
+
+def _check_common(cfg, world_size: int) -> None:
+    for key, choices in CHOICES.items():
+        value = attrgetter(key)(cfg)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), [c for c in choices if c], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"{key}={value} must be one of {', '.join(map(_text, choices))}{hint}")
+    _check_bounds(cfg, AT_LEAST_1, 1)
+    _check_bounds(cfg, AT_LEAST_0, 0)
+    _check_bounds(cfg, ABOVE_0, 0, strictly=True)
+    _check_bounds(cfg, AT_LEAST_0_BELOW_1, 0, below=1)
+    if cfg.optim.min_lr > cfg.optim.lr:
+        raise ConfigError(f"optim.min_lr={cfg.optim.min_lr} must not exceed optim.lr={cfg.optim.lr}.")
+    _check_layout(cfg, world_size)
+
+
+def _check_bounds(cfg, keys: tuple[str, ...], least: float, *, strictly: bool = False, below: Optional[float] = None) -> None:
+    wanted = f"{'above' if strictly else 'at least'} {least}" + (f" and below {below}" if below is not None else "")
+    for key in keys:
+        value = attrgetter(key)(cfg)
+        enough = value > least if strictly else value >= least
+        if not enough or (below is not None and value >= below):
+            raise ConfigError(f"{key}={value} must be {wanted}.")
+
+
+def _check_layout(cfg, world_size: int) -> None:
+    model, trainer = cfg.model, cfg.trainer
+    if trainer.num_nodes * trainer.devices != world_size:
+        nodes = f"--nnodes {trainer.num_nodes} " if trainer.num_nodes > 1 else ""
+        raise ConfigError(
+            f"trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices} is not the number of processes "
+            f"that started, {world_size}; start them with `torchrun {nodes}--nproc_per_node {trainer.devices} ...` or srun, "
+            "or set trainer.devices to the number of processes on each node."
+        )
+    if world_size % _model_parallel(model):
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{model.pipeline_model_parallel_size} x context_parallel_size={model.context_parallel_size} = "
+            f"{_model_parallel(model)} does not divide the {world_size} processes "
+            f"(trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})."
+        )
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size above 1.")
+    without_engine = importlib.util.find_spec("transformer_engine") is None
+    for key, value, wanted in (("context_parallel_size", model.context_parallel_size, 1), ("fp8", model.fp8, None)):
+        if value != wanted and without_engine:
+            raise ConfigError(
+                f"model.{key}={value} needs Transformer Engine, which is not installed; install "
+                f"transformer-engine[pytorch] on a machine with GPUs, or set model.{key}={_text(wanted)}."
+            )
+    if model.fp8 and model.precision != "bf16":
+        raise ConfigError(f"model.fp8={model.fp8} needs model.precision=bf16, not {model.precision}.")
+
+
+def _check_objective(objective: Any) -> None:
+    if not isinstance(objective, dict):
+        raise ConfigError(f"objective={objective} must be a mapping, such as {{name: frpo, lambda_: 0.5}}.")
+    build_objective(objective)
+
+
+def _check_sampling(rollout) -> None:
+    if rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size={rollout.group_size} must be at least 2: responses are compared within their group."
+        )
+    if not rollout.temperature > 0:
+        raise ConfigError(f"rollout.temperature={rollout.temperature} must be above 0; sampling needs chance.")
+    if not 0 < rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p={rollout.top_p} must be above 0 and at most 1.")
+    if rollout.top_k != -1 and rollout.top_k < 1:
+        raise ConfigError(f"rollout.top_k={rollout.top_k} must be at least 1, or -1 for all tokens.")
+    if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k > 0):
+        raise ConfigError(
+            f"rollout.temperature={rollout.temperature} cannot be combined with rollout.top_p={rollout.top_p} and "
+            f"rollout.top_k={rollout.top_k}; set temperature=1, or top_p=1 and top_k=-1."
+        )
+    if not 0 < rollout.gpu_memory_utilization <= 1:
+        raise ConfigError(f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0 and at most 1.")
+    if rollout.logprob_gap_threshold is not None and not rollout.logprob_gap_threshold > 0:
+        raise ConfigError(f"rollout.logprob_gap_threshold={rollout.logprob_gap_threshold} must be above 0, or null.")
+
+
+def _check_batch(cfg, world_size: int) -> None:
+    rollout, updates = cfg.rollout, cfg.trainer.updates_per_rollout
+    prompts, engine_ranks = rollout.prompts_per_step, rollout.tensor_model_parallel_size
+    if world_size % engine_ranks:
+        raise ConfigError(
+            f"rollout.tensor_model_parallel_size={engine_ranks} does not divide the {world_size} processes into engines."
+        )
+    engines, replicas = world_size // engine_ranks, world_size // _model_parallel(cfg.model)
+    if prompts < engines:
+        raise ConfigError(
+            f"rollout.prompts_per_step={prompts} leaves some of the {engines} vLLM engines without a prompt; set it to at "
+            f"least {engines}, or raise rollout.tensor_model_parallel_size."
+        )
+    if prompts % updates:
+        raise ConfigError(f"trainer.updates_per_rollout={updates} must divide rollout.prompts_per_step={prompts}.")
+    if prompts // updates * rollout.group_size < replicas:
+        raise ConfigError(
+            f"rollout.prompts_per_step={prompts} x rollout.group_size={rollout.group_size} / trainer.updates_per_rollout="
+            f"{updates} is less than one sequence for each of the {replicas} data-parallel replicas."
+        )
+
+
+def _check_longest(cfg, longest: int, keys: str) -> None:
+    if cfg.trainer.microbatch_tokens < longest:
+        raise ConfigError(
+            f"trainer.microbatch_tokens={cfg.trainer.microbatch_tokens} cannot hold the longest sequence of {longest} "
+            f"tokens ({keys}); set it to at least {longest}."
+        )
+
+
+def _check_model(model, longest: int) -> Optional[Architecture]:
+    """The architecture of a model on disk; None for a hub name, of which nothing is known offline."""
+    path = Path(model.path).expanduser()
+    if not path.is_dir():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path) and not Path(path.parts[0]).exists():
+            return None
+        raise ConfigError(
+            f"model.path={model.path} does not exist (working directory: {Path.cwd()}); give a directory in Hugging Face "
+            "format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."
+        )
+    arch = Architecture.from_hf(path)
+    arch.check_parallel(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.num_layers_in_first_pipeline_stage,
+        model.num_layers_in_last_pipeline_stage,
+    )
+    arch.check_sequence_length(longest)
+    _check_weight_files(path)
+    _check_tokenizer_files(path)
+    return arch
+
+
+def _check_weight_files(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    absent = sorted(name for name in names if not (path / name).is_file())
+    if absent:
+        raise ConfigError(f"model.path={path} lacks {absent[0]}, which {index.name} names; copy the checkpoint again.")
+    if not names and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path={path} holds no .safetensors file; convert other formats with transformers' save_pretrained."
+        )
+
+
+def _check_tokenizer_files(path: Path) -> None:
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"model.path={path} has no tokenizer (tokenizer.json); copy it there from the original model.")
+    settings = path / "tokenizer_config.json"
+    inside = settings.is_file() and json.loads(settings.read_text()).get("chat_template")
+    if not inside and not (path / "chat_template.jinja").is_file() and not (path / "chat_template.json").is_file():
+        raise ConfigError(
+            f"model.path={path}: its tokenizer has no chat template; take an instruction-tuned checkpoint, or put a "
+            "chat_template.jinja there."
+        )
+
+
+def _check_engine(cfg, arch: Architecture) -> None:
+    ranks, where = cfg.rollout.tensor_model_parallel_size, f"(model.path={cfg.model.path})"
+    if arch.num_heads % ranks:
+        raise ConfigError(
+            f"rollout.tensor_model_parallel_size={ranks} does not divide num_attention_heads={arch.num_heads} {where}."
+        )
+    if arch.num_kv_heads % ranks and ranks % arch.num_kv_heads:
+        raise ConfigError(
+            f"rollout.tensor_model_parallel_size={ranks} is neither a divisor nor a multiple of "
+            f"num_key_value_heads={arch.num_kv_heads} {where}."
+        )
+    if arch.head_dim < MIN_CPU_HEAD_DIM and not _gpu_memory():
+        raise ConfigError(
+            f"The heads have size {arch.head_dim} {where}; vLLM on a CPU needs at least {MIN_CPU_HEAD_DIM}."
+        )
+
+
+def _sources(data) -> list[tuple[str, Any]]:
+    named = [(f"data.train.{i}", source) for i, source in enumerate(data.train)]
+    return named + [(f"data.validation.{i}", source) for i, source in enumerate(data.validation)]
+
+
+def _check_sources(data) -> list[str]:
+    """The columns of all sources together, but for the prompt."""
+    if not data.train:
+        raise ConfigError("data.train is empty; give at least one source, such as [{path: prompts.jsonl}].")
+    columns: dict[str, None] = {}
+    for key, source in _sources(data):
+        if source.start < 0:
+            raise ConfigError(f"{key}.start={source.start} must be at least 0.")
+        if source.limit is not None and source.limit < 1:
+            raise ConfigError(f"{key}.limit={source.limit} must be at least 1, or null for all rows.")
+        try:
+            columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
+    return list(columns)
+
+
+def _check_reward_tasks(cfg) -> None:
+    """Reads the rows, where tasks decide which reward scores them."""
+    if all(reward.tasks is None for reward in cfg.reward.values()):
+        return
+    tasks = set()
+    for source in cfg.data.train:
+        tasks |= {source.task} if source.task_column is None else {row_task(row, source) for row in load_rows(source)}
+    rewards = [Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in cfg.reward.items()]
+    RewardSet(rewards, []).check_tasks(tasks)
+
+
+def _check_run(cfg, arch: Optional[Architecture], world_size: int) -> None:
+    if cfg.trainer.val_interval > 0 and not cfg.data.validation:
+        raise ConfigError(
+            f"trainer.val_interval={cfg.trainer.val_interval} needs data.validation, which is empty; give a source, or set "
+            "trainer.val_interval=0."
+        )
+    existing = _nearest_existing(Path(cfg.run_dir).absolute())
+    if not existing.is_dir():
+        raise ConfigError(f"run_dir={cfg.run_dir} cannot be made: {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"run_dir={cfg.run_dir} cannot be written: no permission in {existing}.")
+    check_resume(cfg, arch)
+    if arch is None:
+        return
+    _check_disk(cfg, arch, existing)
+    memory = _gpu_memory()
+    if memory:
+        _check_memory(cfg, arch, world_size, memory)
+
+
+def _check_disk(cfg, arch: Architecture, directory: Path) -> None:
+    kept = 1 if cfg.trainer.save_interval == 0 else cfg.checkpoint.keep_last + cfg.checkpoint.keep_best
+    one = estimate.checkpoint_bytes(arch, cfg.model.precision)
+    needed, free = (kept + 1) * one, shutil.disk_usage(directory).free  # one more: while it is written, the old ones stay
+    if needed > free:
+        raise ConfigError(
+            f"run_dir={cfg.run_dir} has {estimate.readable(free)} of free disk, but checkpoints need "
+            f"{estimate.readable(needed)} ({kept + 1} of {estimate.readable(one)}: checkpoint.keep_last="
+            f"{cfg.checkpoint.keep_last}, keep_best={_text(cfg.checkpoint.keep_best)}, and the one being written); "
+            "free some, keep fewer, or take another run_dir."
+        )
+
+
+def _check_memory(cfg, arch: Architecture, world_size: int, memory: int) -> None:
+    parallel = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+    needed = estimate.training_bytes_per_rank(arch, cfg.model.precision, parallel, world_size // parallel)
+    if needed > memory:
+        raise ConfigError(
+            f"Weights, gradients and optimizer need {estimate.readable(needed)} on each GPU, which has "
+            f"{estimate.readable(memory)}; raise model.tensor_model_parallel_size={cfg.model.tensor_model_parallel_size} "
+            f"or model.pipeline_model_parallel_size={cfg.model.pipeline_model_parallel_size}, or start more processes."
+        )
+    if not hasattr(cfg, "rollout"):
+        return
+    weights = estimate.parameters(arch) * (2 if cfg.model.precision == "bf16" else 4)
+    weights //= cfg.rollout.tensor_model_parallel_size
+    allowed = int(memory * cfg.rollout.gpu_memory_utilization)
+    if weights > allowed:
+        raise ConfigError(
+            f"vLLM's weights need {estimate.readable(weights)} on each GPU, more than the {estimate.readable(allowed)} of "
+            f"rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization}; raise it, or "
+            f"rollout.tensor_model_parallel_size={cfg.rollout.tensor_model_parallel_size}."
+        )
+
+
+def _gpu_memory() -> Optional[int]:
+    """Bytes of this process's GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _model_parallel(model) -> int:
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+
+
+def _nearest_existing(path: Path) -> Path:
+    return path if path.exists() else _nearest_existing(path.parent)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

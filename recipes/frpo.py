@@ -1,0 +1,21 @@
+"""Train a policy with FRPO, or a GRPO baseline.
+
+    torchrun --nproc_per_node 2 recipes/frpo.py --config-name experiment/demo
+    python recipes/frpo.py model.path=... data.train='[{path: prompts.jsonl}]' ...    # options: configs/frpo.yaml
+
+Checkpoints are written by processes that import this file again, so it imports nothing heavy above `__main__`.
+"""
+
+
+def run(cfg) -> None:
+    from frpo_nemo.training.frpo import train
+
+    train(cfg)
+
+
+if __name__ == "__main__":
+    from frpo_nemo.training.cli import main
+    from frpo_nemo.training.config import FRPORun
+    from frpo_nemo.training.validate import validate_frpo
+
+    main(run, FRPORun, "frpo", validate_frpo)

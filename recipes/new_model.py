@@ -1,0 +1,76 @@
+"""Make a small random model with a tokenizer, to pre-train with recipes/sft.py.
+
+    python recipes/new_model.py out=runs/demo/base source=world hidden_size=64 num_layers=2 num_heads=2
+    python recipes/new_model.py out=runs/gsm8k/base source=train.jsonl columns=[question,answer]
+        vocab_size=1024 family=qwen2 hidden_size=256 num_layers=4 num_heads=8 num_kv_heads=4   (one line)
+
+`source=world` takes the fixed tokenizer of the embedded world; any other source trains one on its `columns`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from frpo_nemo.data.new_model import new_model, train_tokenizer
+from frpo_nemo.data.sources import load_rows
+from frpo_nemo.data.world import world_tokenizer
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.training.config import SourceConfig
+
+
+@dataclass
+class NewModel:
+    out: str = MISSING  # directory to write
+    source: str = MISSING  # "world", or the texts of the tokenizer: a file or a hub name
+    columns: list[str] = field(default_factory=list)  # whose texts to train on
+    vocab_size: int = 1024
+    family: str = "llama"  # llama, mistral, qwen2 or qwen3
+    hidden_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING  # vLLM's CPU attention needs hidden_size / num_heads >= 32
+    num_kv_heads: int | None = None  # None: num_heads
+    ffn_hidden_size: int | None = None  # None: 4 * hidden_size
+    max_position_embeddings: int = 1024
+    tie: bool = False
+    seed: int = 0
+
+
+def make_tokenizer(config: NewModel):
+    if config.source.partition(":")[0] == "world":
+        return world_tokenizer()
+    if not config.columns:
+        raise ConfigError(f"columns=[...] must name the text columns of {config.source}")
+    texts = []
+    for column in config.columns:
+        texts += [str(row[column]) for row in load_rows(SourceConfig(path=config.source, prompt=column))]
+    return train_tokenizer(texts, config.vocab_size)
+
+
+def main() -> None:
+    try:
+        config: NewModel = OmegaConf.to_object(OmegaConf.merge(NewModel, OmegaConf.from_cli()))
+        tokenizer = make_tokenizer(config)
+        new_model(
+            config.out,
+            tokenizer=tokenizer,
+            family=config.family,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads or config.num_heads,
+            ffn_hidden_size=config.ffn_hidden_size or 4 * config.hidden_size,
+            max_position_embeddings=config.max_position_embeddings,
+            tie=config.tie,
+            seed=config.seed,
+        )
+    except (ConfigError, OmegaConfBaseException) as problem:
+        sys.exit(f"{problem}")
+    print(f"{config.out}: a random {config.family} model, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()

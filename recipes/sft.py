@@ -1,0 +1,21 @@
+"""Supervised fine-tuning on prompt/completion data.
+
+    torchrun --nproc_per_node 2 recipes/sft.py --config-name experiment/gsm8k_sft
+    python recipes/sft.py model.path=... data.train='[{path: rows.jsonl, completion: answer}]' ...   # options: configs/sft.yaml
+
+Checkpoints are written by processes that import this file again, so it imports nothing heavy above `__main__`.
+"""
+
+
+def run(cfg) -> None:
+    from frpo_nemo.training.sft import train
+
+    train(cfg)
+
+
+if __name__ == "__main__":
+    from frpo_nemo.training.cli import main
+    from frpo_nemo.training.config import SFTRun
+    from frpo_nemo.training.validate import validate_sft
+
+    main(run, SFTRun, "sft", validate_sft)

@@ -1,0 +1,228 @@
+"""Checkpoints in real worlds of processes: every rank calls these."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import load_plain_tensors
+from worlds import use_layout
+
+from frpo_nemo.data.batch import SequenceBatch, segment_mean
+from frpo_nemo.megatron import checkpoint, checkpoint_files, optimizer_state
+from frpo_nemo.megatron.actor import Losses, PolicyActor
+from frpo_nemo.megatron.cpu import megatron_device
+from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+
+SEQUENCES = 13
+STEPS = 6  # of the whole run; the checkpoint is made after BEFORE
+BEFORE = 3
+STATE = {"data": {"position": 39}, "note": "the caller's own"}
+
+
+def check_bitwise_resume(path: str, run_dir: str, **layout) -> dict[str, float]:
+    """A run that is resumed on the same layout continues bit for bit: losses, weights, Adam's state and step, and every
+    random number generator. Returns seconds."""
+    actor = make_actor(path, **layout)
+    _train(actor, range(BEFORE))
+    started = time.monotonic()
+    saved = checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7, score=0.5)
+    seconds = {"save": time.monotonic() - started}
+    draws = _draw()
+    uninterrupted = _train(actor, range(BEFORE, STEPS))
+
+    resumed = make_actor(path, **layout)
+    started = time.monotonic()
+    state = checkpoint.load(checkpoint.newest(run_dir), resumed)
+    seconds["load"] = time.monotonic() - started
+    assert state == {**STATE, "step": BEFORE, "rng_restored": True}, state
+    assert all(torch.equal(a, b) for a, b in zip(draws, _draw(), strict=True)), "random numbers differ after a resume"
+    assert optimizer_state.adam_step(resumed.optimizer) == BEFORE
+    assert _train(resumed, range(BEFORE, STEPS)) == uninterrupted
+    _assert_same_bits(_everything(actor), _everything(resumed))
+    assert checkpoint.newest(run_dir) == saved == Path(run_dir) / "checkpoints" / f"step_{BEFORE:08d}"
+    started = time.monotonic()
+    checkpoint.save(run_dir, resumed, STATE, step=STEPS, seed=7)
+    seconds["second save"] = time.monotonic() - started
+    return seconds
+
+
+def check_resume_before_first_update(path: str, run_dir: str, **layout) -> None:
+    """An optimizer without state saves and loads as one at step 0, and goes on training."""
+    actor = make_actor(path, **layout)
+    checkpoint.save(run_dir, actor, STATE, step=0, seed=7)
+    uninterrupted = _train(actor, range(2))
+    resumed = make_actor(path, **layout)
+    checkpoint.load(checkpoint.newest(run_dir), resumed)
+    assert _train(resumed, range(2)) == uninterrupted
+
+
+def save_reference(path: str, run_dir: str, **layout) -> dict:
+    """Train, save, and return on rank 0 what a resume in any layout must reproduce: weights and the next losses."""
+    actor = make_actor(path, **layout)
+    _train(actor, range(BEFORE))
+    checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7)
+    weights = dict(actor.stream_hf_weights())
+    return {"weights": weights, "losses": _train(actor, range(BEFORE, STEPS))} if dist.get_rank() == 0 else _train(
+        actor, range(BEFORE, STEPS)
+    )
+
+
+def check_reshaped_resume(
+    path: str, run_dir: str, reference: dict, *, loss_tolerance: float = 1e-6, **layout
+) -> float:
+    """In another layout the same weights, the same optimizer state, and next losses within rounding. Returns the largest
+    difference of losses."""
+    actor = make_actor(path, **layout)
+    source = checkpoint.newest(run_dir)
+    state = checkpoint.load(source, actor)
+    assert state == {**STATE, "step": BEFORE, "rng_restored": False}, state
+    _assert_same_bits(reference["weights"], dict(actor.stream_hf_weights()))
+    # What the layout saves is what it loaded: weights, fp32 main weights and moments, whole.
+    again = checkpoint.save(f"{run_dir}-again-{os.environ['MASTER_PORT']}-{sorted(layout.items())}", actor, {}, step=BEFORE, seed=7)
+    rows = actor.arch.vocab_size
+    _assert_same_bits(_plain_tensors(source, rows), _plain_tensors(again, rows))
+    assert checkpoint_files.read(again)["adam_step"] == BEFORE
+    losses = _train(actor, range(BEFORE, STEPS))
+    gap = max(abs(a - b) for a, b in zip(reference["losses"], losses, strict=True))
+    assert gap <= loss_tolerance, f"losses {losses}, without interruption {reference['losses']}"
+    return gap
+
+
+def check_weights_alone(path: str, run_dir: str, reference: dict, **layout) -> None:
+    """An actor without optimizer loads the weights of a training checkpoint."""
+    actor = make_actor(path, train=False, **layout)
+    checkpoint.load(checkpoint.newest(run_dir), actor)
+    _assert_same_bits(reference["weights"], dict(actor.stream_hf_weights()))
+
+
+def check_failed_write(path: str, run_dir: str, failing_rank: int, limit: int, **layout) -> str:
+    """Where one rank cannot write (files end at `limit` bytes), all ranks raise one sentence, what was written goes away,
+    and what was there before stays. Returns the sentence."""
+    actor = make_actor(path, **layout)
+    before = checkpoint.save(run_dir, actor, STATE, step=1, seed=7)
+    sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == failing_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, sizes[1]))
+    try:
+        checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    except checkpoint.CheckpointError as error:
+        sentence = str(error)
+    else:
+        raise AssertionError("a save with a rank that cannot write went through")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
+    assert os.listdir(before.parent) == [before.name]
+    checkpoint.load(checkpoint.newest(run_dir), actor)
+    checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    return sentence
+
+
+def die_inside_save(path: str, run_dir: str, moment: str, **layout) -> None:
+    """Save step 1; then every rank is killed inside the save of step 2: while "tensors" are written, or when all is
+    written and only the "name" is missing."""
+    actor = make_actor(path, **layout)
+    checkpoint.save(run_dir, actor, STATE, step=1, seed=7)
+
+    def die(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "name":
+        checkpoint_files.publish = die
+    else:
+        torch.distributed.checkpoint.filesystem._write_item = die
+    checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+
+
+def check_resume_after_death(path: str, run_dir: str, **layout) -> None:
+    """The step before the death is the newest, and the next save clears the remains away."""
+    actor = make_actor(path, **layout)
+    directory = Path(run_dir) / "checkpoints"
+    remains = set(os.listdir(directory)) - {"step_00000001"}
+    assert len(remains) == 1, remains
+    assert checkpoint.load(checkpoint.newest(run_dir), actor)["step"] == 1
+    checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    assert sorted(os.listdir(directory)) == ["step_00000001", "step_00000002"]
+
+
+def make_actor(path: str, *, tp=1, pp=1, sp=False, precision="fp32", train=True, **model) -> PolicyActor:
+    config = ModelConfig(
+        path=path,
+        precision=precision,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sp,
+        **model,
+    )
+    use_layout(config)
+    # Weight decay, a schedule and a second moment with memory: whatever is not restored shows in the next steps.
+    optim = OptimizerConfig(lr=1e-3, schedule="cosine", warmup_ratio=0.3, weight_decay=0.01, adam_beta2=0.99)
+    return PolicyActor(config, optim if train else None, microbatch_tokens=40)
+
+
+def _train(actor: PolicyActor, updates: range) -> list[float]:
+    """SFT on batches that depend on the update alone; returns their losses."""
+    return [
+        actor.train_step(_batch(update), _sft_loss, update=update, total_updates=STEPS).per_sequence["loss"].sum().item()
+        for update in updates
+    ]
+
+
+def _sft_loss(logprobs, entropy, sequences) -> Losses:
+    return Losses(-segment_mean(logprobs, sequences.response_lengths) / SEQUENCES)
+
+
+def _batch(update: int) -> SequenceBatch:
+    generator = torch.Generator().manual_seed(update)
+
+    def tokens(low, high):
+        count = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(3, 100, (count,), generator=generator).tolist()
+
+    return SequenceBatch.from_lists([tokens(2, 9) for _ in range(SEQUENCES)], [tokens(1, 9) for _ in range(SEQUENCES)])
+
+
+def _draw() -> list[torch.Tensor]:
+    """Two numbers of each generator."""
+    own = [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand()]
+    with megatron_device(), tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(2)
+    return [torch.tensor(own, dtype=torch.float64), torch.rand(2), tracked]
+
+
+def _everything(actor: PolicyActor) -> dict[str, torch.Tensor]:
+    """This rank's weights and pieces of the optimizer's state."""
+    state = {f"weight {name}": parameter for name, parameter in actor.gpt.named_parameters()}
+    for part in optimizer_state._parts(actor.optimizer):
+        for index, adam in enumerate(part.optimizer.state.values()):
+            state |= {f"{index} {key}": tensor for key, tensor in adam.items()}
+        for index, group in enumerate(part.optimizer.param_groups):
+            state |= {f"main {index} {i}": tensor for i, tensor in enumerate(group["params"])}
+    return state
+
+
+def _plain_tensors(directory: Path, vocabulary: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by megatron-core's own reader; vocabularies without their padding."""
+    with megatron_device():
+        tensors = load_plain_tensors(str(directory))
+    vocabularies = ("word_embeddings.weight", "output_layer.weight")
+    return {name: t[:vocabulary] if name.endswith(vocabularies) else t for name, t in tensors.items()}
+
+
+def _assert_same_bits(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == found.keys(), expected.keys() ^ found.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype and torch.equal(_bits(tensor), _bits(found[name])), name
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """-0.0 and 0.0 are equal as numbers."""
+    return tensor.detach().contiguous().view(torch.uint8 if tensor.dim() else tensor.dtype)

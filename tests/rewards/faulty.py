@@ -1,0 +1,45 @@
+"""Rewards that misbehave, for test_rewards.py; named by path, `faulty.py:function`, so a worker loads them
+alone."""
+
+import os
+import time
+
+
+def score_or_misbehave(prompts, completions, **columns):
+    """Acts on each completion; a number is its own score."""
+    return [_act(completion) for completion in completions]
+
+
+def _act(completion):
+    if completion == "raise":
+        raise ValueError("no such luck")
+    if completion == "hang":
+        time.sleep(1000)
+    if completion == "die":
+        os._exit(3)
+    if completion == "segfault":
+        os.kill(os.getpid(), 11)
+    known = {"none": None, "text": "good"}
+    return known[completion] if completion in known else float(completion)
+
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+
+def pid(completions, **columns):
+    return [float(os.getpid())] * len(completions)
+
+
+class Scaled:
+    """A reward with state: constructed once with its arguments."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, prompts, completions, **columns):
+        return [self.factor * len(c) for c in completions]
+
+
+def no_columns(prompts, completions):
+    return [0.0 for _ in completions]

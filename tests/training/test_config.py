@@ -1,0 +1,419 @@
+"""What a user may get wrong is told in one sentence before any model loads; what a user may set is documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.objective import FRPO, GRPO, DrGRPO, build_objective
+from frpo_nemo.training import estimate, validate
+from frpo_nemo.training.cli import CONFIGS, compose
+from frpo_nemo.training.config import FRPORun, SFTRun
+from frpo_nemo.training.schema import documented_keys, load
+from frpo_nemo.training.validate import validate_frpo, validate_sft
+from tests.tiny_models import make_tiny
+
+REPOSITORY = CONFIGS.parent
+
+FRPO_YAML = """
+defaults: [frpo, override model: tiny_fp32, _self_]
+run_dir: run
+model: {path: tiny}
+objective: {lambda_: 0.5}
+optim: {lr: 1e-3}
+data: {train: [{path: prompts.jsonl}], max_prompt_tokens: 64}
+rollout: {prompts_per_step: 8, max_response_tokens: 32}
+reward: {right: {target: exact}}
+trainer: {max_steps: 3}
+"""
+SFT_YAML = """
+defaults: [sft, override model: tiny_fp32, _self_]
+run_dir: run
+model: {path: tiny}
+optim: {lr: 1e-3}
+data: {train: [{path: prompts.jsonl, completion: answer}], max_prompt_tokens: 64, sequences_per_step: 4, max_tokens: 128}
+trainer: {max_steps: 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A directory with a good model, data and configurations, and with broken ones."""
+    root = tmp_path_factory.mktemp("files")
+    make_tiny(root / "tiny", "llama")
+    for name in ("no_weights", "missing_shard", "no_template", "no_tokenizer", "moe", "small_heads", "broken_json"):
+        shutil.copytree(root / "tiny", root / name)
+    (root / "no_weights/model.safetensors").unlink()
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (root / "missing_shard/model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "no_template/chat_template.jinja").unlink()
+    (root / "no_tokenizer/tokenizer.json").unlink()
+    _change_json(root / "moe/config.json", model_type="mixtral")
+    _change_json(root / "small_heads/config.json", head_dim=16, num_attention_heads=8)
+    (root / "broken_json/config.json").write_text("{")
+    make_tiny(root / "other", "llama", layers=2)
+    (root / "empty").mkdir()
+    rows = [{"prompt": "1+1?", "answer": "2", "kind": "sum"}, {"prompt": "2*3?", "answer": "6", "kind": "product"}]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "no_rows.jsonl").write_text("")
+    (root / "not_json.jsonl").write_text("prompt: hello\n")
+    (root / "rewards.py").write_text("def right(prompts, completions, *, key, **columns): return [1.0] * len(completions)\n")
+    _write_configs(root)
+    _write_earlier_run(root)
+    return root
+
+
+def _change_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def _write_configs(root: Path) -> None:
+    (root / "good.yaml").write_text(FRPO_YAML)
+    (root / "good_sft.yaml").write_text(SFT_YAML)
+    (root / "key_typo.yaml").write_text("defaults: [good, _self_]\noptim: {warmup_ration: 0.1}\n")
+    (root / "list_typo.yaml").write_text("defaults: [good, _self_]\ndata: {train: [{path: a.jsonl, colum: text}]}\n")
+    (root / "reward_typo.yaml").write_text("defaults: [good, _self_]\nreward: {right: {wieght: 2}}\n")
+    (root / "reward_list.yaml").write_text("defaults: [good, _self_]\nreward: [right]\n")
+    (root / "objective_text.yaml").write_text("defaults: [good, _self_]\nobjective: frpo\n")
+    (root / "not_yaml.yaml").write_text("optim: {lr: 1e-3\n")
+    (root / "no_such_group.yaml").write_text("defaults: [good, override parallel: tp3, _self_]\n")
+    (root / "missing_parent.yaml").write_text("defaults: [gone, _self_]\n")
+
+
+def _write_earlier_run(root: Path) -> None:
+    checkpoint = root / "earlier/checkpoints/step_2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").write_bytes(b"")
+    earlier = load(FRPORun, compose("good", ["run_dir=earlier", f"model.path={root}/other"], str(root)))
+    OmegaConf.save(OmegaConf.structured(earlier), root / "earlier/config.yaml")
+
+
+def check(files: Path, overrides: list[str], config: str = "good", world: int = 1) -> None:
+    schema, validator = (SFTRun, validate_sft) if "sft" in config else (FRPORun, validate_frpo)
+    validator(load(schema, compose(config, overrides, str(files))), world)
+
+
+# overrides, what the message must contain[, configuration[, number of processes]]
+BAD_INPUT = [
+    # the command line
+    (["optim.lrr=1"], ["optim.lrr=1", "nearest valid key is optim.lr"]),
+    (["tensor_model_parallel_size=2"], ["tensor_model_parallel_size=2", "nearest valid key is model.tensor_model_parallel_size"]),
+    (["+trainer.zzz=1"], ["trainer.zzz=1", "valid here are num_nodes"]),
+    (["data.train.0.lmit=3"], ["data.train.0.lmit=3", "data.train.0.limit"]),
+    (["data.train.3.limit=3"], ["data.train.3.limit"]),
+    (["data.train.first.limit=3"], ["first"]),
+    (["objectiv=grpo"], ["objectiv=grpo", "objective"]),
+    (["objective=grpoo"], ["objective=grpoo", "dr_grpo, frpo, grpo"]),
+    (["parallel=tp3"], ["parallel=tp3", "tp2"]),
+    (["optim.lr"], ["optim.lr", "optim.lr=VALUE"]),
+    (["run_dir=a=b"], ["run_dir=a=b", "\"run_dir='a=b'\""]),
+    (["optim.lr=1e-3,1e-4"], ["optim.lr", "1e-4"]),
+    # files
+    ([], ["optim.warmup_ration=0.1", "optim.warmup_ratio"], "key_typo"),
+    ([], ["data.train.0.colum=text", "data.train.0.task_column"], "list_typo"),
+    ([], ["reward.right.wieght=2", "reward.right.weight"], "reward_typo"),
+    ([], ["not_yaml.yaml", "line 2"], "not_yaml"),
+    ([], ["parallel=tp3", "single"], "no_such_group"),
+    ([], ["gone"], "missing_parent"),
+    ([], ["no configuration goood", "nearest is good"], "goood"),
+    # types and missing values
+    (["model.tensor_model_parallel_size=two"], ["model.tensor_model_parallel_size=two", "a whole number"]),
+    (["model.fp8=[1]"], ["model.fp8=[1]", "text or null"]),
+    (["optim.lr=fast"], ["optim.lr=fast", "a number"]),
+    (["data.shuffle=maybe"], ["data.shuffle=maybe", "true or false"]),
+    (["data.train=prompts.jsonl"], ["data.train=prompts.jsonl", "must be a list"]),
+    (["data.train.0.limit=x"], ["data.train.0.limit=x", "a whole number or null"]),
+    (["reward=exact"], ["reward=exact", "gsm8k, world"]),
+    ([], ["reward=[right]", "a mapping from names"], "reward_list"),
+    (["optim=1e-3"], ["optim=0.001", "must be a mapping", "lr"]),
+    (["model.path=${nowhere}"], ["model.path", "nowhere"]),
+    (["model.path=???"], ["model.path", "for example model.path=Qwen/"]),
+    (["data.train=[{limit: 3}]"], ["data.train[0].path", "data.train[0].path=prompts.jsonl"]),
+    (["reward.second.weight=2"], ["reward.second.target", "=math"]),
+    # single values
+    (["model.precision=fp16"], ["model.precision=fp16", "bf16, fp32"]),
+    (["model.recompute=fulll"], ["model.recompute=fulll", "did you mean full"]),
+    (["model.fp8=e5m2"], ["model.fp8=e5m2", "null, hybrid, e4m3"]),
+    (["model.fp8_recipe=mxfp8"], ["model.fp8_recipe=mxfp8", "blockwise"]),
+    (["optim.schedule=cosin"], ["optim.schedule=cosin", "did you mean cosine"]),
+    (["optim.lr=0"], ["optim.lr=0", "above 0"]),
+    (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.001"]),
+    (["optim.warmup_ratio=1.5"], ["optim.warmup_ratio=1.5", "below 1"]),
+    (["optim.clip_grad=-1"], ["optim.clip_grad=-1", "at least 0"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps=0", "at least 1"]),
+    (["checkpoint.keep_last=0"], ["checkpoint.keep_last=0", "at least 1"]),
+    # objective
+    (["objective.lambda_=0"], ["objective.lambda_=0", "above 0"]),
+    (["objective.lamda_=1"], ["objective.lamda_", "lambda_"]),
+    (["~objective.lambda_"], ["objective.lambda_", "must be set"]),
+    (["objective.name=ppo"], ["objective.name='ppo'", "grpo"]),
+    ([], ["objective=frpo", "{name: frpo, lambda_: 0.5}"], "objective_text"),
+    # layout
+    ([], ["trainer.devices=1", "4", "torchrun --nproc_per_node 1"], "good", 4),
+    (["parallel=tp2_pp2"], ["trainer.devices=4", "torchrun --nproc_per_node 4"], "good", 2),
+    (["trainer.devices=3", "model.tensor_model_parallel_size=2"], ["model.tensor_model_parallel_size=2", "3 processes"], "good", 3),
+    (["trainer.devices=3", "model.tensor_model_parallel_size=3"], ["tensor_model_parallel_size=3", "num_attention_heads=4"], "good", 3),
+    (["trainer.devices=3", "model.pipeline_model_parallel_size=3"], ["pipeline_model_parallel_size=3", "num_hidden_layers=4"], "good", 3),
+    (["model.sequence_parallel=true"], ["model.sequence_parallel=true", "tensor_model_parallel_size above 1"]),
+    (["model.num_layers_in_first_pipeline_stage=1"], ["num_layers_in_first_pipeline_stage", "pipeline_model_parallel_size above 1"]),
+    # rollout and batch
+    (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
+    (["rollout.temperature=0"], ["rollout.temperature=0", "above 0"]),
+    (["rollout.top_p=1.5"], ["rollout.top_p=1.5", "at most 1"]),
+    (["rollout.top_k=0"], ["rollout.top_k=0", "-1"]),
+    (["rollout.temperature=0.7", "rollout.top_p=0.9"], ["rollout.temperature=0.7", "rollout.top_p=0.9"]),
+    (["rollout.tensor_model_parallel_size=2"], ["rollout.tensor_model_parallel_size=2", "1 processes"]),
+    (["trainer.devices=4", "rollout.prompts_per_step=2"], ["rollout.prompts_per_step=2", "4 vLLM engines"], "good", 4),
+    (["trainer.devices=3", "rollout.tensor_model_parallel_size=3"], ["rollout.tensor_model_parallel_size=3", "num_attention_heads=4"], "good", 3),
+    (["trainer.updates_per_rollout=3"], ["trainer.updates_per_rollout=3", "rollout.prompts_per_step=8"]),
+    (["trainer.microbatch_tokens=80"], ["trainer.microbatch_tokens=80", "at least 96"]),
+    (["rollout.max_response_tokens=500"], ["564", "max_position_embeddings=512"]),
+    # model
+    (["model.path=/nowhere/model"], ["model.path=/nowhere/model", "does not exist"]),
+    (["model.path=empty"], ["empty/config.json", "does not exist"]),
+    (["model.path=broken_json"], ["broken_json/config.json", "not valid JSON"]),
+    (["model.path=moe"], ["moe", "mixture of experts"]),
+    (["model.path=no_weights"], ["model.path=no_weights", ".safetensors"]),
+    (["model.path=missing_shard"], ["model.path=missing_shard", "model-00002-of-00002.safetensors"]),
+    (["model.path=no_tokenizer"], ["model.path=no_tokenizer", "tokenizer.json"]),
+    (["model.path=no_template"], ["model.path=no_template", "chat template"]),
+    # data
+    (["data.train=[]"], ["data.train", "at least one source"]),
+    (["data.train.0.path=gone.jsonl"], ["data.train.0", "gone.jsonl", "does not exist"]),
+    (["data.train.0.path=no_rows.jsonl"], ["data.train.0", "no_rows.jsonl"]),
+    (["data.train.0.path=not_json.jsonl"], ["data.train.0", "not_json.jsonl"]),
+    (["data.train.0.path='world:prompt?seed=0'"], ["data.train.0", "world:prompt?seed=0", "prompts"]),
+    (["data.train.0.prompt=question"], ["data.train.0", "question", "prompt, answer, kind"]),
+    (["data.train.0.task=sum", "data.train.0.task_column=kind"], ["task=sum", "task_column=kind"]),
+    (["data.train.0.limit=0"], ["data.train.0.limit=0", "at least 1"]),
+    (["data.train.0.start=-1"], ["data.train.0.start=-1", "at least 0"]),
+    (["trainer.val_interval=5"], ["trainer.val_interval=5", "data.validation"]),
+    # rewards
+    (["reward.right.target=exactt"], ["reward.right", "exactt", "exact"]),
+    (["reward.right.target=no_module.f"], ["reward.right", "no_module.f", "imported"]),
+    (["reward.right.target=rewards.py:wrong"], ["reward.right", "wrong"]),
+    (["reward.right.target=rewards.py:right"], ["reward.right", "'key'", "columns are"]),
+    (["reward.right.args.column=gold"], ["reward.right", "gold", "answer"]),
+    (["reward.right.args.strict=true"], ["reward.right", "strict"]),
+    (["reward.right.timeout=0"], ["reward.right", "timeout=0"]),
+    (["data.train.0.task_column=kind", "reward.right.tasks=[sum, quotient]"], ["task 'product'"]),
+    (["data.train.0.task=sum", "reward.right.tasks=[sum, quotient]"], ["reward.right.tasks", "quotient", "sum"]),
+    # where it is written and continued
+    (["run_dir=prompts.jsonl/run"], ["run_dir=prompts.jsonl/run", "is a file"]),
+    (["run_dir=earlier"], ["run_dir=earlier", "model.path=tiny", "another run_dir", "checkpoint.resume=never"]),
+    (["run_dir=earlier", "model.path=other", "optim.lr=1"], ["optim.lr=1.0 (was 0.001)"]),
+    (["checkpoint.resume=gone/step_2"], ["checkpoint.resume=gone/step_2", "does not exist"]),
+    (["checkpoint.resume=tiny"], ["checkpoint.resume=tiny", "not a checkpoint"]),
+    (["checkpoint.resume=earlier/checkpoints/step_2"], ["another model", "num_layers=2", "model.path=tiny"]),
+    # supervised fine-tuning
+    (["data.train.0.completion=null"], ["data.train.0.completion"], "good_sft"),
+    (["data.train.0.completion=reply"], ["data.train.0", "reply"], "good_sft"),
+    (["data.max_tokens=32"], ["data.max_tokens=32", "data.max_prompt_tokens=64"], "good_sft"),
+    (["trainer.devices=8"], ["data.sequences_per_step=4", "at least 8"], "good_sft", 8),
+    (["rollout.group_size=8"], ["rollout", "valid here are"], "good_sft"),
+    (["trainer.microbatch_tokens=100"], ["trainer.microbatch_tokens=100", "at least 128"], "good_sft"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_INPUT, ids=lambda bad: " ".join([*bad[0], *bad[2:3]]))
+def test_bad_input_gives_one_clear_sentence(bad, files, monkeypatch):
+    overrides, fragments, *rest = bad
+    monkeypatch.chdir(files)
+    with pytest.raises(ConfigError) as error:
+        check(files, overrides, *rest)
+    message = str(error.value)
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+    assert "\n" not in message and "full_key" not in message and "++" not in message, message
+
+
+def test_good_input_passes(files, monkeypatch):
+    monkeypatch.chdir(files)
+    check(files, [])
+    check(files, [], "good_sft")
+    check(files, ["parallel=tp2_pp2", "objective=grpo", "~objective.lambda_"], world=4)
+    check(files, ["run_dir=earlier", "model.path=other".replace("other", f"{files}/other"), "trainer.max_steps=9"])
+    check(files, ["run_dir=earlier", "checkpoint.resume=never"])
+    check(files, ["model.path=some-org/some-model"])  # a hub name: nothing to see offline
+    assert not (files / "run").exists()
+
+
+def test_without_transformer_engine_fp8_and_context_parallelism_are_refused(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(validate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="model.fp8=hybrid needs Transformer Engine"):
+        check(files, ["model.fp8=hybrid", "model.precision=bf16"])
+    with pytest.raises(ConfigError, match="model.context_parallel_size=2 needs Transformer Engine.*context_parallel_size=1"):
+        check(files, ["model.context_parallel_size=2", "trainer.devices=2"], world=2)
+
+
+def test_small_heads_are_refused_on_a_cpu_only(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(validate, "_gpu_memory", lambda: None)
+    with pytest.raises(ConfigError, match="size 16.*small_heads.*at least 32"):
+        check(files, ["model.path=small_heads"])
+    monkeypatch.setattr(validate, "_gpu_memory", lambda: 2**40)
+    check(files, ["model.path=small_heads"])
+
+
+def test_full_disk_is_told_before_training(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(validate.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(ConfigError, match="run_dir=run has 1 MiB of free disk, but checkpoints need .* MiB.*keep_last=2"):
+        check(files, ["trainer.save_interval=1"])
+
+
+def test_too_little_gpu_memory_is_told_before_training(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(validate, "_gpu_memory", lambda: 2**20)
+    with pytest.raises(ConfigError, match="optimizer need .* MiB on each GPU, which has 1 MiB"):
+        check(files, [])
+    monkeypatch.setattr(validate, "_gpu_memory", lambda: 2**24)
+    with pytest.raises(ConfigError, match="rollout.gpu_memory_utilization=0.01"):
+        check(files, ["rollout.gpu_memory_utilization=0.01"])
+
+
+def test_parameters_are_counted_exactly(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    for family, tied in (("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)):
+        make_tiny(tmp_path / family, family, tied=tied)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+        assert estimate.parameters(Architecture.from_hf(tmp_path / family)) == model.num_parameters()
+
+
+# The real command.
+
+
+def start(files: Path, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = ["-c", code] if code else [str(REPOSITORY / "recipes/frpo.py")]
+    return subprocess.run([sys.executable, *command, *arguments], cwd=files, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, fragments",
+    [
+        (["--config-dir=.", "--config-name=good", "optim.lrr=1"], ["optim.lrr=1", "optim.lr"]),
+        (["--trainer.max_steps=3"], ["--trainer.max_steps=3", "without dashes: trainer.max_steps=3"]),
+    ],
+)
+def test_command_ends_with_one_line_and_code_2(arguments, fragments, files):
+    ended = start(files, *arguments)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("frpo.py: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert [fragment for fragment in fragments if fragment not in ended.stderr] == [], ended.stderr
+
+
+def test_checks_import_neither_megatron_nor_nemo_nor_vllm(files):
+    code = f"""
+import runpy, sys
+try:
+    runpy.run_path({str(REPOSITORY / "recipes/frpo.py")!r}, run_name="__main__")
+except SystemExit as end:
+    print(end.code, [name for name in ("megatron.core", "nemo", "vllm") if name in sys.modules])
+"""
+    # run_dir is checked last, but for what is on the disk
+    ended = start(files, "--config-path=.", "--config-name", "good", "run_dir=prompts.jsonl/run", code=code)
+    assert ended.stdout == "2 []\n", ended
+
+
+def test_good_command_reaches_run_through_nemo(files):
+    """Once with everything from files, overrides and groups; a ConfigError of the run itself is one line as well."""
+    code = """
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.training.cli import main
+from frpo_nemo.training.config import FRPORun
+from frpo_nemo.training.validate import validate_frpo
+
+def run(cfg):
+    print(cfg.optim.lr, cfg.objective, cfg.data.train[0].limit, cfg.reward["right"].weight)
+    raise ConfigError("found late")
+
+main(run, FRPORun, "frpo", validate_frpo)
+"""
+    overrides = ["optim.lr=2e-3", "objective=dr_grpo", "~objective.lambda_", "data.train.0.limit=1", "reward.right.weight=3"]
+    ended = start(files, *overrides, "--config-dir", ".", "--config-name", "good", code=code)
+    assert (ended.returncode, ended.stdout) == (2, "0.002 {'name': 'dr_grpo'} 1 3.0\n"), ended
+    assert ended.stderr == "-c: found late\n"
+
+
+# What may be set is documented, and the defaults in the documentation are the true ones.
+
+OPTION = re.compile(r"#( +(?:- )?)(\w+):(?: +(?!#)(.*?))?(?: +# (.+))?$")
+
+
+def documented(file: str) -> dict[str, tuple[str, str]]:
+    """key -> (default as text, sentence), from lines `#   key: default   # sentence`; indentation gives the path."""
+    out, path = {}, []
+    for line in (CONFIGS / file).read_text().split("_self_\n")[-1].splitlines():
+        if not (match := OPTION.match(line)):
+            continue
+        spaces, key, default, sentence = match.groups()
+        path = [(indent, name) for indent, name in path if indent < len(spaces)] + [(len(spaces), key)]
+        out[".".join(name for _, name in path if name != "NAME")] = (default, sentence)
+    return out
+
+
+def default_of(option: dataclasses.Field) -> Any:
+    return option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+
+
+@pytest.mark.parametrize("schema, pages", [(FRPORun, ["frpo.yaml"]), (SFTRun, ["frpo.yaml", "sft.yaml"])])
+def test_every_option_is_documented_with_its_default(schema, pages):
+    options = {k: v for page in pages for k, v in documented(page).items()}
+    for key, option in documented_keys(schema):
+        if key.startswith("data.validation."):
+            continue  # "like train's"
+        assert key in options, f"{key} is not in {pages[-1]}"
+        default, sentence = options[key]
+        if dataclasses.is_dataclass(default_of(option)):
+            continue
+        shown = OmegaConf.to_container(OmegaConf.create(f"value: {default}"), throw_on_missing=False)["value"]
+        assert shown == default_of(option), key
+        assert sentence and sentence.endswith("."), f"{key} has no sentence"
+
+
+def test_documentation_has_no_option_that_does_not_exist():
+    assert set(documented("frpo.yaml")) <= {key for key, _ in documented_keys(FRPORun)}
+    assert set(documented("sft.yaml")) <= {key for key, _ in documented_keys(SFTRun)}
+
+
+@pytest.mark.parametrize("name, cls", [("frpo", FRPO), ("grpo", GRPO), ("dr_grpo", DrGRPO)])
+def test_objective_files_document_their_fields(name, cls):
+    lines = (CONFIGS / f"objective/{name}.yaml").read_text().splitlines()
+    options = OmegaConf.create("\n".join(line.removeprefix("# ") for line in lines[2:]))
+    defaults = {f.name: "???" if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(cls)}
+    assert OmegaConf.to_container(options) == defaults
+
+
+def configurations(*directories: str) -> list[str]:
+    return [f"{d}/{file.stem}" for d in directories for file in sorted((CONFIGS / d).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", configurations("experiment"))
+def test_experiments_fit_the_schema(name):
+    cfg = compose(name, ["run_dir=x"])
+    run = load(FRPORun if "rollout" in cfg else SFTRun, cfg)
+    if "rollout" in cfg and "lambda_" in run.objective:
+        build_objective(run.objective)
+
+
+@pytest.mark.parametrize("choice", configurations("parallel", "model", "data", "reward", "objective"))
+def test_choices_of_groups_fit_the_schema(choice, files):
+    group, name = choice.split("/")
+    load(SFTRun if name in ("gsm8k_sft", "world_reference") else FRPORun, compose(
+        "good_sft" if name in ("gsm8k_sft", "world_reference") else "good", [f"{group}={name}"], str(files)))
