@@ -23,8 +23,8 @@ STYLE = {
 def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """metrics.jsonl -> {metric: (steps, values)}, by growing step; null becomes NaN.
 
-    The last value counts where a step was logged twice. A last line that is not whole yet is left out; any other line
-    that is not JSON raises ValueError.
+    The last value counts where a step was logged twice. A last line that is not whole yet is left out; any
+    other line that is not JSON raises ValueError.
     """
     points: dict[str, dict[int, float]] = {}
     for line in Path(path).read_text().split("\n")[:-1]:
@@ -40,8 +40,9 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
 def learning_curve(
     metrics_files: dict[str, str | Path], out_png: str | Path, *, title: str | None = None
 ) -> Path:
-    """Draw {label: path of metrics.jsonl}: reward against step on the left (line with dots: held-out prompts, pale line:
-    training prompts), KL to the reference on the right; entropy there if no run logged a KL, nothing if neither.
+    """Draw {label: path of metrics.jsonl}: reward against step on the left (line with dots: held-out prompts,
+    pale line: training prompts), KL to the reference on the right; entropy there if no run logged a KL,
+    nothing if neither.
 
     Raises ValueError when no run has a reward.
     """
@@ -78,7 +79,7 @@ def _draw_rewards(axis, runs) -> None:
     axis.set_ylabel("mean reward")
     handles = [
         axis.plot([], [], color=colour, linewidth=2, label=label)[0]
-        for label, colour in zip(runs, _colours(runs))
+        for label, colour in zip(runs, _colours(runs), strict=True)
     ]
     grey = {"color": "#555555", "linewidth": 1.5}
     if any("validation/reward/mean" in run for run in runs.values()):
@@ -89,7 +90,7 @@ def _draw_rewards(axis, runs) -> None:
 
 
 def _draw(axis, runs, metric: str, **style) -> None:
-    for (label, run), colour in zip(runs.items(), _colours(runs)):
+    for run, colour in zip(runs.values(), _colours(runs), strict=True):
         if metric in run:
             axis.plot(*run[metric], **{"color": colour, "linewidth": 2, "solid_capstyle": "round"} | style)
 

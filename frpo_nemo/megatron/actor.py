@@ -38,6 +38,7 @@ class Losses:
 
 # (logprobs fp32 [R], entropy fp32 [R], the microbatch's sequences with their columns) -> Losses
 Loss = Callable[[Tensor, Tensor, SequenceBatch], Losses]
+Check = Callable[[Tensor], None]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -80,12 +81,17 @@ class PolicyActor:
     # -- training
 
     @runs_on_megatron_device
-    def train_step(self, batch: SequenceBatch, loss: Loss, *, update: int, total_updates: int) -> StepResult:
+    def train_step(
+        self, batch: SequenceBatch, loss: Loss, *, update: int, total_updates: int, check: Check | None = None
+    ) -> StepResult:
         """Gradient of the sum of all sequences' losses, then one optimizer update (number `update` from 0).
 
-        Raises NonFiniteLoss before the update.
+        check: called with the policy's log-probs [R] before the update, to stop it by an exception. Raises NonFiniteLoss
+        before the update.
         """
         per_sequence, per_token = self.accumulate_gradient(batch, loss)
+        if check is not None:
+            check(per_token["logprobs"])
         bad = (~torch.isfinite(per_sequence["loss"])).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteLoss(f"the loss of {len(bad)} of {batch.num_sequences} sequences is not finite", bad)

@@ -111,9 +111,10 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     model = _model_state(actor)
     wanted = {"model": model, "optimizer": optimizer_state.to_load(actor.optimizer, model)}
     loaded = _read_tensors(Path(checkpoint), wanted)
-    for name, parameter in actor.gpt.named_parameters():
+    parameters = dict(actor.gpt.named_parameters())
+    for name, parameter in parameters.items():
         parameter.copy_(loaded["model"][name])
-    optimizer_state.restore(actor.optimizer, model, loaded.get("optimizer", {}), record["adam_step"])
+    optimizer_state.restore(actor.optimizer, parameters, loaded.get("optimizer", {}), record["adam_step"])
     restored = record["layout"] == _layout(actor)
     if restored:
         rng.restore(load_file(Path(checkpoint) / _rng_file()))
@@ -169,6 +170,16 @@ class _DescriptionsOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """torch's, but a full disk is called a full disk: its zip writer raises another error while it handles that one."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
 class _InProcessSave(SaveShardedStrategy):
     """megatron-core's torch_dist format, written by torch's own writer in this thread.
 
@@ -187,7 +198,7 @@ class _InProcessSave(SaveShardedStrategy):
                 by_key.setdefault(tensor.key, []).append(tensor)
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=_Writer(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(flatten_state_dict=False),
         )
 
@@ -259,6 +270,7 @@ def _on_every_rank(action: Callable[[], None], temporary: Path, *, only_first: b
         return
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()  # an error on another rank may end this one
     raise CheckpointError(
         f"The checkpoint {temporary.with_suffix('')} could not be written: {first}. What there was of it is removed; "
         "earlier checkpoints are untouched."

@@ -52,12 +52,15 @@ def to_load(optimizer, model_state: dict) -> dict:
 
 
 @torch.no_grad()
-def restore(optimizer, model_state: dict, loaded: dict, step: int) -> None:
-    """Take this rank's pieces out of `loaded` (what `to_load` asked for, filled), and Adam's step."""
+def restore(optimizer, parameters: dict, loaded: dict, step: int) -> None:
+    """Take this rank's pieces out of `loaded` (what `to_load` asked for, filled), and Adam's step.
+
+    parameters: name -> parameter of the model.
+    """
     allocate(optimizer)
     for part in _parts(optimizer):
         for name, whole in loaded.items():
-            where, pieces = _own_piece(part, model_state[name].data)
+            where, pieces = _own_piece(part, parameters[name])
             for key in KEYS:
                 pieces[key].copy_(whole[key].flatten()[where])
     set_adam_step(optimizer, step)

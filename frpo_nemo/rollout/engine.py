@@ -7,7 +7,6 @@ rank, and they stay in step because they see the same requests. vLLM is imported
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import warnings
@@ -81,7 +80,6 @@ class RolloutEngine:
                 # "raw" is before the temperature, "processed" after; at temperature 1 raw does not copy the logits.
                 logprobs_mode="raw_logprobs" if temperature == 1 else "processed_logprobs",
             )
-        gc.unfreeze()  # vLLM freezes the heap as it is now, in which garbage of the whole process may sit
 
     def generate(
         self,
@@ -158,6 +156,10 @@ class RolloutEngine:
     def wake(self) -> None:
         """Undo `sleep` now. `refit` and `generate` do it by themselves, for what they need."""
         self._wake("weights", "kv_cache")
+
+    def close(self) -> None:
+        """Shut vLLM down. It destroys torch.distributed's process groups with it, so this comes last."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _wake(self, *tags: str) -> None:
         if needed := self._asleep.intersection(tags):

@@ -4,13 +4,15 @@ only then NeMo (whose import takes seconds) and everything heavier is imported. 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
 import hydra
 import yaml
@@ -39,10 +41,13 @@ def main(run: Callable[[Any], None], schema: type, config_name: str, check: Call
         local_rank, world_size = started_world()
         # One process per node checks. If it ends, the launcher ends the others, which are still importing.
         if local_rank == 0 and not _printing_flags(arguments):
-            check(load(schema, compose(name, arguments.overrides, directory)), world_size)
+            with _quiet():
+                check(load(schema, compose(name, arguments.overrides, directory)), world_size)
         first, overrides = _for_hydra(arguments.overrides, directory)
         sys.argv[1:] = [f"--config-name={name}", *_printing_flags(arguments), *overrides, "hydra.job.chdir=false"]
-        _import_hydra_runner()(config_path=first, config_name=name)(composed.append)()
+        with _quiet():
+            hydra_runner = _import_hydra_runner()
+        hydra_runner(config_path=first, config_name=name)(composed.append)()
         if composed:  # not after --help and its like
             run(load(schema, composed[0]))
     except ConfigError as error:
@@ -50,7 +55,7 @@ def main(run: Callable[[Any], None], schema: type, config_name: str, check: Call
         raise SystemExit(2) from None
 
 
-def compose(config_name: str, overrides: Sequence[str] = (), config_dir: Optional[str] = None) -> DictConfig:
+def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """What the YAML files and the overrides say, without the schema's defaults. Files in `config_dir` come before
     those in configs/. Raises ConfigError."""
     first, hydra_overrides = _for_hydra(overrides, config_dir)
@@ -72,16 +77,23 @@ def started_world() -> tuple[int, int]:
 
 
 def _import_hydra_runner() -> Callable:
-    """NeMo and its telemetry warn, in many lines per process, of packages that we do not use."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        from nemo.core.config import hydra_runner
-        from nemo.lightning.callback_group import CallbackGroup
+    from nemo.core.config import hydra_runner
+    from nemo.lightning.callback_group import CallbackGroup
 
-        CallbackGroup.get_instance()
-        logging.disable(logging.NOTSET)
+    CallbackGroup.get_instance()  # the runner makes it at the end, not quietly
     return hydra_runner
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries warn, in many lines per process, of packages that we do not use, and log what a ConfigError says."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _parse_command_line(argv: list[str]):
@@ -102,7 +114,7 @@ def _printing_flags(arguments) -> list[str]:
     return [f"--{n.replace('_', '-')}" for n in switches] + [f"--{n}={getattr(arguments, n)}" for n in values]
 
 
-def _for_hydra(overrides: Sequence[str], config_dir: Optional[str]) -> tuple[str, list[str]]:
+def _for_hydra(overrides: Sequence[str], config_dir: str | None) -> tuple[str, list[str]]:
     """(the directory that Hydra searches first, overrides as Hydra needs them).
 
     Value overrides get Hydra's `++` (set, whether or not a YAML file has the key), because the defaults are not in
@@ -111,7 +123,9 @@ def _for_hydra(overrides: Sequence[str], config_dir: Optional[str]) -> tuple[str
     if config_dir is None:
         return str(CONFIGS), [_set_or_choose(override, [CONFIGS]) for override in overrides]
     if not Path(config_dir).is_dir():
-        raise ConfigError(f"The directory of configurations {config_dir} does not exist (working directory: {Path.cwd()}).")
+        raise ConfigError(
+            f"The directory of configurations {config_dir} does not exist (working directory: {Path.cwd()})."
+        )
     first = Path(config_dir).resolve()
     ours = f"hydra.searchpath=['file://{CONFIGS}']"
     return str(first), [*(_set_or_choose(override, [first, CONFIGS]) for override in overrides), ours]
@@ -125,7 +139,7 @@ def _set_or_choose(override: str, directories: list[Path]) -> str:
     return override if is_group or key[:1] in ("+", "~") or key.startswith("hydra") else f"++{override}"
 
 
-def _sentence(error: Exception, config_name: str, config_dir: Optional[str]) -> str:
+def _sentence(error: Exception, config_name: str, config_dir: str | None) -> str:
     """An error of Hydra, OmegaConf or the YAML parser in one sentence."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file == config_name:
         directories = [Path(directory) for directory in (config_dir, CONFIGS) if directory]
@@ -140,5 +154,13 @@ def _sentence(error: Exception, config_name: str, config_dir: Optional[str]) -> 
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.lstrip("+").partition("=")
         return f"Cannot read the override {key}={value}; quote what has special characters: \"{key}='{value}'\"."
-    texts = [one_line(str(e)) for e in (error, error.__cause__) if e]
-    return ": ".join(texts).replace("++", "") + "."
+    text = ": ".join(one_line(str(e)) for e in (error, error.__cause__) if e)
+    if isinstance(error, yaml.YAMLError):
+        return f"Not valid YAML: {text}."
+    if isinstance(error, TypeError):
+        return f"{text}; the entries of a list are numbered from 0, as in data.train.0.limit=3."
+    if text.startswith("Ambiguous"):
+        text = text.split(" 1. ")[0] + "; write a list as key=[a,b] and text as key='a,b'"
+    for theirs, plain in (("++", ""), ("DictConfig", "a mapping"), ("ListConfig", "a list")):
+        text = text.replace(theirs, plain)
+    return text + "."

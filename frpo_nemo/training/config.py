@@ -1,11 +1,13 @@
-"""The configuration schema: every option, its type and its only default. configs/frpo.yaml and configs/sft.yaml
-document the options; a test keeps the two equal. Composing is in cli.py, checks that need more than a type in validate.py.
+"""The configuration schema: every option, its type and its only default.
+
+configs/frpo.yaml and configs/sft.yaml document the options, and a test keeps the two equal. cli.py composes;
+validate.py has the checks that need more than a type.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -23,10 +25,10 @@ class ModelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1  # above 1 needs Transformer Engine
     sequence_parallel: bool = False
-    num_layers_in_first_pipeline_stage: Optional[int] = None  # uneven split; None: even
-    num_layers_in_last_pipeline_stage: Optional[int] = None
+    num_layers_in_first_pipeline_stage: int | None = None  # uneven split; None: even
+    num_layers_in_last_pipeline_stage: int | None = None
     recompute: str = "none"  # none, selective (attention) or full (every layer)
-    fp8: Optional[str] = None  # None, hybrid or e4m3; needs Transformer Engine
+    fp8: str | None = None  # None, hybrid or e4m3; needs Transformer Engine
     fp8_recipe: str = "delayed"  # delayed, tensorwise or blockwise
     logprob_chunk_tokens: int = 1024  # tokens whose full-vocabulary fp32 logits exist at one time
 
@@ -51,11 +53,11 @@ class SourceConfig:
     path: str = required("prompts.jsonl")
     split: str = "train"  # for a hub name
     prompt: str = "prompt"  # column with the prompt: a string, or a list of chat messages
-    completion: Optional[str] = None  # column with the completion (SFT)
-    task: Optional[str] = None  # the task of every example, or ...
-    task_column: Optional[str] = None  # ... the column that names it; rewards choose examples by task
-    system_prompt: Optional[str] = None  # put before every prompt
-    limit: Optional[int] = None  # the first so many examples
+    completion: str | None = None  # column with the completion (SFT)
+    task: str | None = None  # the task of every example, or ...
+    task_column: str | None = None  # ... the column that names it; rewards choose examples by task
+    system_prompt: str | None = None  # put before every prompt
+    limit: int | None = None  # the first so many examples
     start: int = 0  # skip so many examples first (a validation set cut from the same file)
 
 
@@ -72,7 +74,7 @@ class RolloutConfig:
     prompts_per_step: int = required("16")
     group_size: int = 8  # responses per prompt (G)
     max_response_tokens: int = required("2048")
-    temperature: float = 1.0
+    temperature: float = 1.0  # also of the log-probs in training
     top_p: float = 1.0
     top_k: int = -1  # -1: all tokens
     tensor_model_parallel_size: int = 1  # of each vLLM engine
@@ -80,9 +82,9 @@ class RolloutConfig:
     max_num_seqs: int = 256  # sequences that one engine decodes together
     enforce_eager: bool = False  # True: no CUDA graphs
     refit_bucket_mb: int = 512  # memory bound of the weight stream
-    importance_correction: str = "none"  # none, token or sequence weights for the mismatch of vLLM and Megatron
-    importance_limit: float = 2.0  # where those weights are truncated
-    logprob_gap_threshold: Optional[float] = None  # largest mean |logp_megatron - logp_vllm|; None: by precision
+    logprob_gap_threshold: float | None = None  # largest mean |logp_megatron - logp_vllm|; None: by precision
+    importance_correction: str = "none"  # weights against that gap: none, per token or per sequence
+    importance_limit: float = 2.0  # largest of those weights
 
 
 @dataclass
@@ -91,7 +93,7 @@ class RewardConfig:
 
     target: str = required("math")
     weight: float = 1.0
-    tasks: Optional[list[str]] = None  # None: every example
+    tasks: list[str] | None = None  # None: every example
     args: dict[str, Any] = field(default_factory=dict)
     timeout: float = 10.0  # seconds per response, then None
     isolate: bool = False  # run in worker processes that may be killed
@@ -105,10 +107,14 @@ class TrainerConfig:
     max_steps: int = required("500")
     seed: int = 1
     microbatch_tokens: int = 8192  # token budget of a packed microbatch
-    updates_per_rollout: int = 1  # optimizer steps per rollout batch, on minibatches of whole groups
     val_interval: int = 0  # steps between validations; 0: none. Also before the first and after the last step
     save_interval: int = 0  # steps between checkpoints; 0: only at the end
     phase_timeout: float = 1800.0  # seconds that one phase may take before the watchdog ends the job
+
+
+@dataclass
+class FRPOTrainerConfig(TrainerConfig):
+    updates_per_rollout: int = 1  # optimizer steps per rollout batch, on minibatches of whole groups
 
 
 @dataclass
@@ -121,8 +127,8 @@ class CheckpointConfig:
 @dataclass
 class LoggingConfig:
     tensorboard: bool = True
-    wandb_project: Optional[str] = None  # None: no W&B
-    wandb_name: Optional[str] = None
+    wandb_project: str | None = None  # None: no W&B
+    wandb_name: str | None = None
 
 
 @dataclass
@@ -136,7 +142,7 @@ class FRPORun:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: dict[str, RewardConfig] = required("gsm8k")
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: FRPOTrainerConfig = field(default_factory=FRPOTrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -5,6 +5,8 @@ Phases (sleep and wake of the engine, timing, the watchdog) belong to the object
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
@@ -38,16 +40,17 @@ def train(cfg) -> None:
 
         for step in run.steps():
             rollouts = worker.generate(step, actor)
-            results = learn(run, objective, actor, rollouts, step)
+            results = learn(run, objective, worker, actor, rollouts, step)
             worker.refit(actor)
             values = rollout_statistics(rollouts, worker.tasks) | step_statistics(objective, rollouts.batch, results)
             if run.validation_due(step):
                 validate(run, worker, actor, step)
             run.record(step, values, int(rollouts.batch.lengths.sum()))
         run.export()
+        worker.close()
 
 
-def learn(run: Run, objective, actor: PolicyActor, rollouts: Rollouts, step: int) -> list[StepResult]:
+def learn(run: Run, objective, worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int) -> list[StepResult]:
     """One optimizer update for each of updates_per_rollout minibatches of whole groups.
 
     With several, the log-probs of the rollout's policy are computed first, and each minibatch's advantages from the
@@ -61,6 +64,9 @@ def learn(run: Run, objective, actor: PolicyActor, rollouts: Rollouts, step: int
             batch.token_columns["reference_logprobs"] = actor.get_init_policy_logprobs(batch)
         if updates > 1:
             batch.token_columns["old_logprobs"] = actor.get_inference_log_probs(batch)
+            worker.check_logprobs(step, batch, batch.token_columns["old_logprobs"])
+    # Before the first update, the policy's log-probs must be those that vLLM sampled with.
+    check = partial(worker.check_logprobs, step, batch) if updates == 1 else None
     results, advantages = [], torch.zeros(batch.num_sequences)
     for number, indices in enumerate(minibatches(rollouts.groups, updates)):
         minibatch = batch.select(indices)
@@ -71,13 +77,14 @@ def learn(run: Run, objective, actor: PolicyActor, rollouts: Rollouts, step: int
             old = minibatch.token_columns["old_logprobs"]
             importance = objective.importance(current, old, minibatch.response_lengths)
         with run.phases("train"):
-            results.append(update(run, objective, actor, minibatch, importance, step, (step - 1) * updates + number))
+            number += (step - 1) * updates
+            results.append(update(run, objective, actor, minibatch, importance, step, number, check))
         advantages[indices] = minibatch.columns["advantage"]
     batch.columns["advantage"] = advantages
     return results
 
 
-def update(run: Run, objective, actor, minibatch: SequenceBatch, importance, step: int, number: int) -> StepResult:
+def update(run: Run, objective, actor, minibatch: SequenceBatch, importance, step: int, number: int, check) -> StepResult:
     """One gradient and optimizer step over a minibatch of whole groups."""
     rewards, groups = minibatch.columns["reward"], minibatch.columns["group"]
     minibatch.columns["advantage"] = objective.effective_advantages(rewards, groups, importance)
@@ -86,7 +93,11 @@ def update(run: Run, objective, actor, minibatch: SequenceBatch, importance, ste
     loss = PolicyLoss(objective, minibatch.num_sequences, rollout.importance_correction, rollout.importance_limit)
     try:
         return actor.train_step(
-            minibatch, loss, update=number, total_updates=trainer.max_steps * trainer.updates_per_rollout
+            minibatch,
+            loss,
+            update=number,
+            total_updates=trainer.max_steps * trainer.updates_per_rollout,
+            check=check,
         )
     except NonFiniteLoss as error:
         path = run.save_offenders(step, minibatch, error)
@@ -100,6 +111,7 @@ def validate(run: Run, worker: RolloutWorker, actor: PolicyActor, step: int) -> 
         values = rollout_statistics(rollouts, worker.tasks)
         batch = rollouts.batch
         current, reference = actor.get_inference_log_probs(batch), actor.get_init_policy_logprobs(batch)
+        worker.check_logprobs(step, batch, current)
         # Responses are samples of the policy, so the mean log-ratio of whole sequences estimates KL(policy, reference).
         values["kl/reference"] = segment_sum(current - reference, batch.response_lengths).mean().item()
         if run.rank == 0:

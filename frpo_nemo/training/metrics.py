@@ -1,7 +1,7 @@
-"""Where a run's numbers go: console, metrics.jsonl, TensorBoard, W&B; and the seconds of every phase of a step.
+"""Where a run's numbers go: console, metrics.jsonl, TensorBoard, W&B; and the seconds of a step's phases.
 
-Nothing is reduced here: values come in as the global numbers that they are. A `step` counts finished optimizer steps,
-so that what was logged at a step belongs to the checkpoint of that step.
+Nothing is reduced here: values come in as the global numbers that they are. A `step` counts finished
+optimizer steps, so that what was logged at a step belongs to the checkpoint of that step.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ HEADING_EVERY = 20  # lines
 
 
 class MetricsLogger:
-    """Writes metrics of a run into run_dir and onto the console. Only rank 0's is `enabled`; the others do nothing.
+    """Writes metrics into run_dir and onto the console. Only rank 0's is `enabled`; the others do nothing.
 
-    resume_step: the step of the checkpoint that this run continues; what an earlier attempt logged beyond it is dropped,
-    so that the files are the history of the run that survived. None: a new run, nothing earlier is kept.
-    config: what W&B shows as the configuration. WANDB_MODE=offline is respected.
+    resume_step: the step of the checkpoint that this run continues; what an earlier attempt logged beyond it
+    is dropped, so that the files are the history of the run that survived. None: a new run, nothing earlier
+    is kept. config: what W&B shows as the configuration. WANDB_MODE=offline is respected.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MetricsLogger:
         self.sinks.append(_Console(max_steps, resume_step or 0))
 
     def log(self, step: int, values: dict[str, float], *, validation: bool = False) -> None:
-        """Record `values` of `step`; those of a validation are named validation/NAME. One-element tensors will do."""
+        """Record `values` of `step`, as validation/NAME if from a validation. One-element tensors will do."""
         if not self.sinks:
             return
         prefix = "validation/" if validation else ""
@@ -88,7 +88,7 @@ class MetricsLogger:
 
 
 class _JsonLines:
-    """One object per line: step, time (seconds since 1970) and the values; a value that is not finite is null."""
+    """One object per line: step, time (seconds since 1970) and the values, null where not finite."""
 
     def __init__(self, path: Path, resume_step: int | None):
         last = -1 if resume_step is None else resume_step
@@ -153,8 +153,8 @@ class _Wandb:
 
 
 class _Console:
-    """A progress bar with ETA on a terminal; elsewhere short lines only. At most some LINES_PER_RUN lines or one a
-    minute, whichever is more; every validation has its line."""
+    """A progress bar with ETA on a terminal; elsewhere short lines only. At most some LINES_PER_RUN lines or
+    one a minute, whichever is more; every validation has its line."""
 
     def __init__(self, max_steps: int, first_step: int):
         from rich import progress
@@ -225,8 +225,8 @@ class _Console:
 class Phases:
     """Seconds per phase of a step, and the phase for the watchdog: `with phases("generate"): ...`.
 
-    Phases may nest; an inner phase's time is not the outer one's. The loop sets `step`, and calls `pop` once per step.
-    On CUDA a phase ends with a synchronisation, or its time would be that of launching kernels.
+    Phases may nest; an inner phase's time is not the outer one's. The loop sets `step`, and calls `pop` once
+    per step. On CUDA a phase ends with a synchronisation, or its time would be that of launching kernels.
     """
 
     def __init__(self, watchdog=None):
@@ -254,7 +254,8 @@ class Phases:
                 self._enter(self._open[-1] if self._open else "other")
 
     def pop(self) -> dict[str, float]:
-        """seconds/NAME of every phase since the last pop, seconds/other outside of them, seconds/step in all."""
+        """seconds/NAME of each phase since the last pop, seconds/other outside of them, seconds/step in
+        all."""
         self._charge()
         seconds, self._seconds = {"other": 0.0} | self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()} | {

@@ -23,7 +23,6 @@ from frpo_nemo.rollout.engine import RolloutEngine
 from frpo_nemo.rollout.verify import check_logprob_gap
 
 VALIDATION = 1 << 20  # added to the step in sampling seeds, so that validation never shares training's randomness
-CHECKED_PER_ENGINE = 2  # responses whose log-probs are compared after every refit
 
 
 @dataclass
@@ -69,7 +68,6 @@ class RolloutWorker:
             enforce_eager=rollout.enforce_eager,
             temperature=rollout.temperature,
         )
-        self._unverified = False
 
     def fingerprints(self) -> dict[str, str]:
         """Of the data sets, for the checkpoints."""
@@ -90,7 +88,6 @@ class RolloutWorker:
         with self.phases("refit"):
             self.engine.wake()
             self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.cfg.rollout.refit_bucket_mb << 20))
-        self._unverified = True
 
     def _roll_out(self, examples: list[Prompt], samples: int, seed_step: int, actor: PolicyActor) -> Rollouts:
         actor.finish_training()
@@ -102,9 +99,6 @@ class RolloutWorker:
             scores = self._score([examples[i] for i in mine], completions)
         with self.phases("gather"):
             rollouts = self._gather(examples, samples, mine, completions, scores)
-        if self._unverified:
-            with self.phases("verify"):
-                self._check_logprobs(rollouts.batch, actor)
         return rollouts
 
     def _generate_share(self, examples, samples: int, seed_step: int):
@@ -115,7 +109,7 @@ class RolloutWorker:
             [examples[i].prompt_ids for i in share],
             samples=samples,
             max_tokens=rollout.max_response_tokens,
-            seed=sampling_seed(self.cfg.trainer.seed, seed_step, engine.engine_index),
+            seed=sampling_seed(self.cfg.trainer.seed, seed_step),
             stop_token_ids=self.stop_token_ids,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
@@ -152,25 +146,24 @@ class RolloutWorker:
         batch.token_columns["rollout_logprobs"] = torch.tensor([x for _, logprobs, _ in responses for x in logprobs])
         return Rollouts(batch.select(torch.argsort(places, stable=True)), _add_counts([f for *_, f in everything]))
 
-    def _check_logprobs(self, batch: SequenceBatch, actor: PolicyActor) -> None:
-        """Compare log-probs of a few responses of every engine with Megatron's. Raises RefitError."""
-        engines, groups = self.engine.num_engines, batch.columns["group"]
-        chosen = [
-            index
-            for engine in range(engines)
-            for index in (groups % engines == engine).nonzero().flatten()[:CHECKED_PER_ENGINE].tolist()
-        ]
-        # Every replica of the policy needs a sequence.
-        chosen += [i for i in range(batch.num_sequences) if i not in chosen][: max(0, distributed.data_parallel()[1] - len(chosen))]
-        few = batch.select(chosen)
+    def check_logprobs(self, step: int, batch: SequenceBatch, logprobs: Tensor) -> None:
+        """Compare the policy's log-probs [R] of responses with those that vLLM sampled them with. Raises RefitError.
+
+        Part of every refit's proof: the policy computes these numbers anyway before it changes again.
+        """
         check_logprob_gap(
-            few.token_columns["rollout_logprobs"],
-            actor.get_inference_log_probs(few),
-            few.response_lengths,
+            batch.token_columns["rollout_logprobs"],
+            logprobs,
+            batch.response_lengths,
+            step=step,
             precision=self.cfg.model.precision,
             threshold=self.cfg.rollout.logprob_gap_threshold,
         )
-        self._unverified = False
+
+    def close(self) -> None:
+        """End reward workers and the engine."""
+        self.rewards.close()
+        self.engine.close()
 
     def write_samples(self, path: Path, rollouts: Rollouts) -> None:
         """Prompts, responses and rewards as JSON lines, to read."""
@@ -194,12 +187,9 @@ def stop_token_ids(model_path: str, tokenizer) -> list[int]:
     return sorted(ids)
 
 
-def sampling_seed(run_seed: int, step: int, engine: int) -> int:
-    """One 63-bit seed per (run, step, engine), so that a resumed run draws what the first would have drawn."""
-    seed = run_seed
-    for part in (step, engine):
-        seed = (seed * 6364136223846793005 + part * 1442695040888963407 + 1) % (1 << 63)
-    return seed
+def sampling_seed(run_seed: int, step: int) -> int:
+    """One seed per (run, step), so that a resumed run draws what the first would have drawn. The engine adds its index."""
+    return run_seed << 32 | step
 
 
 def _add_counts(counts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

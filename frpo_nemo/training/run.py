@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Iterator
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from frpo_nemo.megatron import checkpoint, distributed
+from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
 from frpo_nemo.megatron.hf_weights import save_hf
 from frpo_nemo.training.metrics import MetricsLogger, Phases
@@ -38,15 +39,17 @@ class Run:
     """
 
     def __init__(self, cfg):
+        _ignore_warnings_of_libraries()
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
         self.rank, self.world_size = distributed.start_world()
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = Phases(self.watchdog)
         self.step = 0
-        self.best_reward: float | None = None
+        self._validated: tuple[int, float] | None = None  # (step, score) of the last validation
         self._stop_signal: int | None = None
         self._actor: PolicyActor | None = None
+        self.logger: MetricsLogger | None = None
         self._resumed_from = self._checkpoint_to_resume()
 
     def __enter__(self) -> "Run":
@@ -58,11 +61,11 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
-            dist.barrier()
-        self.watchdog.__exit__(kind, error, traceback)
-        if kind is None:
+        if self.logger is not None:
+            self.logger.close()
+        if kind is None and dist.is_initialized():  # vLLM's shutdown takes the process group down as well
             dist.destroy_process_group()
+        self.watchdog.__exit__(kind, error, traceback)
 
     def attach(self, actor: PolicyActor, data: dict[str, str]) -> None:
         """Give the run its actor: loads the checkpoint to resume from. data: name -> fingerprint of each data set,
@@ -75,7 +78,7 @@ class Run:
             changed = [name for name in data if state["data"].get(name) != data[name]]
             if changed:
                 raise ValueError(f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has.")
-            self.step, self.best_reward = state["step"], state["best_reward"]
+            self.step = state["step"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
         resume_step = None if self._resumed_from is None else self.step
         self.logger = MetricsLogger(
@@ -107,15 +110,13 @@ class Run:
         speed = {"tokens_per_second": batch_tokens / seconds["seconds/step"]}
         self.logger.log(step, values | seconds | speed | self._gpu_memory())
         interval = self.cfg.trainer.save_interval
-        if step == self.cfg.trainer.max_steps or (interval and step % interval == 0):
+        if step == self.cfg.trainer.max_steps or (interval and step % interval == 0) or self._is_new_best():
             self.save()
 
     def record_validation(self, step: int, values: dict[str, float], *, score: float) -> None:
-        """Log a validation; the checkpoint with the highest `score` is kept."""
+        """Log a validation of the weights after `step`; the checkpoint with the highest score is kept."""
         self.logger.log(step, values, validation=True)
-        self._is_best = self.best_reward is None or score > self.best_reward
-        if self._is_best:
-            self.best_reward = score
+        self._validated = (step, score)
 
     def validation_due(self, step: int) -> bool:
         """Before the first step (0), every val_interval steps, and after the last."""
@@ -123,11 +124,23 @@ class Run:
         return bool(interval) and (step % interval == 0 or step == self.cfg.trainer.max_steps)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless it exists, and drop those that need not be kept."""
+        """Write a checkpoint of the present step and delete those that need not be kept."""
+        keep = self.cfg.checkpoint
         with self.phases("checkpoint"):
-            keep = self.cfg.checkpoint
-            state = {"step": self.step, "best_reward": self.best_reward, "data": self._data}
-            checkpoint.save(self.dir, self._actor, state, keep_last=keep.keep_last, keep_best=keep.keep_best)
+            state = {"data": self._data}
+            seed, score = self.cfg.trainer.seed, self._score_now()
+            checkpoint.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)
+            if self.rank == 0:
+                checkpoint_files.prune(self.dir, keep.keep_last, keep.keep_best)
+
+    def _score_now(self) -> float | None:
+        return self._validated[1] if self._validated and self._validated[0] == self.step else None
+
+    def _is_new_best(self) -> bool:
+        if not self.cfg.checkpoint.keep_best or self._score_now() is None:
+            return False
+        best = broadcast(checkpoint_files.best(self.dir))
+        return best is None or self._score_now() > checkpoint_files.read(best)["score"]
 
     def export(self) -> Path:
         """Write the trained model to run_dir/hf."""
@@ -158,10 +171,7 @@ class Run:
         resume = self.cfg.checkpoint.resume
         if resume == "never":
             return None
-        # Rank 0 decides: another rank's view of a shared file system may lag behind.
-        found = [checkpoint.newest(self.dir) if resume == "auto" else Path(resume)]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
+        return broadcast(checkpoint_files.newest(self.dir)) if resume == "auto" else Path(resume)
 
     def _note_signal(self, number: int, frame) -> None:
         self._stop_signal = number
@@ -190,6 +200,12 @@ class Run:
         (self.dir / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
+def _ignore_warnings_of_libraries() -> None:
+    """They concern the libraries' own code (deprecated calls, unfused kernels), once per rank and call site."""
+    for module in (r"torch\.", r"megatron\.", r"vllm\.", r"frpo_nemo\.megatron\.cpu"):
+        warnings.filterwarnings("ignore", module=module)
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -201,3 +217,10 @@ def _git_commit() -> str | None:
     here = Path(__file__).parent
     result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
     return result.stdout.strip() or None
+
+
+def broadcast(value):
+    """Rank 0's picklable `value` on every rank: another rank's view of a shared file system may lag behind."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,13 +1,17 @@
-"""Plain composed YAML + a dataclass of config.py -> a typed configuration. What YAML may get wrong (unknown keys, types,
-missing values) is said in one sentence with the full path, also inside lists, where OmegaConf's own message has none.
+"""Plain composed YAML and a dataclass of config.py -> a typed configuration.
+
+What YAML may get wrong (unknown keys, types, missing values) is said in one sentence with the full path, also inside
+lists, where OmegaConf's own messages have none.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, Iterator, Optional, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -18,8 +22,8 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def load(schema: type, cfg: DictConfig | dict) -> Any:
-    """`cfg` as an instance of the dataclass `schema`, with its defaults, interpolations resolved. Raises ConfigError for
-    an unknown key (naming the nearest), a wrong type, a missing mandatory value or a bad interpolation."""
+    """`cfg` as an instance of the dataclass `schema`: defaults filled in, interpolations resolved. Raises ConfigError
+    for an unknown key (naming the nearest), a wrong type, a missing mandatory value or a bad interpolation."""
     cfg = OmegaConf.create(cfg)
     _check_keys_and_types(OmegaConf.to_container(cfg), schema, schema)
     try:
@@ -95,7 +99,7 @@ def _items(hint: Any, value: Any, path: str) -> list[tuple[str, Any]]:
     return [(path, value)]
 
 
-def _dataclass_in(hint: Any) -> Optional[type]:
+def _dataclass_in(hint: Any) -> type | None:
     return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
 
 
@@ -108,7 +112,7 @@ def _nearest(key: str, full: str, siblings: list[str], root: type) -> str:
 
 
 def _describe(hint: Any) -> str:
-    if get_origin(hint) is Union:
+    if get_origin(hint) in (Union, UnionType):
         return f"{_describe(get_args(hint)[0])} or null"
     return _TYPE_NAMES.get(hint, {list: "a list", dict: "a mapping"}.get(get_origin(hint), "a value"))
 

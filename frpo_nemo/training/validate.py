@@ -10,10 +10,9 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from frpo_nemo.data.prompts import row_task
 from frpo_nemo.data.sources import check_source, load_rows
@@ -21,7 +20,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.objective import build_objective
 from frpo_nemo.rewards.reward_set import Reward, RewardSet, check_rewards
-from frpo_nemo.training import estimate
+from frpo_nemo.training import resources
 from frpo_nemo.training.resume import check_resume
 
 CHOICES = {
@@ -31,6 +30,7 @@ CHOICES = {
     "model.fp8_recipe": ("delayed", "tensorwise", "blockwise"),
     "optim.schedule": ("constant", "cosine"),
 }
+ROLLOUT_CHOICES = {"rollout.importance_correction": ("none", "token", "sequence")}
 AT_LEAST_1 = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
@@ -41,8 +41,15 @@ AT_LEAST_1 = (
     "trainer.devices",
     "trainer.max_steps",
     "trainer.microbatch_tokens",
-    "trainer.updates_per_rollout",
     "checkpoint.keep_last",
+)
+ROLLOUT_AT_LEAST_1 = (
+    "rollout.prompts_per_step",
+    "rollout.max_response_tokens",
+    "rollout.max_num_seqs",
+    "rollout.refit_bucket_mb",
+    "rollout.tensor_model_parallel_size",
+    "trainer.updates_per_rollout",
 )
 ABOVE_0 = ("optim.lr", "optim.adam_eps", "trainer.phase_timeout")
 AT_LEAST_0 = (
@@ -59,8 +66,9 @@ MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
 def validate_frpo(cfg, world_size: int) -> None:
     """Check a typed FRPORun against the number of processes that were started."""
     _check_common(cfg, world_size)
-    _check_bounds(cfg, ("rollout.prompts_per_step", "rollout.max_response_tokens", "rollout.max_num_seqs",
-                        "rollout.refit_bucket_mb", "rollout.tensor_model_parallel_size"), 1)
+    _check_choices(cfg, ROLLOUT_CHOICES)
+    _check_bounds(cfg, ROLLOUT_AT_LEAST_1, 1)
+    _check_bounds(cfg, ("rollout.importance_limit",), 0, strictly=True)
     _check_objective(cfg.objective)
     _check_sampling(cfg.rollout)
     _check_batch(cfg, world_size)
@@ -82,8 +90,8 @@ def validate_sft(cfg, world_size: int) -> None:
     replicas = world_size // _model_parallel(cfg.model)
     if cfg.data.sequences_per_step < replicas:
         raise ConfigError(
-            f"data.sequences_per_step={cfg.data.sequences_per_step} gives some of the {replicas} data-parallel replicas "
-            f"nothing to do; set it to at least {replicas}."
+            f"data.sequences_per_step={cfg.data.sequences_per_step} leaves some of the {replicas} data-parallel "
+            f"replicas without a sequence; set it to at least {replicas}."
         )
     if cfg.data.max_tokens <= cfg.data.max_prompt_tokens:
         raise ConfigError(
@@ -100,12 +108,7 @@ def validate_sft(cfg, world_size: int) -> None:
 
 
 def _check_common(cfg, world_size: int) -> None:
-    for key, choices in CHOICES.items():
-        value = attrgetter(key)(cfg)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), [c for c in choices if c], n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ConfigError(f"{key}={value} must be one of {', '.join(map(_text, choices))}{hint}")
+    _check_choices(cfg, CHOICES)
     _check_bounds(cfg, AT_LEAST_1, 1)
     _check_bounds(cfg, AT_LEAST_0, 0)
     _check_bounds(cfg, ABOVE_0, 0, strictly=True)
@@ -115,7 +118,18 @@ def _check_common(cfg, world_size: int) -> None:
     _check_layout(cfg, world_size)
 
 
-def _check_bounds(cfg, keys: tuple[str, ...], least: float, *, strictly: bool = False, below: Optional[float] = None) -> None:
+def _check_choices(cfg, allowed: dict[str, tuple]) -> None:
+    for key, choices in allowed.items():
+        value = attrgetter(key)(cfg)
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), [choice for choice in choices if choice], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigError(f"{key}={value} must be one of {', '.join(map(_text, choices))}{hint}")
+
+
+def _check_bounds(
+    cfg, keys: tuple[str, ...], least: float, *, strictly: bool = False, below: float | None = None
+) -> None:
     wanted = f"{'above' if strictly else 'at least'} {least}" + (f" and below {below}" if below is not None else "")
     for key in keys:
         value = attrgetter(key)(cfg)
@@ -130,14 +144,14 @@ def _check_layout(cfg, world_size: int) -> None:
         nodes = f"--nnodes {trainer.num_nodes} " if trainer.num_nodes > 1 else ""
         raise ConfigError(
             f"trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices} is not the number of processes "
-            f"that started, {world_size}; start them with `torchrun {nodes}--nproc_per_node {trainer.devices} ...` or srun, "
-            "or set trainer.devices to the number of processes on each node."
+            f"that started, {world_size}; start them with `torchrun {nodes}--nproc_per_node {trainer.devices} ...` or "
+            "srun, or set trainer.devices to the number of processes on each node."
         )
     if world_size % _model_parallel(model):
         raise ConfigError(
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} x pipeline_model_parallel_size="
             f"{model.pipeline_model_parallel_size} x context_parallel_size={model.context_parallel_size} = "
-            f"{_model_parallel(model)} does not divide the {world_size} processes "
+            f"{_model_parallel(model)} does not divide the number of processes, {world_size} "
             f"(trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})."
         )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
@@ -176,7 +190,9 @@ def _check_sampling(rollout) -> None:
             f"rollout.top_k={rollout.top_k}; set temperature=1, or top_p=1 and top_k=-1."
         )
     if not 0 < rollout.gpu_memory_utilization <= 1:
-        raise ConfigError(f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0 and at most 1.")
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0 and at most 1."
+        )
     if rollout.logprob_gap_threshold is not None and not rollout.logprob_gap_threshold > 0:
         raise ConfigError(f"rollout.logprob_gap_threshold={rollout.logprob_gap_threshold} must be above 0, or null.")
 
@@ -186,20 +202,21 @@ def _check_batch(cfg, world_size: int) -> None:
     prompts, engine_ranks = rollout.prompts_per_step, rollout.tensor_model_parallel_size
     if world_size % engine_ranks:
         raise ConfigError(
-            f"rollout.tensor_model_parallel_size={engine_ranks} does not divide the {world_size} processes into engines."
+            f"rollout.tensor_model_parallel_size={engine_ranks} does not divide the number of processes, {world_size}."
         )
     engines, replicas = world_size // engine_ranks, world_size // _model_parallel(cfg.model)
     if prompts < engines:
         raise ConfigError(
-            f"rollout.prompts_per_step={prompts} leaves some of the {engines} vLLM engines without a prompt; set it to at "
-            f"least {engines}, or raise rollout.tensor_model_parallel_size."
+            f"rollout.prompts_per_step={prompts} leaves some of the {engines} vLLM engines without a prompt; set it to "
+            f"at least {engines}, or raise rollout.tensor_model_parallel_size."
         )
     if prompts % updates:
         raise ConfigError(f"trainer.updates_per_rollout={updates} must divide rollout.prompts_per_step={prompts}.")
     if prompts // updates * rollout.group_size < replicas:
         raise ConfigError(
-            f"rollout.prompts_per_step={prompts} x rollout.group_size={rollout.group_size} / trainer.updates_per_rollout="
-            f"{updates} is less than one sequence for each of the {replicas} data-parallel replicas."
+            f"rollout.prompts_per_step={prompts} x rollout.group_size={rollout.group_size} / "
+            f"trainer.updates_per_rollout={updates} is less than one sequence for each of the {replicas} data-parallel "
+            "replicas; raise one of the first two."
         )
 
 
@@ -211,15 +228,15 @@ def _check_longest(cfg, longest: int, keys: str) -> None:
         )
 
 
-def _check_model(model, longest: int) -> Optional[Architecture]:
+def _check_model(model, longest: int) -> Architecture | None:
     """The architecture of a model on disk; None for a hub name, of which nothing is known offline."""
-    path = Path(model.path).expanduser()
+    path = Path(model.path)
     if not path.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path) and not Path(path.parts[0]).exists():
             return None
         raise ConfigError(
-            f"model.path={model.path} does not exist (working directory: {Path.cwd()}); give a directory in Hugging Face "
-            "format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."
+            f"model.path={model.path} does not exist (working directory: {Path.cwd()}); give a directory in Hugging "
+            "Face format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."
         )
     arch = Architecture.from_hf(path)
     arch.check_parallel(
@@ -248,7 +265,9 @@ def _check_weight_files(path: Path) -> None:
 
 def _check_tokenizer_files(path: Path) -> None:
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(f"model.path={path} has no tokenizer (tokenizer.json); copy it there from the original model.")
+        raise ConfigError(
+            f"model.path={path} has no tokenizer (tokenizer.json); copy it there from the original model."
+        )
     settings = path / "tokenizer_config.json"
     inside = settings.is_file() and json.loads(settings.read_text()).get("chat_template")
     if not inside and not (path / "chat_template.jinja").is_file() and not (path / "chat_template.json").is_file():
@@ -269,7 +288,7 @@ def _check_engine(cfg, arch: Architecture) -> None:
             f"rollout.tensor_model_parallel_size={ranks} is neither a divisor nor a multiple of "
             f"num_key_value_heads={arch.num_kv_heads} {where}."
         )
-    if arch.head_dim < MIN_CPU_HEAD_DIM and not _gpu_memory():
+    if arch.head_dim < MIN_CPU_HEAD_DIM and not resources.gpu_memory():
         raise ConfigError(
             f"The heads have size {arch.head_dim} {where}; vLLM on a CPU needs at least {MIN_CPU_HEAD_DIM}."
         )
@@ -304,15 +323,17 @@ def _check_reward_tasks(cfg) -> None:
     tasks = set()
     for source in cfg.data.train:
         tasks |= {source.task} if source.task_column is None else {row_task(row, source) for row in load_rows(source)}
-    rewards = [Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in cfg.reward.items()]
+    rewards = [
+        Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in cfg.reward.items()
+    ]
     RewardSet(rewards, []).check_tasks(tasks)
 
 
-def _check_run(cfg, arch: Optional[Architecture], world_size: int) -> None:
+def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:
     if cfg.trainer.val_interval > 0 and not cfg.data.validation:
         raise ConfigError(
-            f"trainer.val_interval={cfg.trainer.val_interval} needs data.validation, which is empty; give a source, or set "
-            "trainer.val_interval=0."
+            f"trainer.val_interval={cfg.trainer.val_interval} needs data.validation, which is empty; give a source, or "
+            "set trainer.val_interval=0."
         )
     existing = _nearest_existing(Path(cfg.run_dir).absolute())
     if not existing.is_dir():
@@ -322,52 +343,8 @@ def _check_run(cfg, arch: Optional[Architecture], world_size: int) -> None:
     check_resume(cfg, arch)
     if arch is None:
         return
-    _check_disk(cfg, arch, existing)
-    memory = _gpu_memory()
-    if memory:
-        _check_memory(cfg, arch, world_size, memory)
-
-
-def _check_disk(cfg, arch: Architecture, directory: Path) -> None:
-    kept = 1 if cfg.trainer.save_interval == 0 else cfg.checkpoint.keep_last + cfg.checkpoint.keep_best
-    one = estimate.checkpoint_bytes(arch, cfg.model.precision)
-    needed, free = (kept + 1) * one, shutil.disk_usage(directory).free  # one more: while it is written, the old ones stay
-    if needed > free:
-        raise ConfigError(
-            f"run_dir={cfg.run_dir} has {estimate.readable(free)} of free disk, but checkpoints need "
-            f"{estimate.readable(needed)} ({kept + 1} of {estimate.readable(one)}: checkpoint.keep_last="
-            f"{cfg.checkpoint.keep_last}, keep_best={_text(cfg.checkpoint.keep_best)}, and the one being written); "
-            "free some, keep fewer, or take another run_dir."
-        )
-
-
-def _check_memory(cfg, arch: Architecture, world_size: int, memory: int) -> None:
-    parallel = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
-    needed = estimate.training_bytes_per_rank(arch, cfg.model.precision, parallel, world_size // parallel)
-    if needed > memory:
-        raise ConfigError(
-            f"Weights, gradients and optimizer need {estimate.readable(needed)} on each GPU, which has "
-            f"{estimate.readable(memory)}; raise model.tensor_model_parallel_size={cfg.model.tensor_model_parallel_size} "
-            f"or model.pipeline_model_parallel_size={cfg.model.pipeline_model_parallel_size}, or start more processes."
-        )
-    if not hasattr(cfg, "rollout"):
-        return
-    weights = estimate.parameters(arch) * (2 if cfg.model.precision == "bf16" else 4)
-    weights //= cfg.rollout.tensor_model_parallel_size
-    allowed = int(memory * cfg.rollout.gpu_memory_utilization)
-    if weights > allowed:
-        raise ConfigError(
-            f"vLLM's weights need {estimate.readable(weights)} on each GPU, more than the {estimate.readable(allowed)} of "
-            f"rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization}; raise it, or "
-            f"rollout.tensor_model_parallel_size={cfg.rollout.tensor_model_parallel_size}."
-        )
-
-
-def _gpu_memory() -> Optional[int]:
-    """Bytes of this process's GPU; None without one."""
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    resources.check_disk(cfg, arch, existing)
+    resources.check_gpu_memory(cfg, arch, world_size)
 
 
 def _model_parallel(model) -> int:

@@ -1,31 +1,28 @@
 """A rank that dies or hangs ends the whole job, with a message that names it; nothing waits for it for ever.
 
-One daemon thread per rank. Every rank keeps one TCP connection to rank 0 and tells it which phase it is in; rank 0
-answers with its own phase. A connection that closes means a dead process, at once and across hosts (a store such as
-TCPStore would only show a heartbeat that is overdue); silence means a stopped or unreachable one. The main thread
-takes no part: it may sit in a collective, or hold the GIL for less than heartbeat_timeout.
+One daemon thread per rank. Every rank keeps one TCP connection to rank 0, and both ends tell each other which
+phase they are in. A connection that closes means a dead process, at once and across hosts (a heartbeat in a
+TCPStore would only be overdue some time); silence means a stopped or unreachable one. The main thread takes
+no part: it may sit in a collective, or hold the GIL for less than heartbeat_timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import multiprocessing
 import os
-import secrets
 import selectors
 import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-EXIT_LOST = (
-    75  # EX_TEMPFAIL: a rank died or hung; the same job may well succeed, a Slurm script may requeue it
-)
+from frpo_nemo.training.links import Link, accept_ranks, connect_to_rank_0, rank_list
+
+EXIT_LOST = 75  # EX_TEMPFAIL: a rank died or hung; the same job may well succeed, so requeue it
 EXIT_FAILED = 1  # a rank raised: the same job would probably raise again
 STDERR = 2  # the descriptor: sys.stderr may be redirected, and its lock be held by the thread that hangs
 
@@ -37,7 +34,8 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the job ends: `text` is what happened to `rank`, `code` the exit code of those who leave because of it."""
+    """Why the job ends: `text` says what happened to `rank`; those who leave because of it exit with
+    `code`."""
 
     rank: int
     text: str
@@ -45,11 +43,12 @@ class Failure:
 
 
 class Watchdog:
-    """Watches one rank from inside and its peers from outside. Also a context manager, which notes exceptions.
+    """Watches one rank from inside and its peers from outside. As a context manager it notes exceptions.
 
-    phase_timeout: seconds that one phase may last. heartbeat_timeout: seconds of silence after which a rank counts as
-    stopped; more than the longest time that the main thread may hold the GIL. store: a c10d store through which the
-    ranks find each other; None: that of the default process group. Stacks go to run_dir/stacks/rank_K.txt.
+    phase_timeout: seconds that one phase may last. heartbeat_timeout: seconds of silence after which a rank
+    counts as stopped; more than the longest time that the main thread may hold the GIL. store: a c10d store
+    through which the ranks find each other; None: that of the default process group. Stacks go to
+    run_dir/stacks/rank_K.txt.
     """
 
     _starts = 0  # watchdogs that this process has started: the n-th of one rank meets the n-th of the others
@@ -67,8 +66,9 @@ class Watchdog:
         self.rank, self.world_size = rank, world_size
         self.phase_timeout, self.heartbeat_timeout = phase_timeout, heartbeat_timeout
         self._interval = min(2.0, heartbeat_timeout / 5)
-        # An exception may be the echo of a peer's death (gloo raises in every rank), and that peer's connection closes
-        # in the same moment: wait a little before believing it. The others leave that judgement to rank 0.
+        # An exception may be the echo of a peer's death (gloo raises in every rank), and that peer's
+        # connection closes in the same moment: wait a little before believing it. The others leave the
+        # judgement to rank 0.
         self._settle = 0.0 if world_size == 1 else 1.0 if rank == 0 else 5.0
         self._store = store
         self._stacks_path = Path(run_dir) / "stacks" / f"rank_{rank}.txt"
@@ -93,7 +93,7 @@ class Watchdog:
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
         os.set_blocking(self._wake_writer, False)
-        # A forked child (a reward worker, a checkpoint writer) would keep our connections open after our death.
+        # A forked child (reward worker, checkpoint writer) would keep our connections open after our death.
         os.register_at_fork(after_in_child=self._close_links)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -104,15 +104,15 @@ class Watchdog:
         self._phase = Phase(phase, step)
         if self._thread is None:
             return
-        # Of a main thread that hangs with the GIL held our own thread learns nothing: a timer in C takes over.
+        # Our own thread cannot run while the main thread hangs with the GIL held: a timer in C can.
         faulthandler.dump_traceback_later(self.phase_timeout + self.heartbeat_timeout, exit=True, file=STDERR)
         self._wake()
 
     def note_failure(self, error: BaseException) -> None:
         """This rank is about to end with `error`: the others leave, with a message that says so.
 
-        Returns when they know (within seconds), so that the traceback can be printed; does not return if `error` turns
-        out to be the echo of another rank's end.
+        Returns when they know (within seconds), so that the traceback can be printed; does not return if
+        `error` turns out to be the echo of another rank's end.
         """
         if self._thread is None:
             return
@@ -163,9 +163,10 @@ class Watchdog:
             os.write(self._wake_writer, b".")
 
     def _failure(self, what: str, code: int) -> Failure:
-        return Failure(
-            self.rank, _describe(self.rank, socket.gethostname(), os.getpid(), self._phase, what), code
-        )
+        return Failure(self.rank, _describe(self.rank, self._place(), what), code)
+
+    def _place(self) -> dict[str, Any]:
+        return {"host": socket.gethostname(), "pid": os.getpid(), "phase": self._phase}
 
     # From here on: the watchdog's thread.
 
@@ -177,7 +178,7 @@ class Watchdog:
         age, phase, before = 0.0, self._phase, time.monotonic()
         while not self._stopping:
             self._receive()
-            # Where this process itself was stopped (Ctrl-Z, a suspended machine), that time is nobody's fault.
+            # While this process itself was stopped (Ctrl-Z, a suspended machine), nobody was at fault.
             now = time.monotonic()
             elapsed, before = min(now - before, 2 * self._interval), now
             for link in self._links.values():
@@ -192,8 +193,9 @@ class Watchdog:
             verdict = self._judge()
             if verdict:
                 return self._execute(verdict)
-        for link in list(self._links.values()):
+        for link in self._links.values():
             link.send({"kind": "bye"})
+        for link in self._links.values():
             link.finish()
 
     def _receive(self) -> None:
@@ -216,7 +218,7 @@ class Watchdog:
         elif message["kind"] == "verdict":
             self._verdict = Failure(**message["failure"])
         else:
-            link.host, link.pid, link.phase = message["host"], message["pid"], Phase(*message["phase"])
+            link.state = message
             if message["failure"]:
                 self._note(Failure(**message["failure"]))
 
@@ -225,16 +227,15 @@ class Watchdog:
             self._failures.append((time.monotonic(), failure))
 
     def _tell_state(self) -> None:
-        """Tell the peers where this rank is: when that changes, and every interval. (Not whenever they write: two ranks
-        would answer each other without end.)"""
+        """Tell the peers where this rank is: when that changes, and every interval. (Not whenever they write:
+        two ranks would answer each other without end.)"""
         state, now = (self._phase, self._own_failure), time.monotonic()
         if state == self._told_state and now - self._told_at < self._interval:
             return
         self._told_state, self._told_at = state, now
         failure = self._own_failure and asdict(self._own_failure)
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "phase": self._phase}
         for link in self._links.values():
-            link.send({"kind": "state", "failure": failure, **place})
+            link.send({"kind": "state", "failure": failure, **self._place()})
 
     def _judge(self) -> Failure | None:
         """Why the job must end, or None while all is well: rank 0 decides; the others do if rank 0 cannot."""
@@ -251,18 +252,21 @@ class Watchdog:
         return None
 
     def _verdict_on(self, link: Link, what: str) -> Failure:
-        text = _describe(link.rank, link.host, link.pid, link.phase, what)
-        return self._with_others(Failure(link.rank, text, EXIT_LOST))
+        return self._with_others(Failure(link.rank, _describe(link.rank, link.state, what), EXIT_LOST))
 
     def _with_others(self, failure: Failure) -> Failure:
         """`failure`, with what the other ranks were doing, as far as rank 0 knows it."""
-        phases = {link.rank: link.phase for link in self._links.values()} | {self.rank: self._phase}
+        phases = {link.rank: Phase(*link.state["phase"]) for link in self._links.values()} | {
+            self.rank: self._phase
+        }
         ranks_in: dict[Phase, list[int]] = {}
         for rank in sorted(phases.keys() - {failure.rank}):
             ranks_in.setdefault(phases[rank], []).append(rank)
         if self.rank != 0 or not ranks_in:
             return failure
-        others = ", ".join(f'{_ranks(ranks)} in "{p.name}" at step {p.step}' for p, ranks in ranks_in.items())
+        others = ", ".join(
+            f'{rank_list(ranks)} in "{p.name}" at step {p.step}' for p, ranks in ranks_in.items()
+        )
         return Failure(failure.rank, f"{failure.text}; meanwhile {others}", failure.code)
 
     def _execute(self, verdict: Failure) -> None:
@@ -283,128 +287,16 @@ class Watchdog:
 
     def _dump_stacks(self, message: bytes, to_stderr: bool) -> None:
         self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(
-            self._stacks_path, "ab", buffering=0
-        ) as file:  # appended: those of an earlier attempt are evidence
+        with open(self._stacks_path, "ab", buffering=0) as file:  # earlier attempts are evidence: append
             file.write(time.strftime("%Y-%m-%d %H:%M:%S ").encode() + message)
             faulthandler.dump_traceback(file)
         if to_stderr:
             faulthandler.dump_traceback(STDERR)
 
 
-class Link:
-    """A connection to `rank` that carries JSON objects, one a line, and what was last heard of that rank."""
-
-    def __init__(self, rank: int, connection: socket.socket):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(1.0)
-        self.rank, self.socket = rank, connection
-        self.host, self.pid, self.phase = "unknown", 0, Phase("start", 0)
-        self.silence = 0.0  # seconds since the last message
-        self.closed = False  # by the peer
-        self._buffer = b""
-
-    def send(self, message: dict[str, Any]) -> None:
-        # A closed connection shows when reading, after the last words that may still wait there.
-        with contextlib.suppress(OSError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come; sets `closed` where none can come any more."""
-        try:
-            data = self.socket.recv(65536)
-        except OSError:  # reset by the peer
-            data = b""
-        self.closed, self.silence = not data, 0.0
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def finish(self) -> None:
-        """Close once the peer has read everything: closing at once could overtake the last message."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-            while self.socket.recv(65536):
-                pass
-        self.socket.close()
-
-
-def accept_ranks(store, key: str, world_size: int, timeout: float) -> dict[int, Link]:
-    """On rank 0: publish an address under `key`, and wait for a connection of every other rank."""
-    deadline = time.monotonic() + timeout
-    token = secrets.token_hex(16)  # whoever else finds the port is not one of us
-    links: dict[int, Link] = {}
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", 0), family=family, backlog=world_size, dualstack_ipv6=dual) as server:
-        store.set(
-            key, json.dumps({"hosts": _own_addresses(), "port": server.getsockname()[1], "token": token})
-        )
-        while len(links) < world_size - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = _ranks(sorted(set(range(1, world_size)) - set(links)))
-                raise TimeoutError(f"watchdog: {missing} did not come within {timeout:g} s") from None
-            connection.settimeout(5.0)
-            given, _, rank = _read_line(connection).partition(" ")
-            if given == token:
-                links[int(rank)] = Link(int(rank), connection)
-                connection.sendall(token.encode() + b"\n")
-            else:
-                connection.close()
-    return links
-
-
-def connect_to_rank_0(store, key: str, rank: int, timeout: float) -> Link:
-    """On every other rank: connect to the address that rank 0 published under `key`."""
-    store.wait([key], timedelta(seconds=timeout))
-    published = json.loads(store.get(key))
-    token, problems = published["token"], []
-    for host in published["hosts"]:
-        try:
-            connection = socket.create_connection((host, published["port"]), timeout=5.0)
-            connection.sendall(f"{token} {rank}\n".encode())
-            if _read_line(connection) == token:
-                return Link(0, connection)
-            problems.append(f"{host}: another program answered")
-        except OSError as error:
-            problems.append(f"{host}: {error}")
-    raise TimeoutError(
-        f"watchdog: rank {rank} on {socket.gethostname()} cannot reach rank 0 at port {published['port']} "
-        f"({'; '.join(problems)}); nodes of one job must be able to open TCP connections to each other"
+def _describe(rank: int, place: dict[str, Any], what: str) -> str:
+    phase = Phase(*place["phase"])
+    return (
+        f"rank {rank} (host {place['host']}, pid {place['pid']}) {what} "
+        f'in phase "{phase.name}" at step {phase.step}'
     )
-
-
-def _own_addresses() -> list[str]:
-    """Where other ranks may reach this one, most likely first. MASTER_ADDR alone may be another node's."""
-    addresses = [os.environ.get("MASTER_ADDR", "localhost"), socket.gethostname()]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((addresses[0], 9))  # sends nothing: asks the routing table for our side of that way
-        addresses.append(probe.getsockname()[0])
-    return addresses
-
-
-def _read_line(connection: socket.socket) -> str:
-    """One short line; "" when the peer says nothing sensible."""
-    with (
-        contextlib.suppress(OSError),
-        connection.makefile("rb", buffering=0) as file,
-    ):  # takes nothing beyond the line
-        return file.readline(256).decode(errors="replace").strip()
-    return ""
-
-
-def _describe(rank: int, host: str, pid: int, phase: Phase, what: str) -> str:
-    return f'rank {rank} (host {host}, pid {pid}) {what} in phase "{phase.name}" at step {phase.step}'
-
-
-def _ranks(ranks: list[int]) -> str:
-    """[3] -> "rank 3", [0, 1, 2, 5] -> "ranks 0-2,5"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], rank]
-        else:
-            runs.append([rank])
-    return ("rank " if len(ranks) == 1 else "ranks ") + ",".join("-".join(map(str, run)) for run in runs)

@@ -52,7 +52,7 @@ def check_export_bitwise(path: str, tp: int, pp: int, *, bucket_bytes: int = 1 <
 
 
 def check_save_round_trip(path: str, out: str, tp: int, pp: int, **layout) -> None:
-    """What `save_hf` writes in several shards loads in transformers as the same model, and here at another layout."""
+    """What `save_hf` writes, in several shards, are the source's tensors and companion files; it loads again."""
     arch, model = _imported(path, tp, pp, **layout)
     save_hf(model, arch, path, out, max_shard_bytes=300_000)
     check_export_equals(path, out)

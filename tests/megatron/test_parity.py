@@ -28,14 +28,14 @@ def models(tmp_path_factory) -> dict[str, str]:
     return {name: make_tiny(base / name, **settings) for name, settings in MODELS.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_logits_of_the_imported_model_equal_transformers(workers, models, name, layout):
     workers.run(layout["tp"] * layout["pp"], parity_checks.check_logits_parity, path=models[name], **layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_export_after_import_is_bitwise_equal(workers, models, name, layout):
     workers.run(layout["tp"] * layout["pp"], parity_checks.check_export_bitwise, path=models[name], **layout)
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from frpo_nemo.training.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog, _ranks
+from frpo_nemo.training.links import rank_list
+from frpo_nemo.training.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog
 
 HEARTBEAT = 3.0
 PHASE = 4.0
@@ -52,7 +53,7 @@ def misbehave(fault, run_dir):
 
 
 class Job:
-    """world_size processes of one_rank. The fork server has torch imported already: a rank starts in no time."""
+    """world_size processes of one_rank. The fork server has torch imported: a rank starts in no time."""
 
     def __init__(self, run_dir, fault, bad=BAD, world_size=3):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -194,5 +195,5 @@ def test_connection_refuses_strangers_and_names_missing_ranks(tmp_path):
 
 
 def test_ranks_are_written_as_ranges():
-    assert _ranks([3]) == "rank 3"
-    assert _ranks([0, 1, 2, 5, 7, 8]) == "ranks 0-2,5,7-8"
+    assert rank_list([3]) == "rank 3"
+    assert rank_list([0, 1, 2, 5, 7, 8]) == "ranks 0-2,5,7-8"

@@ -1,0 +1,309 @@
+"""Checks of the rollout engine that run inside a process group: every rank calls them with `tiny`, name -> directory of
+a model of MODELS. Engines are kept from one check to the next: starting one takes seconds."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.rollout import RefitError, RolloutEngine, check_logprob_gap, logprob_gap
+from frpo_nemo.rollout.verify import live_shards
+
+EOS = 1
+MODELS = {  # the vocabulary is odd, so that vLLM pads it
+    "qwen2": dict(family="qwen2", seed=1),
+    "qwen2 other": dict(family="qwen2", seed=2),
+    "qwen3": dict(family="qwen3", seed=3),
+    "tied": dict(family="llama", tied=True, seed=4),
+    "mistral": dict(family="mistral", seed=5),
+    "one kv head": dict(family="qwen2", num_key_value_heads=1, seed=6),
+}
+_engines: dict[tuple, RolloutEngine] = {}
+
+
+def use_engine(path: str, *, tp: int = 1, **settings) -> RolloutEngine:
+    """The engine of these settings, made at the first call. vLLM keeps one tensor-parallel layout per process."""
+    key = (path, tp, *settings.items())
+    if key not in _engines:
+        if any(other[1] != tp for other in _engines):
+            from vllm.distributed.parallel_state import destroy_model_parallel
+
+            _engines.clear()
+            destroy_model_parallel()
+        settings = dict(dtype="float32", max_model_len=256, max_num_seqs=64) | settings
+        _engines[key] = RolloutEngine(path, tensor_parallel_size=tp, **settings)
+    return _engines[key]
+
+
+def hf_model(path: str, dtype: torch.dtype = torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def hf_weights(path: str) -> list[tuple[str, Tensor]]:
+    """As a policy streams them: (Hugging Face name, full tensor)."""
+    return list(hf_model(path).state_dict().items())
+
+
+def prompts() -> list[list[int]]:
+    """The last is longer than a block of vLLM's prefix cache on CPU (128), which its group then shares."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 131, (length,), generator=generator).tolist() for length in (1, 5, 23, 150)]
+
+
+def sample(engine: RolloutEngine, **settings) -> list[tuple[list[int], list[float], bool]]:
+    """(tokens, log-probs, truncated) of 3 responses to each prompt."""
+    settings = dict(samples=3, max_tokens=24, seed=11, stop_token_ids=[EOS]) | settings
+    groups = engine.generate(prompts(), **settings)
+    return [(c.token_ids, c.logprobs, c.truncated) for group in groups for c in group]
+
+
+@torch.no_grad()
+def reference_logprobs(model, responses, temperature: float = 1.0, samples: int = 3) -> Tensor:
+    """transformers' log-probs of the responses to prompts(), one after the other."""
+    out = []
+    for i, (tokens, _, _) in enumerate(responses):
+        prompt = prompts()[i // samples]
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float() / temperature
+        out.append(logits.log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)])
+    return torch.cat(out)
+
+
+def gap_to(path: str, engine: RolloutEngine, temperature: float = 1.0, dtype=torch.float32) -> tuple[float, float]:
+    """(mean, largest) difference between the engine's log-probs and transformers' with the model at `path`."""
+    responses = sample(engine)
+    rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
+    return logprob_gap(rollout, reference_logprobs(hf_model(path, dtype), responses, temperature))
+
+
+def refitted(tiny: dict[str, str], name: str = "qwen2", tp: int = 1) -> RolloutEngine:
+    """The engine that most checks share, holding the weights of `name`."""
+    engine = use_engine(tiny["qwen2"], tp=tp)
+    engine.refit(hf_weights(tiny[name]))
+    return engine
+
+
+def refit_error(engine: RolloutEngine, weights) -> str:
+    try:
+        engine.refit(weights)
+    except RefitError as error:
+        return str(error)
+    raise AssertionError("the refit went through")
+
+
+# A world of one
+
+
+def check_generate_before_refit(tiny) -> None:
+    try:
+        sample(use_engine(tiny["qwen2"]))
+    except RuntimeError as error:
+        assert "before the first refit" in str(error)
+        return
+    raise AssertionError("sampled from random weights")
+
+
+def check_refit_changes_the_model(tiny) -> None:
+    engine = refitted(tiny, "qwen2")
+    assert gap_to(tiny["qwen2"], engine)[1] < 1e-5
+    assert gap_to(tiny["qwen2 other"], engine)[0] > 0.1
+    refitted(tiny, "qwen2 other")
+    assert gap_to(tiny["qwen2 other"], engine)[1] < 1e-5
+
+
+def check_family(tiny, name: str, temperature: float = 1.0, **settings) -> None:
+    engine = use_engine(tiny[name], temperature=temperature, **settings)
+    if settings.get("load_format") != "auto":
+        engine.refit(hf_weights(tiny[name]))
+    mean, largest = gap_to(tiny[name], engine, temperature)
+    assert largest < 1e-5, f"{name}: {largest}"
+
+
+def check_bfloat16(tiny) -> tuple[float, float]:
+    """fp32 weights are rounded on their way in; the gap to transformers in bf16 is rounding alone."""
+    engine = use_engine(tiny["tied"], dtype="bfloat16")
+    engine.refit(hf_weights(tiny["tied"]))
+    mean, largest = gap_to(tiny["tied"], engine, dtype=torch.bfloat16)
+    assert 0 < mean < 0.02, mean
+    return mean, largest
+
+
+def check_responses(tiny) -> list:
+    """Seeds reproduce; EOS is the last token; truncation is told; random state is left alone. Returns the responses."""
+    engine = refitted(tiny)
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    untouched = random.random(), np.random.rand(), torch.rand(2).tolist()
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    first = sample(engine, max_tokens=60)
+    assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == untouched
+    assert sample(engine, max_tokens=60) == first
+    assert sample(engine, max_tokens=60, seed=12) != first
+    assert len({tuple(tokens) for tokens, _, _ in first}) == len(first)
+    for tokens, logprobs, truncated in first:
+        assert len(tokens) == len(logprobs) and EOS not in tokens[:-1]
+        assert truncated == (tokens[-1] != EOS) and (not truncated or len(tokens) == 60)
+    assert {truncated for _, _, truncated in first} == {True, False}
+    return first
+
+
+def check_other_sampling(tiny) -> None:
+    """Another temperature gives no log-probs; top-k at temperature 1 gives those of the full distribution."""
+    engine = refitted(tiny)
+    greedy = sample(engine, temperature=0.0, samples=1)
+    assert greedy == sample(engine, temperature=0.0, samples=1, seed=5) and not greedy[0][1]
+    responses = sample(engine, top_k=3)
+    rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
+    assert logprob_gap(rollout, reference_logprobs(hf_model(tiny["qwen2"]), responses))[1] < 1e-5
+    assert engine.generate([], max_tokens=3, seed=1, stop_token_ids=[EOS]) == []
+
+
+def check_bad_requests(tiny) -> None:
+    warm = use_engine(tiny["qwen3"], temperature=0.7)
+    for engine, settings, message in [
+        (warm, dict(top_p=0.9), "temperature=0.7 together with top_p"),
+        (refitted(tiny), dict(max_tokens=128), "do not fit into max_model_len=256"),
+    ]:
+        try:
+            sample(engine, **settings)
+        except ConfigError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"no error for {settings}")
+
+
+def check_faults_are_named(tiny, tp: int = 1) -> list[str]:
+    """Every way in which a refit can go wrong is caught, and the message names the tensor."""
+    engine = refitted(tiny, tp=tp)
+    weights = hf_weights(tiny["qwen2 other"])
+    layer = "model.layers.1.self_attn"
+    index = [name for name, _ in weights].index(f"{layer}.k_proj.weight")
+    skipped = refit_error(engine, weights[:index] + weights[index + 1 :])
+    assert f"{layer}.k_proj.weight was not in the weight stream" in skipped
+    assert "came twice" in refit_error(engine, weights + weights[index : index + 1])
+    odd_one = ("model.layers.1.input_layernorm.weight", torch.ones(4))
+    assert "does not fit" in _stream_problem(engine, odd_one)
+    assert "no such tensor" in _stream_problem(engine, ("model.layers.99.mlp.bias", torch.ones(4)))
+    messages = [skipped]
+    for fault in (_flip_one_bit, _swap_k_and_v, _keep_old_norm, _permute_heads):
+        engine.refit(hf_weights(tiny["qwen2"]))
+        message = _refit_with_fault(engine, weights, fault)
+        assert fault.tensor in message and "differs from the tensor sent" in message, message
+        messages.append(message)
+    engine.refit(weights)  # and a good one afterwards goes through
+    return messages
+
+
+def _stream_problem(engine: RolloutEngine, pair: tuple[str, Tensor]) -> str:
+    """What the check says of a tensor, without vLLM, whose own assertions come first."""
+    from frpo_nemo.rollout.verify import WeightCheck
+
+    check = WeightCheck(engine._model(), torch.float32)
+    list(check.watch([pair]))
+    return check.problems()[0]
+
+
+def _refit_with_fault(engine: RolloutEngine, weights, fault) -> str:
+    """The error of a refit in whose course `fault(model)` damages the engine's live weights after they arrived."""
+    reload = engine._llm.collective_rpc
+    before = {name: shard.live.clone() for name, shard in live_shards(engine._model()).items()}
+
+    def reload_and_damage(*args, **kwargs):
+        reload(*args, **kwargs)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            fault(live_shards(engine._model()), before)
+
+    engine._llm.collective_rpc = reload_and_damage
+    try:
+        return refit_error(engine, weights)
+    finally:
+        engine._llm.collective_rpc = reload
+
+
+def _flip_one_bit(shards, before) -> None:
+    shards[_flip_one_bit.tensor].live.view(torch.int32)[3, 5] ^= 1
+
+
+def _swap_k_and_v(shards, before) -> None:
+    k, v = (shards[f"model.layers.2.self_attn.{x}_proj.weight"].live for x in "kv")
+    k_sent = k.clone()
+    k.copy_(v)
+    v.copy_(k_sent)
+
+
+def _keep_old_norm(shards, before) -> None:
+    shards[_keep_old_norm.tensor].live.copy_(before[_keep_old_norm.tensor])
+
+
+def _permute_heads(shards, before) -> None:
+    live = shards[_permute_heads.tensor].live
+    live.copy_(live.roll(32, 0))
+
+
+_flip_one_bit.tensor = "model.layers.0.mlp.down_proj.weight"
+_swap_k_and_v.tensor = "model.layers.2.self_attn.v_proj.weight"
+_keep_old_norm.tensor = "model.norm.weight"
+_permute_heads.tensor = "model.layers.3.self_attn.q_proj.weight"
+
+
+def check_stream_is_exhausted(tiny) -> None:
+    """Also when vLLM has all that it wants before the end: the stream's collectives must end on every rank."""
+    engine, ended = use_engine(tiny["qwen2"]), []
+
+    def stream():
+        yield from hf_weights(tiny["qwen2"])
+        ended.append(True)
+
+    engine.refit(stream())
+    assert ended
+
+
+def check_stale_engine_shows_in_the_gap(tiny) -> str:
+    engine = refitted(tiny, "qwen2")
+    responses = sample(engine)
+    rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
+    lengths = torch.tensor([len(tokens) for tokens, _, _ in responses])
+    good, stale = (reference_logprobs(hf_model(tiny[name]), responses) for name in ("qwen2", "qwen2 other"))
+    check_logprob_gap(rollout, good, lengths, step=4, precision="fp32")
+    try:
+        check_logprob_gap(rollout, stale, lengths, step=4, precision="fp32")
+    except RefitError as error:
+        return str(error)
+    raise AssertionError("a stale engine passed")
+
+
+# A world of two
+
+
+def check_two_engines(tiny) -> list:
+    """Two engines of TP1: each its own responses. Returns this rank's."""
+    engine = refitted(tiny)
+    assert (engine.num_engines, engine.engine_index) == (2, dist.get_rank())
+    assert gap_to(tiny["qwen2"], engine)[1] < 1e-5
+    return sample(engine, max_tokens=60)
+
+
+def check_one_engine_of_two(tiny, name: str) -> list:
+    """One engine of TP2: both ranks see the same responses, right ones, from shards that were proven."""
+    engine = use_engine(tiny[name], tp=2)
+    assert (engine.num_engines, engine.engine_index) == (1, 0)
+    engine.refit(hf_weights(tiny[name]))
+    assert gap_to(tiny[name], engine)[1] < 1e-5
+    return sample(engine)
+
+
+def check_fault_on_one_rank(tiny) -> list[str]:
+    return check_faults_are_named(tiny, tp=2)
+
+
+def check_layout_that_does_not_fit(tiny) -> str:
+    try:
+        RolloutEngine(tiny["qwen2"], dtype="float32", max_model_len=64, tensor_parallel_size=3)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("no error")
