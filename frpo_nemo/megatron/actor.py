@@ -20,7 +20,7 @@ from torch import Tensor
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
 from frpo_nemo.megatron import distributed, optimizer, packing
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.cpu import runs_on_megatron_device
+from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.hf_weights import load_hf_weights, stream_hf_weights
 from frpo_nemo.megatron.logprobs import token_logprobs
 from frpo_nemo.megatron.model import DTYPES, build_model, output_weight, uses_transformer_engine
@@ -116,7 +116,8 @@ class PolicyActor:
 
         def forward_step(microbatches, model):
             microbatch = next(microbatches)
-            hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=microbatch.packed)
+            with without_device_mapping():
+                hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=microbatch.packed)
             return hidden, partial(self._loss_of_hidden, microbatch, loss)
 
         return forward_step
@@ -220,6 +221,10 @@ class PolicyActor:
 
     def _loss_of_hidden(self, microbatch: packing.Microbatch, loss: Loss | None, hidden: Tensor):
         """megatron-core's loss function: (sum of losses, token count (unused), columns)."""
+        with without_device_mapping():
+            return self._losses(microbatch, loss, hidden)
+
+    def _losses(self, microbatch: packing.Microbatch, loss: Loss | None, hidden: Tensor):
         logprobs, entropy = self._logprobs(microbatch, hidden)
         out = loss(logprobs, entropy, microbatch.sequences) if loss else Losses(logprobs.new_zeros(len(microbatch.indices)))
         out.per_sequence["loss"] = out.losses.detach()
@@ -258,14 +263,12 @@ class PolicyActor:
         return per_sequence, per_token
 
     def _gather(self, columns: list[dict[str, Tensor]], places: Tensor, total: int) -> dict[str, Tensor]:
-        gathered = {}
         # Only the last stage has outputs, so it names the columns.
-        for name in distributed.from_last_stage(list(columns[0]) if columns else None):
-            full = torch.zeros(total)
-            if columns:
-                full[places] = torch.cat([c[name] for c in columns]).float().cpu()
-            gathered[name] = distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu()
-        return gathered
+        names = distributed.from_last_stage(list(columns[0]) if columns else None)
+        full = torch.zeros(len(names), total)
+        for row, name in zip(full, names if columns else ()):
+            row[places] = torch.cat([c[name] for c in columns]).float().cpu()
+        return dict(zip(names, distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu()))
 
     @torch.no_grad()
     def _swap_reference(self) -> None:

@@ -16,10 +16,11 @@ import math
 import pickle
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ class CheckpointError(RuntimeError):
 
 @runs_on_megatron_device
 def save(
-    run_dir: str | Path, actor, state: dict[str, Any], *, step: int, seed: int, score: Optional[float] = None
+    run_dir: str | Path, actor, state: dict[str, Any], *, step: int, seed: int, score: float | None = None
 ) -> Path:
     """Write the checkpoint of `step`; returns its directory. Every rank calls this.
 
@@ -98,8 +99,8 @@ def save(
 @runs_on_megatron_device
 @torch.no_grad()
 def load(checkpoint: str | Path, actor) -> dict[str, Any]:
-    """Continue from `checkpoint`; returns the caller's state with "step" and "rng_restored". Every rank calls this, with
-    the same path.
+    """Continue from `checkpoint`; returns the caller's state with "step" and "rng_restored". Every rank calls this,
+    with the same path.
 
     Without an optimizer in `actor`, only the weights are read. On another layout than the saving one, generators of
     random numbers are seeded with (seed, step) instead, and "rng_restored" is False. Raises ConfigError, before
@@ -131,8 +132,8 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
 
 
 def check_metadata(checkpoint: str | Path) -> None:
-    """Raise ConfigError when the index of tensors, the one pickle that torch.distributed.checkpoint reads, is missing or
-    would create anything but descriptions of tensors."""
+    """Raise ConfigError when the index of tensors, the one pickle that is read, is missing or would create anything
+    but descriptions of tensors."""
     path = Path(checkpoint) / ".metadata"
     if not path.is_file():
         raise ConfigError(f"{checkpoint} is not a whole checkpoint: it has no .metadata.")
@@ -225,7 +226,7 @@ def _model_state(actor) -> dict:
     return {name: sharded for name, sharded in state.items() if not isinstance(sharded, ShardedObject)}
 
 
-def _record(actor, state: dict, step: int, seed: int, score: Optional[float]) -> dict[str, Any]:
+def _record(actor, state: dict, step: int, seed: int, score: float | None) -> dict[str, Any]:
     return {
         "format": files.FORMAT,
         "step": step,
@@ -240,7 +241,7 @@ def _record(actor, state: dict, step: int, seed: int, score: Optional[float]) ->
     }
 
 
-def _layout(actor) -> dict[str, Optional[int]]:
+def _layout(actor) -> dict[str, int | None]:
     """What decides which rank holds what."""
     return {"world_size": dist.get_world_size(), **{name: getattr(actor.config, name) for name in _LAYOUT}}
 
@@ -249,7 +250,7 @@ def _rng_file() -> str:
     return f"rng_{dist.get_rank():05d}.safetensors"
 
 
-def _version(package: str) -> Optional[str]:
+def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

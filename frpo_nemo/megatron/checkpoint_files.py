@@ -68,19 +68,11 @@ def prune(run_dir: str | Path, keep_last: int, keep_best: bool = True) -> None:
         keep.add(best(run_dir))
     for path in complete(run_dir):
         if path not in keep:
-            remove(path)
-
-
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint, which stops being one first: a deletion that is cut short leaves no half of it."""
-    going = checkpoint.with_name(f"{checkpoint.name}.tmp-removed")
-    shutil.rmtree(going, ignore_errors=True)
-    checkpoint.rename(going)
-    shutil.rmtree(going)
+            shutil.rmtree(_set_aside(path))
 
 
 def begin(checkpoint: Path, token: str) -> Path:
-    """The directory in which to write `checkpoint`, new and empty; what dead attempts have left beside it is removed."""
+    """The directory in which to write `checkpoint`, new and empty. What dead attempts have left beside it goes away."""
     for leftover in checkpoint.parent.glob("step_*.tmp-*"):
         shutil.rmtree(leftover)
     temporary = temporary_name(checkpoint, token)
@@ -96,10 +88,11 @@ def temporary_name(checkpoint: Path, token: str) -> Path:
 def publish(temporary: Path, checkpoint: Path) -> None:
     """Give a completely written directory its name, and make that last; one of an earlier attempt is replaced."""
     sync(temporary)
-    if checkpoint.exists():
-        remove(checkpoint)
+    replaced = _set_aside(checkpoint) if checkpoint.exists() else None
     temporary.rename(checkpoint)
     sync(checkpoint.parent)
+    if replaced:
+        shutil.rmtree(replaced)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -148,6 +141,13 @@ def check_matches(checkpoint: str | Path, arch: Architecture) -> None:
             f"{checkpoint} is of another model than model.path={arch.source}: {', '.join(differing)}; resume with the "
             "model that it was trained from, or take another run_dir."
         )
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint's name away before it is deleted: a deletion that is cut short leaves no half of one."""
+    aside = temporary_name(checkpoint, "old")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def _step(checkpoint: Path) -> int:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from frpo_nemo.megatron.cpu import megatron_device, runs_on_megatron_device
+from frpo_nemo.megatron.cpu import runs_on_megatron_device
 
 
 def read_world() -> tuple[int, int]:
@@ -81,9 +81,9 @@ def data_parallel() -> tuple[int, int]:
 def sum_over_replicas_and_stages(values: Tensor) -> Tensor:
     """Sum over data-parallel replicas and pipeline stages, in place. With zeros everywhere but in the one place that
     knows a value, this is an exact gather that every rank receives."""
-    with megatron_device():
-        dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
-        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(values, group=group)
     return values
 
 

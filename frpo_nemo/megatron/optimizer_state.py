@@ -36,7 +36,7 @@ def to_save(optimizer, model_state: dict) -> dict:
             written[writer] += template.data.numel()
             whole = [_collect(part, template.data, key, writer) for key in KEYS]
             if writer == group.rank():
-                state[name] = {key: _sharded(template, key, tensor) for key, tensor in zip(KEYS, whole)}
+                state[name] = {key: _sharded(template, key, tensor) for key, tensor in zip(KEYS, whole, strict=True)}
     return state
 
 

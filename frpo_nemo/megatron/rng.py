@@ -1,4 +1,4 @@
-"""Every random number generator of a rank, as plain tensors: python, numpy, torch on CPU and GPU, Megatron's tracker."""
+"""A rank's random number generators as plain tensors: python, numpy, torch on CPU and GPU, Megatron's tracker."""
 
 from __future__ import annotations
 

@@ -7,11 +7,14 @@ rank, and they stay in step because they see the same requests. vLLM is imported
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +59,9 @@ class RolloutEngine:
             raise RuntimeError("torch.distributed must be initialised before a RolloutEngine, also in a world of one")
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % tensor_parallel_size:
-            raise ConfigError(f"rollout.tensor_model_parallel_size={tensor_parallel_size} does not divide world={world}")
+            raise ConfigError(
+                f"rollout.tensor_model_parallel_size={tensor_parallel_size} does not divide the world of {world} processes"
+            )
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"the rollout engine's dtype is {dtype!r}; it should be float32 or bfloat16")
         self.num_engines = world // tensor_parallel_size
@@ -211,30 +216,50 @@ def _start_vllm(**settings):
         "LOCAL_RANK": rank,
     }.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM itself does it after its first words
     from vllm import LLM
 
-    if not torch.cuda.is_available():
-        _keep_cpu_weights_readable()
-    return LLM(
-        distributed_executor_backend="external_launcher",
-        skip_tokenizer_init=True,  # token ids in, token ids out
-        generation_config="vllm",  # else the checkpoint's file would add stop tokens and sampling settings
-        enable_prefix_caching=True,  # the responses of one group share their prompt
-        use_tqdm_on_load=False,
-        **settings,
-    )
+    with contextlib.nullcontext() if torch.cuda.is_available() else _cpu_workarounds():
+        return LLM(
+            distributed_executor_backend="external_launcher",
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            generation_config="vllm",  # else the checkpoint's file would add stop tokens and sampling settings
+            enable_prefix_caching=True,  # the responses of one group share their prompt
+            use_tqdm_on_load=False,
+            **settings,
+        )
 
 
-def _keep_cpu_weights_readable() -> None:
-    """On CPU, vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so that nobody can read
-    what the engine computes with. Plain `linear` on live parameters costs 3% (fp32) to 20% (bf16) of generation on a
-    tiny model and makes every refit provable."""
+@contextlib.contextmanager
+def _cpu_workarounds() -> Iterator[None]:
+    """Around the start of vLLM on CPU: weights that can be read, and shared memory of this run alone.
+
+    vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so that nobody can read what the
+    engine computes with. Plain `linear` on live parameters costs 3% (fp32) to 20% (bf16) of generation on a tiny model
+    and makes every refit provable.
+
+    The ranks of a tensor-parallel engine exchange tensors through segments in /dev/shm, which vLLM names after the
+    rendezvous, "env://": the same in every job. A second job, or one after a killed one, would find them taken. Here the
+    names are of this run, and go when all ranks have mapped them, so that no end of a process leaves them behind.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.model_executor.layers import utils
 
     def keep_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
-    utils.dispatch_cpu_unquantized_gemm = keep_weight
+    name_after_rendezvous = _CPUSHMDistributed.make_group_name
+    run = [f"frpo-{uuid.uuid4().hex[:12]}"]
+    dist.broadcast_object_list(run, src=0)
+    utils.dispatch_cpu_unquantized_gemm = keep_weight  # stays: refits come here too
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda group: run[0] + name_after_rendezvous(group).lstrip("/"))
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(name_after_rendezvous)
+    dist.barrier()
+    for segment in Path("/dev/shm").glob(f"{run[0]}*"):
+        segment.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

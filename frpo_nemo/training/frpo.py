@@ -5,6 +5,7 @@ Phases (sleep and wake of the engine, timing, the watchdog) belong to the object
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -116,7 +117,7 @@ def validate(run: Run, worker: RolloutWorker, actor: PolicyActor, step: int) -> 
         values["kl/reference"] = segment_sum(current - reference, batch.response_lengths).mean().item()
         if run.rank == 0:
             worker.write_samples(run.dir / "validation" / f"step_{step:08d}.jsonl", rollouts)
-    run.record_validation(step, values, score=values["reward/mean"])
+    run.record_validation(step, values, score=values.get("reward/mean", math.nan))  # absent: nothing could be scored
 
 
 def minibatches(groups: torch.Tensor, count: int) -> list[torch.Tensor]:

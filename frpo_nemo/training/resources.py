@@ -11,6 +11,7 @@ from frpo_nemo.megatron.architecture import Architecture
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two moments in fp32, and main weights where the weights are not
 GRADIENT_BYTES = 4
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def check_disk(cfg, arch: Architecture, directory: Path) -> None:
@@ -90,3 +91,8 @@ def readable(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1024
     return f"{size:.3g} TiB"
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its data sheet; None for one that is not listed."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

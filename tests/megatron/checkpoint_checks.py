@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import load_plain_tensors
+from safetensors.torch import load_file, save_file
 from worlds import use_layout
 
 from frpo_nemo.data.batch import SequenceBatch, segment_mean
@@ -25,6 +26,7 @@ from frpo_nemo.training.config import ModelConfig, OptimizerConfig
 SEQUENCES = 13
 STEPS = 6  # of the whole run; the checkpoint is made after BEFORE
 BEFORE = 3
+LOSSES = "losses"  # beside the names of weights
 STATE = {"data": {"position": 39}, "note": "the caller's own"}
 
 
@@ -65,47 +67,49 @@ def check_resume_before_first_update(path: str, run_dir: str, **layout) -> None:
     assert _train(resumed, range(2)) == uninterrupted
 
 
-def save_reference(path: str, run_dir: str, **layout) -> dict:
-    """Train, save, and return on rank 0 what a resume in any layout must reproduce: weights and the next losses."""
+def save_reference(path: str, run_dir: str, **layout) -> None:
+    """Train and save, and write down what a resume in any layout must reproduce: weights and the next losses."""
     actor = make_actor(path, **layout)
     _train(actor, range(BEFORE))
     checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7)
-    weights = dict(actor.stream_hf_weights())
-    losses = _train(actor, range(BEFORE, STEPS))
-    return {"weights": weights, "losses": losses} if dist.get_rank() == 0 else None
+    reference = dict(actor.stream_hf_weights())
+    reference[LOSSES] = torch.tensor(_train(actor, range(BEFORE, STEPS)))
+    if dist.get_rank() == 0:
+        save_file(reference, Path(run_dir) / "reference.safetensors")
 
 
-def check_reshaped_resume(
-    path: str, run_dir: str, reference: dict, *, loss_tolerance: float = 1e-6, **layout
-) -> float:
-    """In another layout the same weights, the same optimizer state, and next losses within rounding. Returns the largest
-    difference of losses."""
+def check_reshaped_resume(path: str, run_dir: str, *, loss_tolerance: float = 1e-6, **layout) -> float:
+    """After `save_reference` in another layout: the same weights, the same optimizer state, and next losses within
+    rounding. Returns the largest difference of losses."""
+    reference = load_file(Path(run_dir) / "reference.safetensors")
+    expected = reference.pop(LOSSES)
     actor = make_actor(path, **layout)
     source = checkpoint.newest(run_dir)
     state = checkpoint.load(source, actor)
     assert state == {**STATE, "step": BEFORE, "rng_restored": False}, state
-    _assert_same_bits(reference["weights"], dict(actor.stream_hf_weights()))
-    # What the layout saves is what it loaded: weights, fp32 main weights and moments, whole.
+    _assert_same_bits(reference, dict(actor.stream_hf_weights()))
+    # What this layout saves is what it has loaded: weights, fp32 main weights and moments, put together.
     again = checkpoint.save(f"{run_dir}-again", actor, {}, step=BEFORE, seed=7)
     rows = actor.arch.vocab_size
     _assert_same_bits(_plain_tensors(source, rows), _plain_tensors(again, rows))
     assert checkpoint_files.read(again)["adam_step"] == BEFORE
-    losses = _train(actor, range(BEFORE, STEPS))
-    gap = max(abs(a - b) for a, b in zip(reference["losses"], losses, strict=True))
-    assert gap <= loss_tolerance, f"losses {losses}, without interruption {reference['losses']}"
+    gap = (torch.tensor(_train(actor, range(BEFORE, STEPS))) - expected).abs().max().item()
+    assert gap <= loss_tolerance, f"losses differ by {gap}"
     return gap
 
 
-def check_weights_alone(path: str, run_dir: str, reference: dict, **layout) -> None:
-    """An actor without optimizer loads the weights of a training checkpoint."""
+def check_weights_alone(path: str, run_dir: str, **layout) -> None:
+    """An actor without optimizer takes the weights out of a training checkpoint."""
+    reference = load_file(Path(run_dir) / "reference.safetensors")
+    del reference[LOSSES]
     actor = make_actor(path, train=False, **layout)
     checkpoint.load(checkpoint.newest(run_dir), actor)
-    _assert_same_bits(reference["weights"], dict(actor.stream_hf_weights()))
+    _assert_same_bits(reference, dict(actor.stream_hf_weights()))
 
 
 def check_failed_write(path: str, run_dir: str, failing_rank: int, limit: int, **layout) -> str:
-    """Where one rank cannot write (files end at `limit` bytes), all ranks raise one sentence, what was written goes away,
-    and what was there before stays. Returns the sentence."""
+    """Where one rank cannot write (files end at `limit` bytes), all ranks raise one sentence, what was written goes
+    away, and what was there before stays. Returns the sentence."""
     actor = make_actor(path, **layout)
     before = checkpoint.save(run_dir, actor, STATE, step=1, seed=7)
     sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -168,11 +172,9 @@ def make_actor(path: str, *, tp=1, pp=1, sp=False, precision="fp32", train=True,
 
 
 def _train(actor: PolicyActor, updates: range) -> list[float]:
-    """SFT on batches that depend on the update alone; returns their losses."""
-    return [
-        actor.train_step(_batch(update), _sft_loss, update=update, total_updates=STEPS).per_sequence["loss"].sum().item()
-        for update in updates
-    ]
+    """SFT on batches that depend on the update's number alone; returns their losses."""
+    results = [actor.train_step(_batch(u), _sft_loss, update=u, total_updates=STEPS) for u in updates]
+    return [result.per_sequence["loss"].sum().item() for result in results]
 
 
 def _sft_loss(logprobs, entropy, sequences) -> Losses:

@@ -1,5 +1,7 @@
 """The engine in a world of one and of two processes; what is checked is in checks.py."""
 
+from pathlib import Path
+
 import checks
 import pytest
 
@@ -68,7 +70,13 @@ def test_a_fault_on_one_rank_stops_both(two):
 
 
 def test_layout_that_does_not_fit(two):
-    assert "tensor_model_parallel_size=3 does not divide world=2" in two(checks.check_layout_that_does_not_fit)[0]
+    assert "tensor_model_parallel_size=3 does not divide the world of 2" in two(checks.check_layout_that_does_not_fit)[0]
+
+
+def test_a_tensor_parallel_engine_leaves_no_shared_memory_behind(two, tiny):
+    """And starts beside what a killed run left: the names are its own."""
+    two(checks.check_one_engine_of_two, name="qwen2")
+    assert not list(Path("/dev/shm").glob("*cpushm*"))
 
 
 def test_sleep_gives_back_everything_and_wakes_what_is_needed():

@@ -1,0 +1,84 @@
+"""Checks of logprobs.py that run in every rank of a world."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import use_layout
+
+from frpo_nemo.megatron.logprobs import token_logprobs
+from frpo_nemo.training.config import ModelConfig
+
+HIDDEN, VOCABULARY, PADDED = 16, 50, 64
+
+
+def _tensor_group() -> dist.ProcessGroup:
+    from megatron.core import parallel_state
+
+    use_layout(ModelConfig(path="", tensor_model_parallel_size=dist.get_world_size()))
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def compare_with_log_softmax(chunk_tokens: int) -> dict[str, float]:
+    """Largest errors of this rank against log_softmax over the real vocabulary."""
+    group = _tensor_group()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, HIDDEN, generator=generator)
+    weight = torch.randn(PADDED, HIDDEN, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (37,), generator=generator)
+    upstream = torch.randn(37, generator=generator)
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    full = torch.log_softmax((h @ w[:VOCABULARY].t()) / 0.7, -1)
+    expected = full.gather(1, targets[:, None]).squeeze(1)
+    (expected * upstream).sum().backward()
+
+    rows = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
+    own_h, own_w = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
+    logprobs, entropy = token_logprobs(
+        own_h, own_w, targets, vocab_size=VOCABULARY, tp_group=group, chunk_tokens=chunk_tokens, temperature=0.7
+    )
+    (logprobs * upstream).sum().backward()
+    dist.all_reduce(own_h.grad, group=group)  # what the mapping before it does in the model
+    return {
+        "logprobs": (logprobs - expected).abs().max().item(),
+        "entropy": (entropy + (full.exp() * full).sum(-1)).abs().max().item(),
+        "hidden gradient": (own_h.grad - h.grad).abs().max().item(),
+        "weight gradient": (own_w.grad - w.grad[rows]).abs().max().item(),
+    }
+
+
+class _Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def largest_tensor(tokens: int, vocabulary: int, chunk_tokens: int) -> int:
+    """Elements of the largest tensor in a forward and backward pass."""
+    group = _tensor_group()
+    hidden, weight = torch.randn(tokens, HIDDEN).requires_grad_(), torch.randn(vocabulary, HIDDEN).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,))
+    with _Largest() as record:
+        logprobs, _ = token_logprobs(
+            hidden, weight, targets, vocab_size=vocabulary, tp_group=group, chunk_tokens=chunk_tokens
+        )
+        logprobs.sum().backward()
+    return record.elements
+
+
+def uniform_entropy(vocabulary: int) -> float:
+    """Entropy when all logits are equal, with a padded vocabulary."""
+    group = _tensor_group()
+    hidden, weight = torch.zeros(1, HIDDEN), torch.zeros(PADDED, HIDDEN)
+    targets = torch.zeros(1, dtype=torch.int64)
+    _, entropy = token_logprobs(hidden, weight, targets, vocab_size=vocabulary, tp_group=group, chunk_tokens=8)
+    return entropy.item()

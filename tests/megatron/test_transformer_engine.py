@@ -1,0 +1,41 @@
+"""What Transformer Engine is asked for. Its modules need a CUDA device and were not run where these tests run."""
+
+import importlib.util
+
+import pytest
+import torch
+from megatron.core.enums import Fp8Recipe
+from tiny_models import make_tiny
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.model import layer_spec, transformer_config, uses_transformer_engine
+from frpo_nemo.training.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def arch(tmp_path_factory):
+    return Architecture.from_hf(make_tiny(tmp_path_factory.mktemp("te") / "qwen3", "qwen3"))
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("format", ["hybrid", "e4m3"])
+def test_fp8_options_reach_megatron(arch, format, recipe):
+    model = ModelConfig(path="", fp8=format, fp8_recipe=recipe, context_parallel_size=2)
+    # transformer_engine=True adds only the fused rotary embedding, which megatron-core refuses without the package.
+    config = transformer_config(arch, model, transformer_engine=False)
+    assert config.fp8 == format and Fp8Recipe(config.fp8_recipe).value == recipe
+    assert config.context_parallel_size == 2 and config.params_dtype == torch.bfloat16
+
+
+def test_without_fp8_nothing_of_it_is_set(arch):
+    assert not transformer_config(arch, ModelConfig(path=""), transformer_engine=False).fp8
+
+
+def test_it_is_used_only_with_a_cuda_device():
+    assert uses_transformer_engine() == (torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine")))
+
+
+@pytest.mark.skipif(not uses_transformer_engine(), reason="Transformer Engine needs a CUDA device")
+def test_its_layer_normalises_queries_and_keys_where_the_family_does(arch):
+    attention = layer_spec(arch, transformer_engine=True).submodules.self_attention.submodules
+    assert attention.q_layernorm.__name__ != "IdentityOp" and attention.k_layernorm.__name__ != "IdentityOp"

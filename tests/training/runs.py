@@ -1,0 +1,111 @@
+"""Recipes as processes of their own, started as a user starts them, to be killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE.parents[1] / "recipes"
+LIMIT = 240  # seconds that a job may take: several times what it needs on two idle cores
+
+
+class Job:
+    """One start of a recipe: plain python for one rank, torchrun for more. Output goes to run_dir.log (appended)."""
+
+    def __init__(self, recipe: str, overrides: list[str], run_dir: Path, *, ranks: int = 1, die_in_save_of: int = 0):
+        """die_in_save_of: a step; every rank kills itself when it has written a part of that step's checkpoint."""
+        self.run_dir, self.log = run_dir, run_dir.with_suffix(".log")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+        script = [str(RECIPES / recipe)]
+        if die_in_save_of:
+            script = [str(HERE / "dying_save.py"), str(die_in_save_of), *script]
+        self.started, self._before = time.time(), len(self.log.read_text()) if self.log.exists() else 0
+        with self.log.open("a") as log:
+            command = [sys.executable, *launcher, *script, *overrides, f"run_dir={run_dir}"]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()[self._before :]
+
+    def wait(self, limit: float = LIMIT) -> int:
+        """The exit code."""
+        try:
+            return self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {limit} s:\n{self.output[-3000:]}") from None
+
+    def succeed(self) -> "Job":
+        """Wait for the end, which must be a good one."""
+        code = self.wait()
+        assert code == 0, f"exit code {code}:\n{self.output[-5000:]}"
+        return self
+
+    def wait_for_step(self, step: int) -> None:
+        """Until this start, not an earlier one, has recorded `step` or a later one: the next is on its way then."""
+        self.wait_until(lambda: any(r["step"] >= step and r["time"] > self.started for r in steps(self.run_dir)))
+
+    def wait_until(self, condition) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            code = self.process.poll()
+            assert code is None, f"ended too early with exit code {code}:\n{self.output[-5000:]}"
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"waited for {LIMIT} s:\n{self.output[-5000:]}")
+            time.sleep(0.01)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes of a job under torchrun."""
+        return {int(p.environ()["RANK"]): p for p in psutil.Process(self.process.pid).children()}
+
+    def kill(self) -> None:
+        """kill -9 of everything, the launcher first: nobody is left to notice."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=30)
+        assert self.process.wait(30) == -signal.SIGKILL
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """What metrics.jsonl says of training steps, in its order; also while it is being written."""
+    return [row for row in _rows(run_dir) if not _is_validation(row)]
+
+
+def validations(run_dir: Path) -> list[dict]:
+    return [row for row in _rows(run_dir) if _is_validation(row)]
+
+
+def without_times(row: dict) -> dict:
+    """What a step computed, which a repetition must give again bit for bit."""
+    return {k: v for k, v in row.items() if k not in ("time", "tokens_per_second") and not k.startswith("seconds/")}
+
+
+def exported(run_dir: Path) -> dict:
+    """Name -> tensor of run_dir/hf."""
+    return {name: t for file in sorted((run_dir / "hf").glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(os.listdir(run_dir / "checkpoints"))
+
+
+def _rows(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def _is_validation(row: dict) -> bool:
+    return any(name.startswith("validation/") for name in row)

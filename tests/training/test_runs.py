@@ -1,0 +1,338 @@
+"""Whole runs of the recipes on the embedded world: what they leave behind, and what survives kill -9.
+
+Runs are shared, because vLLM's start is most of each: `reference` is undisturbed; `disturbed` is the same command,
+killed three times on its way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import learn_checks
+import pytest
+import torch
+from picky_reward import UNBEARABLE
+from runs import HERE, Job, checkpoints, exported, steps, validations, without_times
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from frpo_nemo.data.new_model import new_model
+from frpo_nemo.data.world import world_tokenizer
+from frpo_nemo.megatron import checkpoint_files
+
+STEPS = 10
+RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A random model that knows the world's words."""
+    path = tmp_path_factory.mktemp("model") / "base"
+    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
+    new_model(path, tokenizer=world_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
+    return str(path)
+
+
+def frpo_overrides(model: str) -> list[str]:
+    """The demo, shorter: a checkpoint after steps 4, 8 and 10, validation before the first and after the last."""
+    return [
+        "--config-name=experiment/demo",
+        f"model.path={model}",
+        f"reward.variety.target={HERE / 'picky_reward.py'}:variety",
+        "rollout.group_size=4",
+        "data.validation.0.limit=32",
+        f"trainer.max_steps={STEPS}",
+        f"trainer.val_interval={STEPS}",
+        "trainer.save_interval=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory):
+    """The run directory of an undisturbed run on TP2."""
+    return Job("frpo.py", frpo_overrides(model), tmp_path_factory.mktemp("reference") / "run", ranks=2).succeed().run_dir
+
+
+@pytest.fixture(scope="module")
+def disturbed(model, tmp_path_factory):
+    """The same command, four times: rank 1 killed between saves; all ranks inside the save of step 8; all ranks between
+    saves again; and through to the end."""
+    overrides, run_dir = frpo_overrides(model), tmp_path_factory.mktemp("disturbed") / "run"
+    found = SimpleNamespace(run_dir=run_dir)
+
+    job = Job("frpo.py", overrides, run_dir, ranks=2)
+    job.wait_for_step(5)
+    victim = job.ranks()[1]
+    victim.kill()
+    killed = time.monotonic()
+    found.lost_code, found.lost_pid, found.lost_output = job.wait(), victim.pid, job.output
+    found.lost_seconds = time.monotonic() - killed
+
+    job = Job("frpo.py", overrides, run_dir, ranks=2, die_in_save_of=8)
+    found.save_code, found.save_output = job.wait(), job.output
+    found.after_save = {name: sorted(os.listdir(run_dir / "checkpoints" / name)) for name in checkpoints(run_dir)}
+    found.newest = checkpoint_files.newest(run_dir)
+
+    job = Job("frpo.py", overrides, run_dir, ranks=2)
+    job.wait_for_step(5)
+    job.kill()
+    found.killed_output = job.output
+
+    found.last_output = Job("frpo.py", overrides, run_dir, ranks=2).succeed().output
+    return found
+
+
+def test_a_run_records_every_metric_and_all_are_finite(reference):
+    """Those that the issue names. NaN and infinity are null in the file."""
+    rows = steps(reference)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    names = {
+        *(f"{name}/{part}" for name in ("reward", "reward/world", "reward/variety") for part in ("mean", "std")),
+        *(f"reward/task/{task}/{part}" for task in ("harmful", "harmless") for part in ("mean", "std")),
+        "objective/entropic_risk",
+        "objective/effective_sample_size",
+        "objective/max_abs_advantage",
+        "kl/reference",
+        "entropy",
+        "response_length/mean",
+        "share/truncated",
+        "share/unscored",
+        "share/clipped",
+        "importance_ratio/mean",
+        "importance_ratio/max",
+        "rollout_mismatch/mean_abs_logprob_gap",
+        "rollout_mismatch/max_abs_logprob_gap",
+        "loss",
+        "gradient_norm",
+        "learning_rate",
+        *(f"seconds/{p}" for p in ("step", "generate", "reward", "gather", "logprobs", "train", "refit", "other")),
+        "tokens_per_second",
+    }
+    for row in rows:
+        assert names <= row.keys(), names - row.keys()
+        assert all(value is not None and math.isfinite(value) for value in row.values()), row
+    assert [row["step"] for row in validations(reference)] == [0, STEPS]
+    assert all(value is not None for row in validations(reference) for value in row.values())
+
+
+def test_the_trainers_logprobs_are_those_that_vllm_sampled_with(reference):
+    assert max(row["rollout_mismatch/max_abs_logprob_gap"] for row in steps(reference)) < 1e-4
+
+
+def test_phases_add_up_to_the_step(reference):
+    for row in steps(reference):
+        parts = sum(value for name, value in row.items() if name.startswith("seconds/") and name != "seconds/step")
+        assert parts == pytest.approx(row["seconds/step"])
+
+
+def test_a_run_learns_something(reference):
+    """The optimizer moves the policy away from the reference: nothing is left out between reward and weights."""
+    rows = steps(reference)
+    assert rows[0]["kl/reference"] == 0 < rows[-1]["kl/reference"]
+    assert all(row["gradient_norm"] > 0 for row in rows)
+
+
+def test_a_run_leaves_its_description_and_checkpoints(reference):
+    assert f"max_steps: {STEPS}" in (reference / "config.yaml").read_text()
+    environment = json.loads((reference / "environment.json").read_text())
+    assert environment["world_size"] == 2 and "torch" in environment["packages"]
+    assert checkpoints(reference) == ["step_00000008", f"step_{STEPS:08d}"]  # keep_last=2
+    assert any((reference / "tensorboard").iterdir())
+
+
+def test_a_reward_that_throws_leaves_its_response_unscored_and_is_counted(reference, model):
+    """Failures and unscored responses are the same ones; validation's file shows which, and no others."""
+    responses = 16 * 4
+    for row in steps(reference):
+        unscored = row["share/unscored"] * responses
+        assert unscored == row["reward_failures/variety/error"] == round(unscored) > 0
+        assert row["share/unscored"] < 0.6
+    for sample in samples(reference):
+        assert (sample["reward"] is None) == bool(UNBEARABLE & set(sample["response"].split())), sample
+
+
+def test_the_exported_model_is_the_trained_policy(reference, model, workers):
+    """transformers computes with hf/ the KL that the run measured in its last validation, and the last checkpoint,
+    loaded in one process, holds bit for bit the weights of hf/, which two processes wrote."""
+    trained, base = (AutoModelForCausalLM.from_pretrained(path) for path in (reference / "hf", model))
+    tokenizer = AutoTokenizer.from_pretrained(reference / "hf")
+    kl = 0.0
+    for sample in samples(reference):
+        prompt, response = (tokenizer.encode(sample[part], return_tensors="pt") for part in ("prompt", "response"))
+        kl += sequence_logprob(trained, prompt, response) - sequence_logprob(base, prompt, response)
+    expected = validations(reference)[-1]["validation/kl/reference"]
+    assert expected > 1e-3
+    assert kl / len(samples(reference)) == pytest.approx(expected, abs=1e-5)
+    [loaded] = workers.run(1, learn_checks.weights_of_checkpoint, path=model, run_dir=str(reference))
+    assert_same_bits(loaded, exported(reference))
+
+
+def test_a_rank_that_dies_ends_the_others_within_a_minute_with_its_name_and_phase(disturbed):
+    assert disturbed.lost_code != 0
+    assert disturbed.lost_seconds < 60
+    assert re.search(RANK_1.format(pid=disturbed.lost_pid), disturbed.lost_output), disturbed.lost_output[-3000:]
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(disturbed):
+    assert disturbed.save_code != 0
+    [half, whole] = sorted(disturbed.after_save, key=len, reverse=True)
+    assert whole == "step_00000004" and half.startswith("step_00000008.tmp-")
+    assert any(name.endswith(".distcp") for name in disturbed.after_save[half])
+    assert not set(disturbed.after_save[whole]) <= set(disturbed.after_save[half])
+    assert disturbed.newest.name == "step_00000004"
+    for output in (disturbed.save_output, disturbed.killed_output):
+        assert "step_00000004 after step 4" in output
+
+
+def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(disturbed, reference):
+    assert "resumed from" in disturbed.last_output
+    assert_same_bits(exported(disturbed.run_dir), exported(reference))
+
+
+def test_the_history_of_a_resumed_run_has_every_step_once_and_the_same_values(disturbed, reference):
+    for kind in (steps, validations):
+        assert [without_times(row) for row in kind(disturbed.run_dir)] == [without_times(row) for row in kind(reference)]
+    assert checkpoints(disturbed.run_dir) == checkpoints(reference), "half-written checkpoints are cleared away"
+
+
+def test_a_run_continues_on_another_layout(reference, model, tmp_path):
+    """TP2's checkpoint of step 8 in a single process: the same policy, so the same distance from the reference (on other
+    samples: there is one engine now instead of two)."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}", "hf"))
+    layout = ["parallel=single", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
+    job = Job("frpo.py", [*frpo_overrides(model), *layout], run_dir).succeed()
+    assert "step_00000008 after step 8" in job.output
+    rows, before = steps(run_dir), steps(reference)
+    assert [without_times(row) for row in rows[:8]] == [without_times(row) for row in before[:8]]
+    assert [row["step"] for row in rows[8:]] == [9, 10]
+    for row, other in zip(rows[8:], before[8:], strict=True):
+        assert row["rollout_mismatch/max_abs_logprob_gap"] < 1e-4
+        assert row["learning_rate"] == other["learning_rate"]
+        assert row["kl/reference"] == pytest.approx(other["kl/reference"], rel=0.3)
+    weights, others = exported(run_dir), exported(reference)
+    distance = max((weights[name] - others[name]).abs().max().item() for name in weights)
+    assert distance < 2 * sum(row["learning_rate"] for row in rows[8:]) + 1e-6, "Adam moves a weight by about lr a step"
+
+
+def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(model, tmp_path):
+    """Plain python, several updates per rollout, options on the command line, SIGUSR1 as Slurm sends it."""
+    groups = ["model=tiny_fp32", "data=world_prompts", "reward=world", "objective=grpo"]
+    sizes = ["rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.max_response_tokens=6"]
+    options = ["optim.lr=1e-3", "trainer.max_steps=500", "trainer.updates_per_rollout=2", "trainer.microbatch_tokens=512"]
+    options.append(f"reward.variety.target={HERE / 'picky_reward.py'}:variety")
+    job = Job("frpo.py", [*groups, *sizes, *options, f"model.path={model}"], tmp_path / "run")
+    job.wait_for_step(2)
+    os.kill(job.process.pid, signal.SIGUSR1)
+    job.succeed()
+    rows = steps(job.run_dir)
+    last = rows[-1]["step"]
+    assert 2 <= last < 500
+    assert f"stopped by a signal after step {last}" in job.output
+    assert checkpoints(job.run_dir) == [f"step_{last:08d}"]
+    assert max(row["importance_ratio/max"] for row in rows) > 1.0001, "the second update is off-policy"
+    assert max(row["rollout_mismatch/max_abs_logprob_gap"] for row in rows) < 1e-4, "the first one is not"
+    assert "objective/entropic_risk" not in rows[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """run_dir/checkpoints on a disk of 8 MiB; the rest of run_dir elsewhere."""
+    directory = tmp_path / "run" / "checkpoints"
+    directory.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", directory], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"a disk to fill cannot be mounted (needs root): {mount.stderr.strip()}")
+    yield directory
+    subprocess.run(["umount", "-l", directory], check=True)
+
+
+def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(model, small_disk):
+    run_dir = small_disk.parent
+    overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", "trainer.save_interval=2"]
+    overrides += ["trainer.val_interval=0", "data.train.0.path=world:reference?seed=0&size=2000"]
+    job = Job("sft.py", [*overrides, "optim.schedule=constant", "trainer.max_steps=5000"], run_dir, ranks=2)
+    job.wait_until(lambda: checkpoint_files.newest(run_dir) is not None)
+    filler = small_disk / "filler"
+    deadline = time.monotonic() + 60
+    while job.process.poll() is None and time.monotonic() < deadline:  # deletions of old checkpoints make room again
+        fill(filler)
+    assert job.wait(1) not in (0, None)
+    messages = [line for line in job.output.splitlines() if "CheckpointError" in line and "watchdog" not in line]
+    assert messages, job.output[-3000:]
+    for message in messages:
+        assert re.search(r"step_\d{8} could not be written: No space left on device \(rank \d\)", message), message
+    left = [name for name in checkpoints(run_dir) if name != "filler"]
+    assert left and all(re.fullmatch(r"step_\d{8}", name) for name in left), left
+
+    filler.unlink()
+    newest = int(left[-1].removeprefix("step_"))
+    job = Job("sft.py", [*overrides, "optim.schedule=constant", f"trainer.max_steps={newest + 3}"], run_dir, ranks=2)
+    assert f"after step {newest}" in job.succeed().output
+    assert [row["step"] for row in steps(run_dir)] == list(range(1, newest + 4))
+
+
+def fill(file) -> None:
+    """Append to `file` until its disk is full."""
+    try:
+        with file.open("ab", buffering=0) as sink:
+            while sink.write(b"\0" * 4096):
+                pass
+    except OSError:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("objective", ["frpo", "grpo", "dr_grpo"])
+def test_every_objective_makes_good_responses_likelier(workers, model, objective):
+    [change] = workers.run(1, learn_checks.check_learning, path=model, objective=objective)
+    assert change > 0
+
+
+def test_the_first_update_is_on_policy_and_the_second_is_not(workers, model):
+    workers.run(1, learn_checks.check_two_updates, path=model)
+
+
+@pytest.mark.parametrize("objective", ["frpo", "grpo", "dr_grpo"])
+def test_unscored_responses_have_no_influence_on_the_gradient(workers, model, objective):
+    workers.run(1, learn_checks.check_unscored, path=model, objective=objective)
+
+
+def test_a_step_without_any_score_changes_nothing_and_goes_on(workers, model, tmp_path):
+    workers.run(1, learn_checks.check_nothing_scored, path=model, run_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", [dict(tp=1, pp=1), dict(tp=2, pp=1), dict(tp=1, pp=2)], ids=["one", "TP2", "PP2"])
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_its_sequences(workers, model, tmp_path, layout):
+    world = layout["tp"] * layout["pp"]
+    workers.run(world, learn_checks.check_non_finite_loss, path=model, run_dir=str(tmp_path), **layout)
+
+
+@pytest.mark.parametrize("layout", [dict(tp=1, pp=1), dict(tp=2, pp=1), dict(tp=1, pp=2)], ids=["one", "TP2", "PP2"])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(workers, model, tmp_path, layout):
+    world = layout["tp"] * layout["pp"]
+    workers.run(world, learn_checks.check_infinite_gradient, path=model, run_dir=str(tmp_path), **layout)
+
+
+def samples(run_dir) -> list[dict]:
+    """Responses of the last validation."""
+    return [json.loads(line) for line in (run_dir / "validation" / f"step_{STEPS:08d}.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def sequence_logprob(model, prompt: torch.Tensor, response: torch.Tensor) -> float:
+    logits = model(torch.cat([prompt, response], 1)).logits[0, prompt.shape[1] - 1 : -1]
+    return torch.log_softmax(logits, -1)[torch.arange(response.shape[1]), response[0]].sum().item()
+
+
+def assert_same_bits(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype
+        assert torch.equal(tensor.view(torch.int32), found[name].view(torch.int32)), name
