@@ -201,6 +201,8 @@ class PolicyActor:
     def _microbatches(self, batch: SequenceBatch) -> list[packing.Microbatch]:
         lengths = batch.lengths.tolist()
         rank, replicas = distributed.data_parallel()
+        if batch.num_sequences < replicas:
+            raise ValueError(f"{batch.num_sequences} sequences cannot be split over {replicas} data-parallel replicas")
         mine = packing.split_over_replicas(lengths, replicas)[rank]
         packs = packing.split_into_microbatches([lengths[i] for i in mine], self.microbatch_tokens)
         te = uses_transformer_engine()

@@ -167,7 +167,9 @@ class _DescriptionsOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if name not in self._ALLOWED.get(module, ()):
-            raise ConfigError(f"{self._path} refers to {module}.{name}, which no checkpoint of ours does; do not load it.")
+            raise ConfigError(
+                f"{self._path} refers to {module}.{name}, which no checkpoint of ours does; do not load it."
+            )
         return super().find_class(module, name)
 
 

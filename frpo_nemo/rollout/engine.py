@@ -60,7 +60,7 @@ class RolloutEngine:
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % tensor_parallel_size:
             raise ConfigError(
-                f"rollout.tensor_model_parallel_size={tensor_parallel_size} does not divide the world of {world} processes"
+                f"rollout.tensor_model_parallel_size={tensor_parallel_size} does not divide the {world} processes"
             )
         if dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"the rollout engine's dtype is {dtype!r}; it should be float32 or bfloat16")
@@ -235,12 +235,12 @@ def _cpu_workarounds() -> Iterator[None]:
     """Around the start of vLLM on CPU: weights that can be read, and shared memory of this run alone.
 
     vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so that nobody can read what the
-    engine computes with. Plain `linear` on live parameters costs 3% (fp32) to 20% (bf16) of generation on a tiny model
-    and makes every refit provable.
+    engine computes with. Plain `linear` on live parameters makes every refit provable; it costs 5% (fp32) to 20% (bf16)
+    of generation with a tiny model.
 
     The ranks of a tensor-parallel engine exchange tensors through segments in /dev/shm, which vLLM names after the
-    rendezvous, "env://": the same in every job. A second job, or one after a killed one, would find them taken. Here the
-    names are of this run, and go when all ranks have mapped them, so that no end of a process leaves them behind.
+    rendezvous, "env://": the same in every job. A second job, or one after a killed one, would find them taken. Here
+    the names are of this run, and go when all ranks have mapped them, so that no end of a process leaves them behind.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.model_executor.layers import utils

@@ -164,7 +164,8 @@ def _odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
     return (torch.randint(-(1 << 63), (1 << 63) - 1, (count,), generator=generator) | 1).to(device)
 
 
-# What rounding alone explains, by the precision of model and engine: (statistic, largest value).
+# What rounding alone explains, by the precision of model and engine: (statistic, largest value). Measured against
+# transformers on CPU: fp32 4e-6 at most; bf16 0.011 to 0.014 on average (4 and 12 layers), single tokens up to 0.07.
 GAP_LIMITS = {"fp32": ("max", 1e-4), "bf16": ("mean", 0.05)}
 
 

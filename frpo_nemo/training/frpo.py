@@ -47,7 +47,8 @@ def train(cfg) -> None:
             if run.validation_due(step):
                 validate(run, worker, actor, step)
             run.record(step, values, int(rollouts.batch.lengths.sum()))
-        run.export()
+        if run.finished:
+            run.export()
         worker.close()
 
 

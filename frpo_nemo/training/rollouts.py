@@ -86,19 +86,20 @@ class RolloutWorker:
     def refit(self, actor: PolicyActor) -> None:
         """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
         with self.phases("refit"):
-            self.engine.wake()
+            actor.finish_training()  # the optimizer's GPU memory is vLLM's until the next update
             self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.cfg.rollout.refit_bucket_mb << 20))
 
     def _roll_out(self, examples: list[Prompt], samples: int, seed_step: int, actor: PolicyActor) -> Rollouts:
-        actor.finish_training()
         with self.phases("generate"):
-            self.engine.wake()
             mine, completions = self._generate_share(examples, samples, seed_step)
             self.engine.sleep()
         with self.phases("reward"):
             scores = self._score([examples[i] for i in mine], completions)
         with self.phases("gather"):
             rollouts = self._gather(examples, samples, mine, completions, scores)
+        if rollouts.rewards.isnan().all():
+            reasons = "; ".join(f"{name}: {text}" for name, text in scores.messages.items())
+            raise RuntimeError(f"none of {len(rollouts.rewards)} responses could be scored ({reasons or 'no reward applied'})")
         return rollouts
 
     def _generate_share(self, examples, samples: int, seed_step: int):

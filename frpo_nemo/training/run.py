@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
 from frpo_nemo.megatron.hf_weights import save_hf
@@ -81,7 +82,10 @@ class Run:
                 state = checkpoint.load(self._resumed_from, actor)
             changed = [name for name in data if state["data"].get(name) != data[name]]
             if changed:
-                raise ValueError(f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has.")
+                raise ConfigError(
+                    f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has; give it the "
+                    "same, or start over with checkpoint.resume=never."
+                )
             self.step = state["step"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
         resume_step = None if self._resumed_from is None else self.step
@@ -106,6 +110,11 @@ class Run:
                 self.save()
                 self.say(f"stopped by a signal after step {self.step}; start again to continue")
                 break
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done; a signal may end a run before."""
+        return self.step >= self.cfg.trainer.max_steps
 
     def record(self, step: int, values: dict[str, float], batch_tokens: int) -> None:
         """The step is done: log it, and save when due. batch_tokens: prompt and response tokens of the global batch."""

@@ -45,7 +45,8 @@ def train(cfg) -> None:
             if run.validation_due(step):
                 validate(run, actor, held_out, step)
             run.record(step, values, int(batch.lengths.sum()))
-        run.export()
+        if run.finished:
+            run.export()
 
 
 def load_data(cfg) -> tuple[SFTSet, SFTSet | None]:

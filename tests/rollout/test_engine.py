@@ -70,7 +70,7 @@ def test_a_fault_on_one_rank_stops_both(two):
 
 
 def test_layout_that_does_not_fit(two):
-    assert "tensor_model_parallel_size=3 does not divide the world of 2" in two(checks.check_layout_that_does_not_fit)[0]
+    assert "tensor_model_parallel_size=3 does not divide the 2" in two(checks.check_layout_that_does_not_fit)[0]
 
 
 def test_a_tensor_parallel_engine_leaves_no_shared_memory_behind(two, tiny):

@@ -257,8 +257,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(model, small_disk):
     run_dir = small_disk.parent
     overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", "trainer.save_interval=2"]
-    overrides += ["trainer.val_interval=0", "data.train.0.path=world:reference?seed=0&size=2000"]
-    job = Job("sft.py", [*overrides, "optim.schedule=constant", "trainer.max_steps=5000"], run_dir, ranks=2)
+    overrides += ["trainer.val_interval=0", "optim.schedule=constant"]
+    job = Job("sft.py", [*overrides, "trainer.max_steps=5000"], run_dir, ranks=2)
     job.wait_until(lambda: checkpoint_files.newest(run_dir) is not None)
     filler = small_disk / "filler"
     deadline = time.monotonic() + 60
@@ -274,7 +274,7 @@ def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(model, small_di
 
     filler.unlink()
     newest = int(left[-1].removeprefix("step_"))
-    job = Job("sft.py", [*overrides, "optim.schedule=constant", f"trainer.max_steps={newest + 3}"], run_dir, ranks=2)
+    job = Job("sft.py", [*overrides, f"trainer.max_steps={newest + 3}"], run_dir, ranks=2)
     assert f"after step {newest}" in job.succeed().output
     assert [row["step"] for row in steps(run_dir)] == list(range(1, newest + 4))
 
