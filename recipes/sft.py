@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 recipes/sft.py --config-name experiment/gsm8k_sft
     python recipes/sft.py model.path=... data.train='[{path: rows.jsonl, completion: answer}]' ...   # options: configs/sft.yaml
 
-Checkpoints are written by processes that import this file again, so it imports nothing heavy above `__main__`.
+A mistake in the configuration is told before anything heavy is imported, so nothing is imported above `__main__`.
 """
 
 

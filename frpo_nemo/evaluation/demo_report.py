@@ -31,7 +31,7 @@ def report(out: Path, seconds: float) -> None:
         ("reward", "validation/reward/mean"),
         ("  harmful prompts (refuse)", "validation/reward/task/harmful/mean"),
         ("  harmless prompts (help)", "validation/reward/task/harmless/mean"),
-        ("KL to the reference, per response", "validation/kl/reference"),
+        ("KL to the reference, per response", "validation/kl/per_response"),
     ):
         _, values = metrics[name]
         table.add_row(label, f"{values[0]:.3f}", f"{values[-1]:.3f}")

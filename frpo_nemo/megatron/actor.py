@@ -127,7 +127,7 @@ class PolicyActor:
     @torch.no_grad()
     def get_inference_log_probs(self, batch: SequenceBatch) -> Tensor:
         """Log-probs of all response tokens under the current policy: fp32 [R], on CPU."""
-        self.gpt.eval()
+        self.prepare_for_inference()
         return self._run(batch, None, forward_only=True)[1]["logprobs"]
 
     def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
@@ -168,6 +168,7 @@ class PolicyActor:
         self.gpt.eval()
 
     def finish_inference(self) -> None:
+        """Give the passes' memory back."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.training.hub import local_model
 from frpo_nemo.training.schema import load, one_line
 
+HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -42,7 +45,10 @@ def main(run: Callable[[Any], None], schema: type, config_name: str, check: Call
         # One process per node checks. If it ends, the launcher ends the others, which are still importing.
         if local_rank == 0 and not _printing_flags(arguments):
             with _quiet():
-                check(load(schema, compose(name, arguments.overrides, directory)), world_size)
+                cfg = load(schema, compose(name, arguments.overrides, directory))
+                if re.fullmatch(HUB_NAME, cfg.model.path) and not Path(cfg.model.path).exists():
+                    cfg.model.path = local_model(cfg.model.path, download=True)
+                check(cfg, world_size)
         first, overrides = _for_hydra(arguments.overrides, directory)
         sys.argv[1:] = [f"--config-name={name}", *_printing_flags(arguments), *overrides, "hydra.job.chdir=false"]
         with _quiet():
@@ -71,7 +77,7 @@ def started_world() -> tuple[int, int]:
     env = os.environ
     if "RANK" in env:
         return int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
-    if "SLURM_PROCID" in env:
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         return int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"])
     return 0, 1
 

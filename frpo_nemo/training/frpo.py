@@ -14,8 +14,9 @@ from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
 from frpo_nemo.objective import build_objective
+from frpo_nemo.objective.kl import sequence_kl
 from frpo_nemo.training.loss import PolicyLoss
-from frpo_nemo.training.rollouts import RolloutWorker, Rollouts
+from frpo_nemo.training.rollouts import Rollouts, RolloutWorker
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics
 
@@ -33,7 +34,8 @@ def train(cfg) -> None:
                 microbatch_tokens=cfg.trainer.microbatch_tokens,
                 temperature=cfg.rollout.temperature,
             )
-            actor.freeze_reference()  # before a checkpoint is loaded: the reference is the model that training began with
+            if objective.beta > 0 or cfg.trainer.val_interval:
+                actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with
         run.attach(actor, worker.fingerprints())
         worker.refit(actor)
         if run.validation_due(run.step) and run.step == 0:
@@ -114,8 +116,10 @@ def validate(run: Run, worker: RolloutWorker, actor: PolicyActor, step: int) -> 
         batch = rollouts.batch
         current, reference = actor.get_inference_log_probs(batch), actor.get_init_policy_logprobs(batch)
         worker.check_logprobs(step, batch, current)
-        # Responses are samples of the policy, so the mean log-ratio of whole sequences estimates KL(policy, reference).
-        values["kl/reference"] = segment_sum(current - reference, batch.response_lengths).mean().item()
+        values["kl/reference"] = sequence_kl(current, reference, batch.response_lengths).mean().item()
+        # Responses are samples of the policy, so the mean log-ratio of whole ones estimates KL(policy, reference).
+        values["kl/per_response"] = segment_sum(current - reference, batch.response_lengths).mean().item()
+        actor.finish_inference()
         if run.rank == 0:
             worker.write_samples(run.dir / "validation" / f"step_{step:08d}.jsonl", rollouts)
     run.record_validation(step, values, score=values.get("reward/mean", math.nan))  # absent: nothing could be scored

@@ -20,7 +20,7 @@ import torch
 
 # metric, heading, format: what a line on the console shows of a training step, where the run has it
 COLUMNS = (
-    ("loss/total", "loss", ".4f"),
+    ("loss", "loss", ".4f"),
     ("reward/mean", "reward", ".3f"),
     ("kl/reference", "kl", ".4f"),
     ("entropy", "entropy", ".3f"),

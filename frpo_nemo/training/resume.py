@@ -44,9 +44,13 @@ MAY_CHANGE = (
 def check_resume(cfg, arch: Architecture | None) -> None:
     """Raise ConfigError when `cfg` (a typed run) asks to continue what it cannot. arch: None where it is not known."""
     resume, run_dir = cfg.checkpoint.resume, Path(cfg.run_dir)
-    if resume == "never":
-        return
-    checkpoint = checkpoint_files.newest(run_dir) if resume == "auto" else Path(resume)
+    own = checkpoint_files.newest(run_dir)
+    if resume == "never" and own:
+        raise ConfigError(
+            f"checkpoint.resume=never, but run_dir={cfg.run_dir} holds {own.name} of an earlier run, which would be lost; "
+            "take another run_dir, or delete that one."
+        )
+    checkpoint = own or (None if resume in ("auto", "never") else Path(resume))
     if checkpoint is None:
         return
     if not checkpoint.exists():
@@ -55,7 +59,7 @@ def check_resume(cfg, arch: Architecture | None) -> None:
             "path of a checkpoint."
         )
     saved = run_dir / "config.yaml"
-    if resume == "auto" and saved.is_file():
+    if own and saved.is_file():
         _check_same_run(cfg, saved)
     try:
         checkpoint_files.read(checkpoint)
@@ -73,7 +77,7 @@ def _check_same_run(cfg, saved: Path) -> None:
         listed = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed[:8])
         raise ConfigError(
             f"run_dir={cfg.run_dir} holds a run with another configuration: {listed}; set them back to continue it, "
-            "take another run_dir, or start over with checkpoint.resume=never."
+            "or take another run_dir."
         )
 
 

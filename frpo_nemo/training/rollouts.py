@@ -22,7 +22,7 @@ from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.engine import RolloutEngine
 from frpo_nemo.rollout.verify import check_logprob_gap
 
-VALIDATION = 1 << 20  # added to the step in sampling seeds, so that validation never shares training's randomness
+VALIDATION = 1 << 31  # takes the step's place in sampling seeds, so that validation never shares training's randomness
 
 
 @dataclass
@@ -68,6 +68,8 @@ class RolloutWorker:
             enforce_eager=rollout.enforce_eager,
             temperature=rollout.temperature,
         )
+        self.engine.sleep()  # the policy is built next
+        self._reported: set[str] = set()
 
     def fingerprints(self) -> dict[str, str]:
         """Of the data sets, for the checkpoints."""
@@ -98,8 +100,7 @@ class RolloutWorker:
         with self.phases("gather"):
             rollouts = self._gather(examples, samples, mine, completions, scores)
         if rollouts.rewards.isnan().all():
-            reasons = "; ".join(f"{name}: {text}" for name, text in scores.messages.items())
-            raise RuntimeError(f"none of {len(rollouts.rewards)} responses could be scored ({reasons or 'no reward applied'})")
+            raise RuntimeError(f"None of {len(rollouts.rewards)} responses could be scored; the rewards failed as shown above.")
         return rollouts
 
     def _generate_share(self, examples, samples: int, seed_step: int):
@@ -131,10 +132,11 @@ class RolloutWorker:
         """All ranks' responses in the order of the prompts."""
         flat = [c for group in completions for c in group]
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
-        own = (mine, [(c.token_ids, c.logprobs, c.truncated) for c in flat], tensors, scores.failures)
+        own = (mine, [(c.token_ids, c.logprobs, c.truncated) for c in flat], tensors, scores.failures, scores.messages)
         everything = distributed.gather_objects(own)
         places = torch.tensor([p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64)
         responses = [r for _, rows, *_ in everything for r in rows]
+        self._report_failures({name: text for *_, messages in everything for name, text in messages.items()})
         prompts = [examples[p] for p in places.tolist()]
         batch = SequenceBatch.from_lists(
             [p.prompt_ids for p in prompts],
@@ -142,10 +144,17 @@ class RolloutWorker:
             group=places,
             task=torch.tensor([self.tasks.index(p.task) for p in prompts]),
             truncated=torch.tensor([truncated for _, _, truncated in responses]),
-            **{name: torch.cat([t[name] for _, _, t, _ in everything]) for name in tensors},
+            **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
         )
         batch.token_columns["rollout_logprobs"] = torch.tensor([x for _, logprobs, _ in responses for x in logprobs])
-        return Rollouts(batch.select(torch.argsort(places, stable=True)), _add_counts([f for *_, f in everything]))
+        return Rollouts(batch.select(torch.argsort(places, stable=True)), _add_counts([f for *_, f, _ in everything]))
+
+    def _report_failures(self, messages: dict[str, str]) -> None:
+        """Show each reward's first failure once; metrics count all."""
+        for name, text in messages.items():
+            if name not in self._reported and distributed.rank() == 0:
+                print(f"reward {name} failed for some responses, which stay unscored. First: {text}", flush=True)
+            self._reported.add(name)
 
     def check_logprobs(self, step: int, batch: SequenceBatch, logprobs: Tensor) -> None:
         """Compare the policy's log-probs [R] of responses with those that vLLM sampled them with. Raises RefitError.

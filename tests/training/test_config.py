@@ -222,7 +222,9 @@ BAD_INPUT = [
     (["data.train.0.task=sum", "reward.right.tasks=[sum, quotient]"], ["reward.right.tasks", "quotient", "sum"]),
     # where it is written and continued
     (["run_dir=prompts.jsonl/run"], ["run_dir=prompts.jsonl/run", "is a file"]),
-    (["run_dir=earlier"], ["run_dir=earlier", "model.path=tiny", "another run_dir", "checkpoint.resume=never"]),
+    (["run_dir=earlier"], ["run_dir=earlier", "model.path=tiny", "another run_dir"]),
+    (["run_dir=earlier", "checkpoint.resume=never"], ["checkpoint.resume=never", "step_00000002", "another run_dir"]),
+    (["trainer.seed=-1"], ["trainer.seed=-1"]),
     (["run_dir=earlier", "model.path=other", "optim.lr=1"], ["optim.lr=1.0 (was 0.001)"]),
     (["checkpoint.resume=gone/step_2"], ["checkpoint.resume=gone/step_2", "does not exist"]),
     (["checkpoint.resume=tiny"], ["checkpoint.resume=tiny", "not a checkpoint"]),
@@ -255,7 +257,6 @@ def test_good_input_passes(files, monkeypatch):
     check(files, [], "good_sft")
     check(files, ["parallel=tp2_pp2", "objective=grpo", "~objective.lambda_"], world=4)
     check(files, ["run_dir=earlier", f"model.path={files}/other", "trainer.max_steps=9"])
-    check(files, ["run_dir=earlier", "checkpoint.resume=never"])
     check(files, ["model.path=some-org/some-model"])  # a hub name: nothing to see offline
     assert not (files / "run").exists()
 

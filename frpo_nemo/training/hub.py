@@ -1,0 +1,29 @@
+"""Where a model's files are: a directory, or a hub name whose files lie in the Hugging Face cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from frpo_nemo.errors import ConfigError
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # weights as safetensors only
+
+
+def local_model(path: str, *, download: bool) -> str:
+    """The directory of model `path`. download: fetch a hub name's files that are not in the cache yet.
+
+    Raises ConfigError when there is no such directory and the hub cannot give it.
+    """
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(path, allow_patterns=FILES, local_files_only=not download)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={path} is no directory here (working directory: {Path.cwd()}) and could not be had from the "
+            f"hub: {reason} Give a directory in Hugging Face format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."
+        ) from error
