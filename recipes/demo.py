@@ -1,6 +1,6 @@
 """The whole path on a laptop, in minutes: make a model, pre-train it, train it with FRPO, prove the export.
 
-    make demo            (or: python recipes/demo.py out=runs/demo seed=0)
+    make demo            (or: python recipes/demo.py)
 
 Runs the same recipes that large jobs run, as the commands that it prints. Finished parts are not repeated.
 """
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent
+# Small matrices on two ranks: more threads only get in each other's way. The log level hides a note about NUMA.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def main() -> None:
@@ -23,6 +25,7 @@ def main() -> None:
     make_model(out)
     run("sft.py", ["--config-name", "experiment/demo_sft"], processes=1, title="Pre-train the reference policy")
     run("frpo.py", ["--config-name", "experiment/demo"], processes=2, title="FRPO on two ranks (tensor parallel)")
+    os.environ |= ENVIRONMENT
     from frpo_nemo.evaluation.demo_report import report
 
     report(out, time.monotonic() - started)
@@ -37,11 +40,15 @@ def make_model(out: Path) -> None:
 
 def run(recipe: str, arguments: list[str], *, processes: int, title: str) -> None:
     """Run a recipe as its own command; exit with its code if it fails."""
-    script = [str((RECIPES / recipe).relative_to(Path.cwd()))] if RECIPES.is_relative_to(Path.cwd()) else [str(RECIPES / recipe)]
+    script = (
+        [str((RECIPES / recipe).relative_to(Path.cwd()))]
+        if RECIPES.is_relative_to(Path.cwd())
+        else [str(RECIPES / recipe)]
+    )
     shown = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
     real = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", *shown[1:]]
     print(f"\n== {title}\n$ {shlex.join([*shown, *script, *arguments])}", flush=True)
-    code = subprocess.run([*real, *script, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    code = subprocess.run([*real, *script, *arguments], env=os.environ | ENVIRONMENT).returncode
     if code:
         sys.exit(code)
 

@@ -2,7 +2,7 @@
 
     python recipes/new_model.py out=runs/demo/base source=world hidden_size=64 num_layers=2 num_heads=2
     python recipes/new_model.py out=runs/gsm8k/base source=train.jsonl columns=[question,answer]
-        vocab_size=1024 family=qwen2 hidden_size=256 num_layers=4 num_heads=8 num_kv_heads=4   (one line)
+        vocab_size=2048 hidden_size=128 num_layers=4 num_heads=4 ffn_hidden_size=320   (one line)
 
 `source=world` takes the fixed tokenizer of the embedded world; any other source trains one on its `columns`.
 """

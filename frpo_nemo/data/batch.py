@@ -6,8 +6,8 @@ value per *response* token. Prompt tokens never carry a loss, so they have no co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ class SequenceBatch:
     token_columns: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_lists(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], **columns) -> "SequenceBatch":
+    def from_lists(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], **columns
+    ) -> SequenceBatch:
         """Join token id lists pair by pair; keyword arguments become per-sequence columns."""
         flat = [token for prompt, response in zip(prompts, responses, strict=True) for token in (*prompt, *response)]
         prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
@@ -49,7 +51,7 @@ class SequenceBatch:
         """int64 [N]."""
         return self.lengths - self.prompt_lengths
 
-    def select(self, indices: Sequence[int] | Tensor) -> "SequenceBatch":
+    def select(self, indices: Sequence[int] | Tensor) -> SequenceBatch:
         """The sequences at `indices`, in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         return SequenceBatch(
@@ -67,7 +69,7 @@ class SequenceBatch:
         return {name: column[positions] for name, column in self.token_columns.items()}
 
     @staticmethod
-    def concat(batches: Sequence["SequenceBatch"]) -> "SequenceBatch":
+    def concat(batches: Sequence[SequenceBatch]) -> SequenceBatch:
         """All sequences of all batches; every batch has the same columns."""
         first = batches[0]
         return SequenceBatch(
@@ -82,7 +84,7 @@ class SequenceBatch:
         """(prompt ids, response ids) of every sequence, as Python lists."""
         out, start = [], 0
         flat = self.tokens.tolist()
-        for length, prompt_length in zip(self.lengths.tolist(), self.prompt_lengths.tolist()):
+        for length, prompt_length in zip(self.lengths.tolist(), self.prompt_lengths.tolist(), strict=True):
             out.append((flat[start : start + prompt_length], flat[start + prompt_length : start + length]))
             start += length
         return out
@@ -95,7 +97,9 @@ def segment_ids(lengths: Tensor) -> Tensor:
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sum of each segment's values: [sum(lengths)] -> [N]. Differentiable."""
-    return torch.zeros(lengths.numel(), dtype=values.dtype, device=values.device).index_add(0, segment_ids(lengths), values)
+    return torch.zeros(lengths.numel(), dtype=values.dtype, device=values.device).index_add(
+        0, segment_ids(lengths), values
+    )
 
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:

@@ -44,7 +44,12 @@ def report(out: Path, seconds: float) -> None:
         f"log-probs within {gap:.0e}",
         highlight=False,
     )
-    for what, where in (("model", run / "hf"), ("checkpoints", run / "checkpoints"), ("metrics", run / "metrics.jsonl"), ("picture", picture)):
+    for what, where in (
+        ("model", run / "hf"),
+        ("checkpoints", run / "checkpoints"),
+        ("metrics", run / "metrics.jsonl"),
+        ("picture", picture),
+    ):
         console.print(f"  {what:12s}{where}", highlight=False)
 
 
@@ -66,7 +71,7 @@ def check_export(run: Path) -> float:
     if dist.is_initialized():
         dist.destroy_process_group()
     gap = 0.0
-    for prompt, [best], [drawn] in zip(prompts, greedy, sampled):
+    for prompt, [best], [drawn] in zip(prompts, greedy, sampled, strict=True):
         expected = _logprobs(model, prompt, best.token_ids)
         assert expected.argmax(1).tolist() == best.token_ids, f"vLLM and transformers answer {prompt} differently"
         own = _logprobs(model, prompt, drawn.token_ids)[range(len(drawn.token_ids)), drawn.token_ids]

@@ -32,14 +32,10 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
         step = record.pop("step")
         for name, value in record.items():
             points.setdefault(name, {})[step] = math.nan if value is None else value
-    return {
-        name: (sorted(by_step), [by_step[s] for s in sorted(by_step)]) for name, by_step in points.items()
-    }
+    return {name: (sorted(by_step), [by_step[s] for s in sorted(by_step)]) for name, by_step in points.items()}
 
 
-def learning_curve(
-    metrics_files: dict[str, str | Path], out_png: str | Path, *, title: str | None = None
-) -> Path:
+def learning_curve(metrics_files: dict[str, str | Path], out_png: str | Path, *, title: str | None = None) -> Path:
     """Draw {label: path of metrics.jsonl}: reward against step on the left (line with dots: held-out prompts,
     pale line: training prompts), KL to the reference on the right; entropy there if no run logged a KL,
     nothing if neither.
@@ -52,9 +48,7 @@ def learning_curve(
     runs = {label: read_metrics(path) for label, path in metrics_files.items()}
     if not any(name in run for run in runs.values() for name in ("reward/mean", "validation/reward/mean")):
         raise ValueError(f"no reward/mean in {', '.join(map(str, metrics_files.values()))}: nothing to draw")
-    second = next(
-        (name for name in ("kl/reference", "entropy") if any(name in run for run in runs.values())), None
-    )
+    second = next((name for name in ("kl/reference", "entropy") if any(name in run for run in runs.values())), None)
     with rc_context(STYLE):
         panels = 2 if second else 1
         figure = Figure(figsize=(4.6 * panels, 3.5), layout="constrained")
@@ -62,7 +56,9 @@ def learning_curve(
         _draw_rewards(axes[0], runs)
         if second:
             _draw(axes[1], runs, second)
-            axes[1].set_ylabel({"kl/reference": "KL to reference", "entropy": "entropy (nats)"}[second])
+            axes[1].set_ylabel(
+                {"kl/reference": "KL to reference (nats per token)", "entropy": "entropy (nats)"}[second]
+            )
         for axis in axes:
             axis.set_xlabel("step")
             axis.margins(x=0.02)

@@ -7,9 +7,9 @@ result does not depend on how the batch is cut into microbatches, replicas or st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -214,7 +214,10 @@ class PolicyActor:
                 [mine[i] for i in pack],
                 device=self.device,
                 # FP8 GEMMs want every rank's token count to be a multiple of 16.
-                pad_multiple=multiple * self.config.context_parallel_size * (2 if te else 1) * (16 if self.config.fp8 else 1),
+                pad_multiple=multiple
+                * self.config.context_parallel_size
+                * (2 if te else 1)
+                * (16 if self.config.fp8 else 1),
                 cp_rank=parallel_state.get_context_parallel_rank(),
                 cp_size=self.config.context_parallel_size,
                 thd=te,
@@ -229,7 +232,11 @@ class PolicyActor:
 
     def _losses(self, microbatch: packing.Microbatch, loss: Loss | None, hidden: Tensor):
         logprobs, entropy = self._logprobs(microbatch, hidden)
-        out = loss(logprobs, entropy, microbatch.sequences) if loss else Losses(logprobs.new_zeros(len(microbatch.indices)))
+        out = (
+            loss(logprobs, entropy, microbatch.sequences)
+            if loss
+            else Losses(logprobs.new_zeros(len(microbatch.indices)))
+        )
         out.per_sequence["loss"] = out.losses.detach()
         out.per_token |= {"logprobs": logprobs.detach(), "entropy": entropy}
         return out.losses.sum(), torch.ones((), dtype=torch.int, device=hidden.device), out
@@ -253,7 +260,8 @@ class PolicyActor:
             total = int(microbatch.sequences.response_lengths.sum())
             group = parallel_state.get_context_parallel_group()
             logprobs, entropy = (
-                _SumOverGroup.apply(x.new_zeros(total).index_add(0, microbatch.slots, x), group) for x in (logprobs, entropy)
+                _SumOverGroup.apply(x.new_zeros(total).index_add(0, microbatch.slots, x), group)
+                for x in (logprobs, entropy)
             )
         return logprobs, entropy
 
@@ -269,9 +277,10 @@ class PolicyActor:
         # Only the last stage has outputs, so it names the columns.
         names = distributed.from_last_stage(list(columns[0]) if columns else None)
         full = torch.zeros(len(names), total)
-        for row, name in zip(full, names if columns else ()):
-            row[places] = torch.cat([c[name] for c in columns]).float().cpu()
-        return dict(zip(names, distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu()))
+        if columns:
+            for row, name in zip(full, names, strict=True):
+                row[places] = torch.cat([c[name] for c in columns]).float().cpu()
+        return dict(zip(names, distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu(), strict=True))
 
     @torch.no_grad()
     def _swap_reference(self) -> None:

@@ -26,7 +26,7 @@ class AttentionPlan:
     restore: Tensor
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> "AttentionPlan":
+    def of(cls, lengths: list[int], device: torch.device) -> AttentionPlan:
         """Sequences whose lengths share a power of two go together: less than half of a rectangle is padding."""
         groups: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def vocab_parallel_logits(hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_rank: int, temperature: float) -> Tensor:
+def vocab_parallel_logits(
+    hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_rank: int, temperature: float
+) -> Tensor:
     """This rank's part of the logits in fp32: hidden [T, H], weight [V/tp, H] -> [T, V/tp].
 
     Rows of a padded vocabulary get -inf: they are no tokens.

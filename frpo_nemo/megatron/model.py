@@ -114,7 +114,9 @@ def build_model(arch: Architecture, model) -> GPTModel:
 
 def output_weight(gpt: GPTModel) -> torch.Tensor:
     """The last stage's output projection, [padded vocabulary / TP, hidden]."""
-    return gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    return (
+        gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
+    )
 
 
 class _HiddenStatesOutput(ColumnParallelLinear):

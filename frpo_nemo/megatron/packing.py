@@ -49,11 +49,8 @@ def split_into_microbatches(lengths: list[int], token_budget: int) -> list[list[
     packs: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for pack, left in enumerate(room):
-            if lengths[index] <= left:
-                break
-        else:
-            pack = len(packs)
+        pack = next((number for number, left in enumerate(room) if lengths[index] <= left), len(packs))
+        if pack == len(packs):
             packs.append([])
             room.append(token_budget)
         packs[pack].append(index)

@@ -39,9 +39,7 @@ class Objective(ABC):
         return 1.0
 
     @abstractmethod
-    def effective_advantages(
-        self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None
-    ) -> Tensor:
+    def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """rewards_N: float, NaN = unscored. groups_N: int64, any ids. Both hold whole groups. importance_N:
         see uses_importance; None means on-policy (all 1). Returns float32 [N], 0 for a sequence that takes no
         part: one without a reward, or whose group has fewer than two."""

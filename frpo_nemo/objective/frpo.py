@@ -59,9 +59,7 @@ class FRPO(Objective):
     def loss_scale(self) -> float:
         return max(self.lambda_, 1.0) if self.scale == "paper" else self.lambda_
 
-    def effective_advantages(
-        self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None
-    ) -> Tensor:
+    def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """A_eff_i = baseline - g_i, such that d (loss of the group) / d m_i = -A_eff_i / G. See Objective."""
         groups = Groups.of(rewards_N, groups_N)
         if importance_N is None:

@@ -30,9 +30,7 @@ class DrGRPO(Objective):
         super().__post_init__()
         require_number("clip_low", self.clip_low, above=0, below=1)
 
-    def effective_advantages(
-        self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None
-    ) -> Tensor:
+    def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """importance_N has no influence. See Objective."""
         groups = Groups.of(rewards_N, groups_N)
         centred_M = groups.centred(rewards_N[groups.members].double())

@@ -20,9 +20,7 @@ def register_objective(name: str) -> Callable[[T], T]:
 
     def register(cls: T) -> T:
         if name in _registered:
-            raise ValueError(
-                f"The objective name {name!r} of {cls.__name__} is taken by {_registered[name].__name__}."
-            )
+            raise ValueError(f"The objective name {name!r} of {cls.__name__} is taken by {_registered[name].__name__}.")
         _registered[name] = cls
         return cls
 
@@ -39,8 +37,7 @@ def build_objective(config: Mapping[str, Any]) -> Objective:
     name, target = fields.pop("name", None), fields.pop("_target_", None)
     if (name is None) == (target is None):
         raise ConfigError(
-            f"objective needs a name ({_listed(_registered)}) or a _target_ (module.Class): "
-            "exactly one of the two."
+            f"objective needs a name ({_listed(_registered)}) or a _target_ (module.Class): exactly one of the two."
         )
     cls = _by_name(name) if target is None else _by_path(target)
     _check_fields(cls, name or target, fields)
@@ -79,8 +76,7 @@ def _check_fields(cls: type, label: Any, given: Mapping[str, Any]) -> None:
     for field in given:
         if field not in known:
             raise ConfigError(
-                f"objective.{field} is not a field of {label}{_nearest(field, known)}; "
-                f"its fields are {_listed(known)}."
+                f"objective.{field} is not a field of {label}{_nearest(field, known)}; its fields are {_listed(known)}."
             )
     for field, parameter in known.items():
         if parameter.default is parameter.empty and field not in given:

@@ -126,9 +126,7 @@ def _pieces(module: nn.Module, kind: str, live: Tensor) -> list[Shard]:
         return [Shard(live[: indices.num_org_elements], start=indices.org_vocab_start_index)]
     else:
         return [Shard(live)]
-    return [
-        Shard(part, start=rank * size) for part, rank, size in zip(live.split(sizes), ranks, sizes, strict=True)
-    ]
+    return [Shard(part, start=rank * size) for part, rank, size in zip(live.split(sizes), ranks, sizes, strict=True)]
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

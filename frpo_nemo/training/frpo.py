@@ -54,7 +54,9 @@ def train(cfg) -> None:
         worker.close()
 
 
-def learn(run: Run, objective, worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int) -> list[StepResult]:
+def learn(
+    run: Run, objective, worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
+) -> list[StepResult]:
     """One optimizer update for each of updates_per_rollout minibatches of whole groups.
 
     With several, the log-probs of the rollout's policy are computed first, and each minibatch's advantages from the
@@ -88,7 +90,9 @@ def learn(run: Run, objective, worker: RolloutWorker, actor: PolicyActor, rollou
     return results
 
 
-def update(run: Run, objective, actor, minibatch: SequenceBatch, importance, step: int, number: int, check) -> StepResult:
+def update(
+    run: Run, objective, actor, minibatch: SequenceBatch, importance, step: int, number: int, check
+) -> StepResult:
     """One gradient and optimizer step over a minibatch of whole groups."""
     rewards, groups = minibatch.columns["reward"], minibatch.columns["group"]
     minibatch.columns["advantage"] = objective.effective_advantages(rewards, groups, importance)

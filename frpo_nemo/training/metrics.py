@@ -96,7 +96,7 @@ class _JsonLines:
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(line + "\n" for line in kept))
         os.replace(scratch, path)
-        self.file = open(path, "a")
+        self.file = open(path, "a")  # noqa: SIM115 (closed in close)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -206,9 +206,7 @@ class _Console:
 
     def _print_validation(self, step: int, values: dict[str, float]) -> None:
         means = [(name, value) for name, value in values.items() if name.endswith("/mean")]
-        shown = ", ".join(
-            f"{name.removeprefix('validation/')} {value:.4f}" for name, value in means or values.items()
-        )
+        shown = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in means or values.items())
         self._print(f"{step:>6} validation: {shown}", style="green")
 
     def _print(self, text: str, style: str | None = None) -> None:
@@ -261,9 +259,7 @@ class Phases:
         all."""
         self._charge()
         seconds, self._seconds = {"other": 0.0} | self._seconds, {}
-        return {f"seconds/{name}": value for name, value in seconds.items()} | {
-            "seconds/step": sum(seconds.values())
-        }
+        return {f"seconds/{name}": value for name, value in seconds.items()} | {"seconds/step": sum(seconds.values())}
 
     def _charge(self) -> None:
         now = time.perf_counter()

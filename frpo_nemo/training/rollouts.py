@@ -7,6 +7,7 @@ results (token ids, small) are gathered on every rank, in the order of the promp
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,7 +101,9 @@ class RolloutWorker:
         with self.phases("gather"):
             rollouts = self._gather(examples, samples, mine, completions, scores)
         if rollouts.rewards.isnan().all():
-            raise RuntimeError(f"None of {len(rollouts.rewards)} responses could be scored; the rewards failed as shown above.")
+            raise RuntimeError(
+                f"None of {len(rollouts.rewards)} responses could be scored; the rewards failed as shown above."
+            )
         return rollouts
 
     def _generate_share(self, examples, samples: int, seed_step: int):
@@ -120,7 +123,7 @@ class RolloutWorker:
         return list(share)[rank::size], generated[rank::size]
 
     def _score(self, examples: list[Prompt], completions: list[list]):
-        repeated = [(example, c) for example, group in zip(examples, completions) for c in group]
+        repeated = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
         texts = self.tokenizer.batch_decode([c.token_ids for _, c in repeated], skip_special_tokens=True)
         names = dict.fromkeys(name for example in examples for name in example.columns)
         columns = {name: [example.columns.get(name) for example, _ in repeated] for name in names}
@@ -134,7 +137,9 @@ class RolloutWorker:
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
         own = (mine, [(c.token_ids, c.logprobs, c.truncated) for c in flat], tensors, scores.failures, scores.messages)
         everything = distributed.gather_objects(own)
-        places = torch.tensor([p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64)
+        places = torch.tensor(
+            [p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64
+        )
         responses = [r for _, rows, *_ in everything for r in rows]
         self._report_failures({name: text for *_, messages in everything for name, text in messages.items()})
         prompts = [examples[p] for p in places.tolist()]
@@ -183,9 +188,13 @@ class RolloutWorker:
         prompts = self.tokenizer.batch_decode([prompt for prompt, _ in pairs])
         responses = self.tokenizer.batch_decode([response for _, response in pairs])
         with path.open("w") as file:
-            for prompt, response, task, reward in zip(prompts, responses, batch.columns["task"].tolist(), rollouts.rewards.tolist()):
-                row = {"prompt": prompt, "response": response, "task": self.tasks[task]}
-                file.write(json.dumps(row | {"reward": None if reward != reward else reward}) + "\n")
+            for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                row = {"prompt": prompt, "response": response, "task": self.tasks[int(batch.columns["task"][index])]}
+                scores = {
+                    name: batch.columns[name][index].item() for name in batch.columns if name.startswith("reward")
+                }
+                row |= {name: None if math.isnan(score) else score for name, score in scores.items()}
+                file.write(json.dumps(row) + "\n")
 
 
 def stop_token_ids(model_path: str, tokenizer) -> list[int]:

@@ -17,9 +17,9 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class Run:
         self._resumed_from: Path | None = None
         self._saved_step: int | None = None
 
-    def __enter__(self) -> "Run":
+    def __enter__(self) -> Run:
         self.watchdog.__enter__()
         self._resumed_from = self._checkpoint_to_resume()
         if self.rank == 0:
@@ -181,7 +181,7 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             indices = error.sequences or range(batch.num_sequences)
             with path.open("w") as file:
-                for index, (prompt, response) in zip(indices, batch.select(list(indices)).unpack()):
+                for index, (prompt, response) in zip(indices, batch.select(list(indices)).unpack(), strict=True):
                     columns = {name: column[index].item() for name, column in batch.columns.items()}
                     file.write(json.dumps({"index": index, "prompt": prompt, "response": response, **columns}) + "\n")
         dist.barrier()  # the others must not end the job while rank 0 writes

@@ -27,12 +27,16 @@ def rollout_statistics(rollouts: Rollouts, tasks: list[str | None]) -> dict[str,
         for reward, kinds in rollouts.failures.items()
         for kind, count in kinds.items()
     }
-    return values | failures | {
-        "response_length/mean": lengths.mean().item(),
-        "response_length/max": lengths.max().item(),
-        "share/truncated": columns["truncated"].double().mean().item(),
-        "share/unscored": columns["reward"].isnan().double().mean().item(),
-    }
+    return (
+        values
+        | failures
+        | {
+            "response_length/mean": lengths.mean().item(),
+            "response_length/max": lengths.max().item(),
+            "share/truncated": columns["truncated"].double().mean().item(),
+            "share/unscored": columns["reward"].isnan().double().mean().item(),
+        }
+    )
 
 
 def step_statistics(objective: Objective, batch: SequenceBatch, results: list[StepResult]) -> dict[str, float]:

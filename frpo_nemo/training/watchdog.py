@@ -256,17 +256,13 @@ class Watchdog:
 
     def _with_others(self, failure: Failure) -> Failure:
         """`failure`, with what the other ranks were doing, as far as rank 0 knows it."""
-        phases = {link.rank: Phase(*link.state["phase"]) for link in self._links.values()} | {
-            self.rank: self._phase
-        }
+        phases = {link.rank: Phase(*link.state["phase"]) for link in self._links.values()} | {self.rank: self._phase}
         ranks_in: dict[Phase, list[int]] = {}
         for rank in sorted(phases.keys() - {failure.rank}):
             ranks_in.setdefault(phases[rank], []).append(rank)
         if self.rank != 0 or not ranks_in:
             return failure
-        others = ", ".join(
-            f'{rank_list(ranks)} in "{p.name}" at step {p.step}' for p, ranks in ranks_in.items()
-        )
+        others = ", ".join(f'{rank_list(ranks)} in "{p.name}" at step {p.step}' for p, ranks in ranks_in.items())
         return Failure(failure.rank, f"{failure.text}; meanwhile {others}", failure.code)
 
     def _execute(self, verdict: Failure) -> None:
@@ -296,7 +292,4 @@ class Watchdog:
 
 def _describe(rank: int, place: dict[str, Any], what: str) -> str:
     phase = Phase(*place["phase"])
-    return (
-        f"rank {rank} (host {place['host']}, pid {place['pid']}) {what} "
-        f'in phase "{phase.name}" at step {phase.step}'
-    )
+    return f'rank {rank} (host {place["host"]}, pid {place["pid"]}) {what} in phase "{phase.name}" at step {phase.step}'

@@ -34,9 +34,7 @@ def a_run(path, gain, *metrics):
 
 
 def test_read_metrics_sorts_keeps_the_last_and_reads_null(tmp_path):
-    path = write(
-        tmp_path / "m.jsonl", [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 2, "a": 3.0, "b": 4.0}]
-    )
+    path = write(tmp_path / "m.jsonl", [{"step": 2, "a": 1.0}, {"step": 1, "a": None}, {"step": 2, "a": 3.0, "b": 4.0}])
     with open(path, "a") as file:
         file.write('{"step": 3, "a"')
     read = read_metrics(path)
@@ -57,9 +55,7 @@ def test_several_runs_fit_one_picture(tmp_path):
 
 @pytest.mark.parametrize("names, panels", [(("reward/mean",), 1), (("reward/mean", "entropy"), 2), ((), 1)])
 def test_one_run_without_kl_shows_what_there_is(tmp_path, names, panels):
-    picture = imread(
-        learning_curve({"run": a_run(tmp_path / "m.jsonl", 1.0, *names)}, tmp_path / "curve.png")
-    )
+    picture = imread(learning_curve({"run": a_run(tmp_path / "m.jsonl", 1.0, *names)}, tmp_path / "curve.png"))
     assert picture.shape[1] == 736 * panels
 
 

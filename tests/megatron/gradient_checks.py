@@ -39,7 +39,9 @@ def example_batch() -> SequenceBatch:
     return batch
 
 
-def step_gradient(path: str, objective: dict, *, tp=1, pp=1, sp=False, microbatch_tokens=4096, recompute="none") -> dict:
+def step_gradient(
+    path: str, objective: dict, *, tp=1, pp=1, sp=False, microbatch_tokens=4096, recompute="none"
+) -> dict:
     """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`."""
     model = ModelConfig(
         path=path,
@@ -99,7 +101,7 @@ def group_loss_gradient(path: str, settings: dict) -> dict[str, torch.Tensor]:
     shift_reference = batch.token_columns["shift_reference"].double().split(lengths)
     # m = mean over tokens of min(pi / pi_old, 1 + eps); pi_old = pi e^shift at this point, a constant.
     importance, kl = [], []
-    for own, old, reference in zip(logprobs, shift_old, shift_reference):
+    for own, old, reference in zip(logprobs, shift_old, shift_reference, strict=True):
         ratio = torch.exp(own - own.detach() - old)
         importance.append(torch.minimum(ratio, torch.tensor(1 + settings["clip_high"], dtype=torch.float64)).mean())
         difference = own.detach() + reference - own

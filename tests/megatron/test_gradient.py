@@ -1,8 +1,8 @@
 """The gradient of one training step: equal to autograd of the paper's group loss, whatever the layout."""
 
+import gradient_checks
 import pytest
 import torch
-import gradient_checks
 from tiny_models import make_tiny
 
 SETTINGS = {"name": "frpo", "lambda_": 0.5, "beta": 0.1, "clip_high": 0.05}

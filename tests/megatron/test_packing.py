@@ -45,7 +45,9 @@ def test_attention_rectangles_hold_every_token_once_and_are_less_than_half_paddi
 def example(num_sequences: int, seed: int) -> SequenceBatch:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda low, high: torch.randint(low, high, (int(torch.randint(1, 20, (), generator=generator)),)).tolist()  # noqa: E731
-    return SequenceBatch.from_lists([draw(3, 90) for _ in range(num_sequences)], [draw(3, 90) for _ in range(num_sequences)])
+    return SequenceBatch.from_lists(
+        [draw(3, 90) for _ in range(num_sequences)], [draw(3, 90) for _ in range(num_sequences)]
+    )
 
 
 @settings(max_examples=40)
@@ -64,7 +66,7 @@ def test_context_parallel_ranks_together_predict_every_response_token_once(num_s
         assert part.tokens.shape == part.position_ids.shape
         if cp_size > 1:
             assert part.tokens.shape[1] * cp_size == int(part.packed.cu_seqlens_q[-1])
-        for slot, predictor, target in zip(part.slots.tolist(), part.predictors.tolist(), part.targets.tolist()):
+        for slot, predictor, target in zip(part.slots.tolist(), part.predictors.tolist(), part.targets.tolist(), strict=True):
             assert slot not in seen
             seen[slot] = (part.tokens[0, predictor].item(), part.position_ids[0, predictor].item(), target)
     expected = [

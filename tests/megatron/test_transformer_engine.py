@@ -32,7 +32,9 @@ def test_without_fp8_nothing_of_it_is_set(arch):
 
 
 def test_it_is_used_only_with_a_cuda_device():
-    assert uses_transformer_engine() == (torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine")))
+    assert uses_transformer_engine() == (
+        torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine"))
+    )
 
 
 @pytest.mark.skipif(not uses_transformer_engine(), reason="Transformer Engine needs a CUDA device")

@@ -46,9 +46,7 @@ def naive_loss(rewards: Tensor, groups: Tensor, m: Tensor, objective: FRPO) -> T
 
 
 def naive_importance(logprobs: Tensor, old: Tensor, lengths: Tensor, objective: FRPO) -> Tensor:
-    ratios = torch.minimum(
-        torch.exp(logprobs - old), torch.tensor(1 + objective.clip_high, dtype=torch.float64)
-    )
+    ratios = torch.minimum(torch.exp(logprobs - old), torch.tensor(1 + objective.clip_high, dtype=torch.float64))
     return torch.stack([part.mean() for part in ratios.split(lengths.tolist())])
 
 
@@ -88,9 +86,7 @@ def test_gradient_in_importance_equals_autograd_of_the_group_loss(
     members = Groups.of(rewards, groups)
     exact = objective.risk_gradients(members, rewards[members.members], m.detach()[members.members])
     weights = objective.loss_scale / (members.sizes * members.count)[members.ids].double()
-    torch.testing.assert_close(
-        weights * (exact - float(baseline)), expected[members.members], rtol=1e-9, atol=1e-10
-    )
+    torch.testing.assert_close(weights * (exact - float(baseline)), expected[members.members], rtol=1e-9, atol=1e-10)
 
     advantages = objective.effective_advantages(rewards, groups, m.detach())
     assert advantages.dtype == torch.float32
@@ -106,9 +102,7 @@ def test_gradient_in_token_logprobs_equals_autograd_of_the_group_loss(jackknife,
     lengths = torch.randint(1, 9, (rewards.numel(),), generator=torch.Generator().manual_seed(1))
     old = torch.randn(int(lengths.sum()), dtype=torch.float64) - 2
     logprobs = (old + drift * torch.randn_like(old)).requires_grad_()
-    reference_loss = naive_loss(
-        rewards, groups, naive_importance(logprobs, old, lengths, objective), objective
-    )
+    reference_loss = naive_loss(rewards, groups, naive_importance(logprobs, old, lengths, objective), objective)
     (expected,) = torch.autograd.grad(reference_loss, logprobs)
 
     advantages = objective.effective_advantages(rewards, groups, objective.importance(logprobs, old, lengths))
@@ -217,9 +211,7 @@ def test_coefficients_are_the_scale_over_group_size_and_number_of_groups():
     groups = torch.tensor([7, 7, 9, 3, 3, 3, 3])
     expected = torch.tensor([1 / 4, 1 / 4, 0, 1 / 6, 0, 1 / 6, 1 / 6])
     torch.testing.assert_close(FRPO(lambda_=0.5).coefficients(rewards, groups), expected)
-    torch.testing.assert_close(
-        FRPO(lambda_=0.5, scale="objective").coefficients(rewards, groups), expected / 2
-    )
+    torch.testing.assert_close(FRPO(lambda_=0.5, scale="objective").coefficients(rewards, groups), expected / 2)
     torch.testing.assert_close(FRPO(lambda_=3.0).coefficients(rewards, groups), expected * 3)
 
 
@@ -315,9 +307,7 @@ def test_jackknife_at_small_lambda_is_bounded_by_twice_the_group():
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_clip_acts_from_above_only_whatever_the_sign(advantage):
-    log_ratios = torch.tensor(
-        [math.log(0.01), 0.0, math.log(1.19), math.log(1.21), 200.0], requires_grad=True
-    )
+    log_ratios = torch.tensor([math.log(0.01), 0.0, math.log(1.19), math.log(1.21), 200.0], requires_grad=True)
     loss, clipped = FRPO(lambda_=1.0).sequence_loss(
         log_ratios, torch.zeros(5), torch.tensor([5]), torch.tensor([advantage])
     )
@@ -330,9 +320,7 @@ def test_clip_acts_from_above_only_whatever_the_sign(advantage):
 def test_token_weights_multiply_each_token():
     logprobs, lengths = torch.zeros(5, requires_grad=True), torch.tensor([2, 3])
     weights = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0])
-    loss, _ = FRPO(lambda_=1.0).sequence_loss(
-        logprobs, torch.zeros(5), lengths, torch.tensor([1.0, -3.0]), weights
-    )
+    loss, _ = FRPO(lambda_=1.0).sequence_loss(logprobs, torch.zeros(5), lengths, torch.tensor([1.0, -3.0]), weights)
     loss.sum().backward()
     torch.testing.assert_close(loss.detach(), torch.tensor([-1.5, 1.5]))
     torch.testing.assert_close(logprobs.grad, torch.tensor([-0.5, -1.0, 0.0, 0.5, 1.0]))

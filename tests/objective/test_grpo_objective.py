@@ -16,7 +16,7 @@ GROUPS = torch.tensor([5, -2, 5, 5, 5, -2, 8, -2])
 def test_advantages_are_centred_and_divided_by_the_sample_std():
     plain, normalised = torch.zeros(8), torch.zeros(8)
     for group in (5, -2):
-        chosen = (GROUPS == group) & ~REWARDS.isnan()
+        chosen = (group == GROUPS) & ~REWARDS.isnan()
         centred = REWARDS[chosen] - REWARDS[chosen].mean()
         plain[chosen], normalised[chosen] = centred, centred / (REWARDS[chosen].std() + 1e-6)
     torch.testing.assert_close(DrGRPO().effective_advantages(REWARDS, GROUPS), plain)
@@ -58,9 +58,7 @@ def test_loss_and_gradient_equal_ppo_clip_written_out(weighted):
     expected = torch.stack([part.mean() for part in terms.split(lengths.tolist())])
     shares = torch.stack([part.double().mean() for part in is_clipped.split(lengths.tolist())])
 
-    losses, clipped = GRPO(clip_low=0.1, clip_high=0.3).sequence_loss(
-        logprobs, old, lengths, advantages, token_weights
-    )
+    losses, clipped = GRPO(clip_low=0.1, clip_high=0.3).sequence_loss(logprobs, old, lengths, advantages, token_weights)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(clipped, shares)
     assert shares.sum() > 0

@@ -1,6 +1,6 @@
 """A recipe whose ranks are killed (SIGKILL, each by itself) in the middle of writing the checkpoint of one step:
 
-    python dying_save.py STEP recipes/frpo.py OVERRIDES...
+python dying_save.py STEP recipes/frpo.py OVERRIDES...
 """
 
 import os

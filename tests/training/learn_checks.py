@@ -19,7 +19,7 @@ from frpo_nemo.training.cli import compose
 from frpo_nemo.training.config import FRPORun
 from frpo_nemo.training.frpo import learn, validate
 from frpo_nemo.training.metrics import Phases
-from frpo_nemo.training.rollouts import RolloutWorker, Rollouts
+from frpo_nemo.training.rollouts import Rollouts, RolloutWorker
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.schema import load
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics

@@ -45,7 +45,7 @@ class Job:
             self.kill()
             raise AssertionError(f"still running after {limit} s:\n{self.output[-3000:]}") from None
 
-    def succeed(self) -> "Job":
+    def succeed(self) -> Job:
         """Wait for the end, which must be a good one."""
         code = self.wait()
         assert code == 0, f"exit code {code}:\n{self.output[-5000:]}"

@@ -75,9 +75,7 @@ def test_tensorboard_shows_the_surviving_run(tmp_path):
 def test_console_without_a_terminal_prints_short_lines_and_never_floods(tmp_path, capsys):
     with logger(tmp_path, max_steps=10_000) as log:
         for step in range(1, 10_001):
-            log.log(
-                step, {"reward/mean": 0.5, "loss/total": -1.0, "seconds/step": 0.001, "unlisted/metric": 1.0}
-            )
+            log.log(step, {"reward/mean": 0.5, "loss/total": -1.0, "seconds/step": 0.001, "unlisted/metric": 1.0})
         log.log(10_000, {"reward/mean": 0.75, "reward/std": 0.1}, validation=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "loss", "reward", "seconds", "ETA"]
@@ -119,9 +117,7 @@ def test_wandb_offline_continues_under_one_id(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", init)
     for resume_step in (None, 1, None):
-        with logger(
-            tmp_path, wandb_project="p", wandb_name="n", config={"a": 1}, resume_step=resume_step
-        ) as log:
+        with logger(tmp_path, wandb_project="p", wandb_name="n", config={"a": 1}, resume_step=resume_step) as log:
             log.log((resume_step or 0) + 1, {"reward/mean": 0.5})
     first, second, fresh = (call for call in calls if "project" in call)
     assert first["id"] == second["id"] != fresh["id"]
@@ -155,11 +151,7 @@ def test_phases_add_up_to_the_step():
     total = seconds.pop("seconds/step")
     assert set(seconds) == {"seconds/generate", "seconds/refit", "seconds/other"}
     assert total == pytest.approx(sum(seconds.values()))
-    assert (
-        seconds["seconds/generate"] >= 0.03
-        and seconds["seconds/refit"] >= 0.01
-        and seconds["seconds/other"] >= 0.01
-    )
+    assert seconds["seconds/generate"] >= 0.03 and seconds["seconds/refit"] >= 0.01 and seconds["seconds/other"] >= 0.01
     again = phases.pop()
     assert set(again) == {"seconds/other", "seconds/step"} and again["seconds/step"] < 0.01
 

@@ -20,12 +20,12 @@ import learn_checks
 import pytest
 import torch
 from picky_reward import UNBEARABLE
-from runs import HERE, Job, checkpoints, exported, steps, validations, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frpo_nemo.data.new_model import new_model
 from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.megatron import checkpoint_files
+from runs import HERE, Job, checkpoints, exported, steps, validations, without_times
 
 STEPS = 10
 RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
@@ -57,7 +57,9 @@ def frpo_overrides(model: str) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
     """The run directory of an undisturbed run on TP2."""
-    return Job("frpo.py", frpo_overrides(model), tmp_path_factory.mktemp("reference") / "run", ranks=2).succeed().run_dir
+    return (
+        Job("frpo.py", frpo_overrides(model), tmp_path_factory.mktemp("reference") / "run", ranks=2).succeed().run_dir
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,9 @@ def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(disturbed, re
 
 def test_the_history_of_a_resumed_run_has_every_step_once_and_the_same_values(disturbed, reference):
     for kind in (steps, validations):
-        assert [without_times(row) for row in kind(disturbed.run_dir)] == [without_times(row) for row in kind(reference)]
+        assert [without_times(row) for row in kind(disturbed.run_dir)] == [
+            without_times(row) for row in kind(reference)
+        ]
     assert checkpoints(disturbed.run_dir) == checkpoints(reference), "half-written checkpoints are cleared away"
 
 
@@ -226,7 +230,12 @@ def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(mod
     """Plain python, several updates per rollout, options on the command line, SIGUSR1 as Slurm sends it."""
     groups = ["model=tiny_fp32", "data=world_prompts", "reward=world", "objective=grpo"]
     sizes = ["rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.max_response_tokens=6"]
-    options = ["optim.lr=1e-3", "trainer.max_steps=500", "trainer.updates_per_rollout=2", "trainer.microbatch_tokens=512"]
+    options = [
+        "optim.lr=1e-3",
+        "trainer.max_steps=500",
+        "trainer.updates_per_rollout=2",
+        "trainer.microbatch_tokens=512",
+    ]
     options.append(f"reward.variety.target={HERE / 'picky_reward.py'}:variety")
     job = Job("frpo.py", [*groups, *sizes, *options, f"model.path={model}"], tmp_path / "run")
     job.wait_for_step(2)
@@ -247,7 +256,9 @@ def small_disk(tmp_path):
     """run_dir/checkpoints on a disk of 8 MiB; the rest of run_dir elsewhere."""
     directory = tmp_path / "run" / "checkpoints"
     directory.mkdir(parents=True)
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", directory], capture_output=True, text=True)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", directory], capture_output=True, text=True
+    )
     if mount.returncode:
         pytest.skip(f"a disk to fill cannot be mounted (needs root): {mount.stderr.strip()}")
     yield directory

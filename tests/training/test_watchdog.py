@@ -29,9 +29,7 @@ def one_rank(rank, world_size, port, run_dir, fault, bad):
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     phase_timeout = PHASE if fault == "hang" else 60
-    with Watchdog(
-        rank, world_size, run_dir, phase_timeout=phase_timeout, heartbeat_timeout=HEARTBEAT
-    ) as watchdog:
+    with Watchdog(rank, world_size, run_dir, phase_timeout=phase_timeout, heartbeat_timeout=HEARTBEAT) as watchdog:
         watchdog.enter("warm up", 6)
         dist.all_reduce(torch.ones(1))
         watchdog.enter("reward" if rank == bad else "refit", 7)
@@ -113,9 +111,7 @@ def test_killed_rank_takes_the_others_down(job):
     job = job("kill")
     job.signal_when_ready(BAD, signal.SIGKILL)
     assert job.exit_codes([0, 2], within=5) == [EXIT_LOST, EXIT_LOST]
-    assert_all_name(
-        job, [0, 2], f'rank 1 (host HOST, pid {job.ranks[1].pid}) died in phase "reward" at step 7'
-    )
+    assert_all_name(job, [0, 2], f'rank 1 (host HOST, pid {job.ranks[1].pid}) died in phase "reward" at step 7')
     assert 'meanwhile ranks 0,2 in "refit" at step 7' in job.stderr(2)
     assert "all_reduce" in (job.run_dir / "stacks" / "rank_2.txt").read_text()
 
@@ -124,9 +120,7 @@ def test_killed_rank_0_takes_the_others_down(job):
     job = job("kill", bad=0)
     job.signal_when_ready(0, signal.SIGKILL)
     assert job.exit_codes([1, 2], within=5) == [EXIT_LOST, EXIT_LOST]
-    assert_all_name(
-        job, [1, 2], f'rank 0 (host HOST, pid {job.ranks[0].pid}) died in phase "reward" at step 7'
-    )
+    assert_all_name(job, [1, 2], f'rank 0 (host HOST, pid {job.ranks[0].pid}) died in phase "reward" at step 7')
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -154,10 +148,7 @@ def test_hung_phase_ends_the_job_with_stacks(job):
     assert job.exit_codes([0, 1, 2], within=PHASE + 15) == [EXIT_LOST] * 3
     for rank in range(3):
         assert "hangs (for longer than phase_timeout=4 s) in phase" in job.stderr(rank)
-    assert (
-        "in misbehave" in job.stderr(1)
-        and "in misbehave" in (job.run_dir / "stacks" / "rank_1.txt").read_text()
-    )
+    assert "in misbehave" in job.stderr(1) and "in misbehave" in (job.run_dir / "stacks" / "rank_1.txt").read_text()
 
 
 def test_clean_end_at_different_times_is_no_fault(job):
