@@ -1,5 +1,5 @@
-"""The learning half of a step, without engines: every rank calls these. Responses are random instead of sampled, and the
-log-probs of the rollout are the policy's own."""
+"""The learning half of a step, without engines: every rank calls these. Responses are random instead of sampled, and
+the log-probs of the rollout are the policy's own."""
 
 from __future__ import annotations
 
