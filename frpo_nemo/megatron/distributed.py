@@ -97,6 +97,11 @@ def from_last_stage(value):
     return box[0]
 
 
+def wait_for_all() -> None:
+    """Every rank has come here."""
+    dist.barrier()
+
+
 def gather_objects(value) -> list:
     """Every rank's picklable `value`, in rank order, on every rank."""
     out = [None] * dist.get_world_size()

@@ -96,6 +96,7 @@ class RolloutWorker:
         with self.phases("generate"):
             mine, completions = self._generate_share(examples, samples, seed_step)
             self.engine.sleep()
+            distributed.wait_for_all()  # generation ends with the slowest engine, and its time is told so
         with self.phases("reward"):
             scores = self._score([examples[i] for i in mine], completions)
         with self.phases("gather"):

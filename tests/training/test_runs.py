@@ -159,6 +159,7 @@ def test_a_reward_that_throws_leaves_its_response_unscored_and_is_counted(refere
     for row in steps(reference):
         unscored = row["share/unscored"] * responses
         assert unscored == row["reward_failures/variety/error"] == round(unscored) > 0
+        assert "reward_failures/world/error" not in row
         assert row["share/unscored"] < 0.6
     for sample in samples(reference):
         assert (sample["reward"] is None) == bool(UNBEARABLE & set(sample["response"].split())), sample
