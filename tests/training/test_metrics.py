@@ -23,10 +23,10 @@ def history(run_dir):
 
 def test_every_step_is_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
     with logger(tmp_path) as log:
-        log.log(1, {"reward/mean": torch.tensor(0.5), "kl/reference": math.nan, "loss/total": math.inf})
+        log.log(1, {"reward/mean": torch.tensor(0.5), "kl/reference": math.nan, "loss": math.inf})
         [record] = history(tmp_path)  # before close
     assert record["step"] == 1 and record["reward/mean"] == 0.5 and abs(record["time"] - time.time()) < 60
-    assert record["kl/reference"] is None and record["loss/total"] is None
+    assert record["kl/reference"] is None and record["loss"] is None
 
 
 def test_validation_is_a_line_of_its_own(tmp_path):
@@ -75,7 +75,7 @@ def test_tensorboard_shows_the_surviving_run(tmp_path):
 def test_console_without_a_terminal_prints_short_lines_and_never_floods(tmp_path, capsys):
     with logger(tmp_path, max_steps=10_000) as log:
         for step in range(1, 10_001):
-            log.log(step, {"reward/mean": 0.5, "loss/total": -1.0, "seconds/step": 0.001, "unlisted/metric": 1.0})
+            log.log(step, {"reward/mean": 0.5, "loss": -1.0, "seconds/step": 0.001, "unlisted/metric": 1.0})
         log.log(10_000, {"reward/mean": 0.75, "reward/std": 0.1}, validation=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "loss", "reward", "seconds", "ETA"]
