@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent
@@ -26,6 +27,7 @@ def main() -> None:
     run("sft.py", ["--config-name", "experiment/demo_sft"], processes=1, title="Pre-train the reference policy")
     run("frpo.py", ["--config-name", "experiment/demo"], processes=2, title="FRPO on two ranks (tensor parallel)")
     os.environ |= ENVIRONMENT
+    warnings.simplefilter("ignore")  # of libraries, about packages that only GPUs need
     from frpo_nemo.evaluation.demo_report import report
 
     report(out, time.monotonic() - started)

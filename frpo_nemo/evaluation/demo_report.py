@@ -82,7 +82,9 @@ def check_export(run: Path) -> float:
 
 def _load_with_transformers(path: Path):
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
