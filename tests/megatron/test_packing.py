@@ -66,7 +66,9 @@ def test_context_parallel_ranks_together_predict_every_response_token_once(num_s
         assert part.tokens.shape == part.position_ids.shape
         if cp_size > 1:
             assert part.tokens.shape[1] * cp_size == int(part.packed.cu_seqlens_q[-1])
-        for slot, predictor, target in zip(part.slots.tolist(), part.predictors.tolist(), part.targets.tolist(), strict=True):
+        for slot, predictor, target in zip(
+            part.slots.tolist(), part.predictors.tolist(), part.targets.tolist(), strict=True
+        ):
             assert slot not in seen
             seen[slot] = (part.tokens[0, predictor].item(), part.position_ids[0, predictor].item(), target)
     expected = [
