@@ -68,18 +68,6 @@ class SequenceBatch:
         positions = ragged_positions(self.response_lengths, indices)
         return {name: column[positions] for name, column in self.token_columns.items()}
 
-    @staticmethod
-    def concat(batches: Sequence[SequenceBatch]) -> SequenceBatch:
-        """All sequences of all batches; every batch has the same columns."""
-        first = batches[0]
-        return SequenceBatch(
-            torch.cat([b.tokens for b in batches]),
-            torch.cat([b.lengths for b in batches]),
-            torch.cat([b.prompt_lengths for b in batches]),
-            {name: torch.cat([b.columns[name] for b in batches]) for name in first.columns},
-            {name: torch.cat([b.token_columns[name] for b in batches]) for name in first.token_columns},
-        )
-
     def unpack(self) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, response ids) of every sequence, as Python lists."""
         out, start = [], 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,10 +160,6 @@ class PromptSampler:
         first = step * self.prompts_per_step
         positions = range(first, first + self.prompts_per_step)
         return [self._order(p // self.num_examples)[p % self.num_examples] for p in positions]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_examples / self.prompts_per_step)
 
     def _order(self, epoch: int) -> Sequence[int]:
         return _permutation(self.num_examples, self.seed, epoch) if self.shuffle else range(self.num_examples)

@@ -122,7 +122,7 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
     if record.get("format") != FORMAT:
         raise ConfigError(
             f"{checkpoint} was written by another version of frpo-nemo (format {record.get('format')}, here {FORMAT}); "
-            "resume it with that version, or start again with checkpoint.resume=never."
+            "resume it with that version, or take another run_dir."
         )
     return record
 

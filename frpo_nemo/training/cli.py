@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +22,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.hub import local_model
+from frpo_nemo.training.hub import is_hub_name, local_model
 from frpo_nemo.training.schema import load, one_line
 
-HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -46,7 +44,7 @@ def main(run: Callable[[Any], None], schema: type, config_name: str, check: Call
         if local_rank == 0 and not _printing_flags(arguments):
             with _quiet():
                 cfg = load(schema, compose(name, arguments.overrides, directory))
-                if re.fullmatch(HUB_NAME, cfg.model.path) and not Path(cfg.model.path).exists():
+                if is_hub_name(cfg.model.path):
                     cfg.model.path = local_model(cfg.model.path, download=True)
                 check(cfg, world_size)
         first, overrides = _for_hydra(arguments.overrides, directory)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from frpo_nemo.errors import ConfigError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # weights as safetensors only
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether `path` reads owner/name and is no path here: a mistyped directory below an existing one is not asked for."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(Path(path).parts[0]).exists()
 
 
 def local_model(path: str, *, download: bool) -> str:

@@ -90,7 +90,7 @@ class Run:
             if changed:
                 raise ConfigError(
                     f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has; give it the "
-                    "same, or start over with checkpoint.resume=never."
+                    "same, or take another run_dir."
                 )
             self.step = self._saved_step = state["step"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")

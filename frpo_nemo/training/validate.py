@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import json
 import os
-import re
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.objective import build_objective
 from frpo_nemo.rewards.reward_set import Reward, RewardSet, check_rewards
 from frpo_nemo.training import resources
+from frpo_nemo.training.hub import is_hub_name
 from frpo_nemo.training.resume import check_resume
 
 CHOICES = {
@@ -233,7 +233,7 @@ def _check_model(model, longest: int) -> Architecture | None:
     """The architecture of a model on disk; None for a hub name, of which nothing is known offline."""
     path = Path(model.path)
     if not path.is_dir():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model.path) and not Path(path.parts[0]).exists():
+        if is_hub_name(model.path):
             return None
         raise ConfigError(
             f"model.path={model.path} does not exist (working directory: {Path.cwd()}); give a directory in Hugging "
