@@ -142,7 +142,10 @@ def die_inside_save(path: str, run_dir: str, moment: str, **layout) -> None:
         checkpoint_files.publish = die
     else:
         torch.distributed.checkpoint.filesystem._write_item = die
-    checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    try:
+        checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    finally:
+        die()  # only the first rank publishes: the other sees a broken connection, and launchers kill it then
 
 
 def check_resume_after_death(path: str, run_dir: str, **layout) -> None:
