@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,21 @@ class Objective(ABC):
     clip_high: float = 0.2  # a token's probability ratio counts up to 1 + clip_high
     beta: float = 0.0  # weight of the KL to the frozen reference policy; 0: no reference is needed
 
-    # Whether effective_advantages depends on the current policy. Then the class also has
-    # importance(logprobs_R, old_logprobs_R, lengths_N) -> [N], to be passed on when the policy has moved.
-    uses_importance: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         require_number("clip_high", self.clip_high, above=0)
         require_number("beta", self.beta, at_least=0)
+
+    def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> Objective:
+        """The objective for one global batch of rollouts, asked for before all else: itself, unless a setting depends
+        on the batch's rewards. memory: what it keeps from one step to the next; the trainer starts with an empty
+        mapping and saves it in checkpoints."""
+        return self
+
+    @property
+    def uses_importance(self) -> bool:
+        """Whether effective_advantages depends on the current policy. Then the class also has
+        importance(logprobs_R, old_logprobs_R, lengths_N) -> [N], to be passed on when the policy has moved."""
+        return False
 
     @property
     def loss_scale(self) -> float:

@@ -1,24 +1,27 @@
 """FRPO, Fine-tuning Robust Policy Optimization (arXiv 2602.08813), as one effective advantage per sequence.
 
 The loss of a group is not a sum over its sequences, but its gradient is; so nothing here needs a group's
-sequences in one microbatch or on one rank.
+sequences in one microbatch or on one rank. docs/theory.md derives every formula.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective.base import Objective, require_bool, require_choice, require_number
+from frpo_nemo.objective.divergence import DIVERGENCES, Divergence
+from frpo_nemo.objective.radius import solve_lambda
 from frpo_nemo.objective.ragged import Groups, token_mean
 from frpo_nemo.objective.registry import register_objective
 
-# exp of a log-ratio underflows in float32: a sequence that the policy has all but dropped keeps a finite log.
-SMALLEST_IMPORTANCE = 1e-30
+# A ratio of probabilities underflows in float32: a sequence that the policy has all but dropped stays above 0.
+SMALLEST_IMPORTANCE = 1e-15
 
 
 @register_objective("frpo")
@@ -41,46 +44,83 @@ class FRPO(Objective):
     to -(2G-2) with the jackknife and to -(G-1) without: watch max_abs_advantage and effective_sample_size.
     """
 
-    lambda_: float  # temperature, in units of reward: small looks at the worst response, large at the mean
+    lambda_: float | None = (
+        None  # temperature, in units of reward: small looks at the worst response, large at the mean
+    )
+    kl_radius: float | None = None  # or: of the ball, in nats per prompt; each batch finds its lambda_ (for_batch)
+    radius_smoothing: float = 0.0  # weight of the last step's log lambda_ in this one's
+    f_divergence: str = "kl"  # how the adversary's distance is measured: kl or chi_squared
     jackknife: bool = True
     baseline: bool = True
     scale: str = "paper"  # of the loss: paper is the authors' max(lambda_, 1), objective is lambda_
-
-    uses_importance: ClassVar[bool] = True
+    refresh_importance: bool = True  # with several updates per rollout; false: m_i = 1, an approximation
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("lambda_", self.lambda_, above=0)
-        require_bool("jackknife", self.jackknife)
-        require_bool("baseline", self.baseline)
+        if (self.lambda_ is None) == (self.kl_radius is None):
+            raise ConfigError("objective.lambda_ or objective.kl_radius must be set: exactly one of the two.")
+        if self.lambda_ is not None:
+            require_number("lambda_", self.lambda_, above=0)
+        require_number("radius_smoothing", self.radius_smoothing, at_least=0, below=1)
+        require_choice("f_divergence", self.f_divergence, tuple(DIVERGENCES))
+        if self.kl_radius is not None:
+            require_number("kl_radius", self.kl_radius, at_least=0)
+            if self.f_divergence != "kl":
+                raise ConfigError(
+                    f"objective.kl_radius is a radius in KL; with f_divergence={self.f_divergence} give lambda_."
+                )
+        elif self.radius_smoothing:
+            raise ConfigError("objective.radius_smoothing has an effect with kl_radius only; lambda_ is fixed.")
+        for field in ("jackknife", "baseline", "refresh_importance"):
+            require_bool(field, getattr(self, field))
         require_choice("scale", self.scale, ("paper", "objective"))
+
+    def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> FRPO:
+        """With kl_radius: itself with the batch's lambda_ instead, smoothed over steps in log lambda_. A batch
+        without differing rewards keeps the last one; its advantages are 0 with any. theory.md (17). See Objective."""
+        if self.kl_radius is None:
+            return self
+        groups = Groups.of(rewards_N, groups_N)
+        last, lambda_ = memory.get("lambda_"), solve_lambda(groups, rewards_N[groups.members].double(), self.kl_radius)
+        if lambda_ is None:
+            lambda_ = last or 1.0
+        elif last is not None:
+            lambda_ = math.exp(self.radius_smoothing * math.log(last) + (1 - self.radius_smoothing) * math.log(lambda_))
+        memory["lambda_"] = lambda_
+        return replace(self, lambda_=lambda_, kl_radius=None, radius_smoothing=0.0)
+
+    @property
+    def uses_importance(self) -> bool:
+        return self.refresh_importance
 
     @property
     def loss_scale(self) -> float:
-        return max(self.lambda_, 1.0) if self.scale == "paper" else self.lambda_
+        lambda_ = self._known_lambda()
+        return max(lambda_, 1.0) if self.scale == "paper" else lambda_
 
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
-        """A_eff_i = baseline - g_i, such that d (loss of the group) / d m_i = -A_eff_i / G. See Objective."""
+        """A_eff_i = baseline * mean_j m_j g_j - g_i, such that d (loss of the group) / d m_i = -A_eff_i / G. The mean is
+        1 with KL, whatever the rewards. See Objective."""
         groups = Groups.of(rewards_N, groups_N)
-        if importance_N is None:
-            importance_N = torch.ones_like(rewards_N)
-        gradients_M = self.risk_gradients(groups, rewards_N[groups.members], importance_N[groups.members])
-        return groups.scatter(float(self.baseline) - gradients_M, rewards_N.numel())
+        rewards_M = rewards_N[groups.members].double()
+        importance_M = torch.ones_like(rewards_M)
+        if importance_N is not None:
+            importance_M = importance_N[groups.members].double().clamp(min=SMALLEST_IMPORTANCE)
+        gradients_M = self._gradients(groups, rewards_M, importance_M)
+        level_K = float(self.baseline) * groups.mean(importance_M * gradients_M)
+        return groups.scatter(level_K[groups.ids] - gradients_M, rewards_N.numel())
 
-    def risk_gradients(self, groups: Groups, rewards_M: Tensor, importance_M: Tensor) -> Tensor:
-        """g_i = G d (group loss without baseline) / d m_i. float64 [M].
+    def _gradients(self, groups: Groups, rewards_M: Tensor, importance_M: Tensor) -> Tensor:
+        return self.divergence.gradients(groups, rewards_M, importance_M, self._known_lambda(), self.jackknife)
 
-        With h_i = w_i m_i / u (1 on average) and c_j = u / u_{-j} - 1 = (h_j - 1) / (G - h_j):
+    @property
+    def divergence(self) -> Divergence:
+        return DIVERGENCES[self.f_divergence]
 
-            g_i = h_i / m_i                                  no jackknife
-            g_i = h_i / m_i * (1 - sum_{j != i} c_j)         jackknife
-        """
-        importance_M = importance_M.double().clamp(min=SMALLEST_IMPORTANCE)
-        logits_M = -groups.centred(rewards_M.double()) / self.lambda_ + torch.log(importance_M)
-        h_M = groups.relative_exp(logits_M)
-        if self.jackknife:
-            h_M = h_M * (1 - _jackknife_others(groups, h_M)) - _jackknife_dominant(groups, h_M, logits_M)
-        return h_M / importance_M
+    def _known_lambda(self) -> float:
+        if self.lambda_ is None:
+            raise ValueError("FRPO(kl_radius=...) has no lambda_ before for_batch(rewards, groups, memory) finds it.")
+        return self.lambda_
 
     @torch.no_grad()
     def importance(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
@@ -109,42 +149,18 @@ class FRPO(Objective):
         return torch.exp(log_ratios_R.clamp(max=bound)), clipped_R
 
     def statistics(self, rewards_N: Tensor, groups_N: Tensor, advantages_N: Tensor) -> dict[str, float]:
-        """Also, averaged over groups: entropic_risk, -lambda log mean exp(-r / lambda), which FRPO maximises;
-        and effective_sample_size, (sum g)^2 / sum g^2, out of G."""
-        values = super().statistics(rewards_N, groups_N, advantages_N)
+        """Also lambda and, averaged over groups: robust_value, what FRPO maximises (with KL the entropic risk,
+        -lambda log mean exp(-r / lambda)); worst_case_divergence, how far the worst policy is; effective_sample_size,
+        (sum g)^2 / sum g^2 out of G, on-policy."""
+        values = super().statistics(rewards_N, groups_N, advantages_N) | {"lambda": self._known_lambda()}
         groups = Groups.of(rewards_N, groups_N)
         if groups.count == 0:
             return values
         rewards_M = rewards_N[groups.members].double()
-        log_mean_w_K = groups.log_mean_exp(-groups.centred(rewards_M) / self.lambda_)
-        gradients_M = float(self.baseline) - advantages_N[groups.members].double()
-        values["entropic_risk"] = (groups.mean(rewards_M) - self.lambda_ * log_mean_w_K).mean().item()
+        worst = self.divergence.worst_case(groups, rewards_M, self._known_lambda())
+        values["robust_value"] = worst.value_K.mean().item()
+        values["worst_case_divergence"] = worst.divergence_K.mean().item()
+        gradients_M = self._gradients(groups, rewards_M, torch.ones_like(rewards_M))
         effective_K = groups.sum(gradients_M).square() / groups.sum(gradients_M.square())
         values["effective_sample_size"] = effective_K.mean().item()
         return values
-
-
-def _dominant(groups: Groups, h_M: Tensor) -> Tensor:
-    """The response that holds more than half of its group's weight: at most one per group. bool [M].
-
-    Only for it does G - h_j cancel (and underflow: lambda = 0.01 makes weights of exp(-200000)); for all
-    others c_j lies in [-1/G, 1)."""
-    return h_M > 0.5 * groups.sizes[groups.ids]
-
-
-def _jackknife_others(groups: Groups, h_M: Tensor) -> Tensor:
-    """sum_{j != i, j not dominant} c_j. [M]"""
-    corrections_M = (h_M - 1) / (groups.sizes[groups.ids] - h_M)
-    corrections_M = torch.where(_dominant(groups, h_M), 0.0, corrections_M)
-    return groups.sum(corrections_M)[groups.ids] - corrections_M
-
-
-def _jackknife_dominant(groups: Groups, h_M: Tensor, logits_M: Tensor) -> Tensor:
-    """h_i c_d for the dominant response d of the group, i != d; 0 for d itself and without one. [M]
-
-    G - h_d is the sum of all other h, so h_i / (G - h_d) is a softmax over the group without d.
-    """
-    dominant_M = _dominant(groups, h_M)
-    excess_K = groups.sum(torch.where(dominant_M, h_M - 1, 0.0))
-    rest_M = groups.relative_exp(logits_M.masked_fill(dominant_M, -torch.inf))  # softmax times G
-    return (excess_K / groups.sizes)[groups.ids] * rest_M

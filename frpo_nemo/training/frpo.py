@@ -43,9 +43,10 @@ def train(cfg) -> None:
 
         for step in run.steps():
             rollouts = worker.generate(step, actor)
-            results = learn(run, objective, worker, actor, rollouts, step)
+            goal = objective.for_batch(rollouts.rewards, rollouts.groups, run.memory)
+            results = learn(run, goal, worker, actor, rollouts, step)
             worker.refit(actor)
-            values = rollout_statistics(rollouts, worker.tasks) | step_statistics(objective, rollouts.batch, results)
+            values = rollout_statistics(rollouts, worker.tasks) | step_statistics(goal, rollouts.batch, results)
             if run.validation_due(step):
                 validate(run, worker, actor, step)
             run.record(step, values, int(rollouts.batch.lengths.sum()))
@@ -59,8 +60,8 @@ def learn(
 ) -> list[StepResult]:
     """One optimizer update for each of updates_per_rollout minibatches of whole groups.
 
-    With several, the log-probs of the rollout's policy are computed first, and each minibatch's advantages from the
-    importance under the policy of that moment; with one, both are known without a forward pass.
+    With several, the log-probs of the rollout's policy are computed first, and an objective that uses importance gets it
+    for each minibatch under the policy of that moment; with one, both are known without a forward pass.
     """
     cfg, batch = run.cfg, rollouts.batch
     updates = cfg.trainer.updates_per_rollout

@@ -53,6 +53,7 @@ class Run:
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = Phases(self.watchdog)
         self.step = 0
+        self.memory: dict[str, float] = {}  # what the objective keeps from step to step
         self._validated: tuple[int, float] | None = None  # (step, score) of the last validation
         self._stop_signal: int | None = None
         self._actor: PolicyActor | None = None
@@ -93,6 +94,7 @@ class Run:
                     "same, or take another run_dir."
                 )
             self.step = self._saved_step = state["step"]
+            self.memory = state["memory"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
         resume_step = None if self._resumed_from is None else self.step
         self.logger = MetricsLogger(
@@ -148,7 +150,7 @@ class Run:
         """Write a checkpoint of the present step and delete those that need not be kept."""
         keep = self.cfg.checkpoint
         with self.phases("checkpoint"):
-            state = {"data": self._data}
+            state = {"data": self._data, "memory": self.memory}
             seed, score = self.cfg.trainer.seed, self._score_now()
             checkpoint.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)
             if self.rank == 0:

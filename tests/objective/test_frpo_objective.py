@@ -84,7 +84,7 @@ def test_gradient_in_importance_equals_autograd_of_the_group_loss(
     (expected,) = torch.autograd.grad(naive_loss(rewards, groups, m.requires_grad_(), objective), m)
 
     members = Groups.of(rewards, groups)
-    exact = objective.risk_gradients(members, rewards[members.members], m.detach()[members.members])
+    exact = objective._gradients(members, rewards[members.members], m.detach()[members.members])
     weights = objective.loss_scale / (members.sizes * members.count)[members.ids].double()
     torch.testing.assert_close(weights * (exact - float(baseline)), expected[members.members], rtol=1e-9, atol=1e-10)
 
@@ -221,7 +221,7 @@ def test_a_batch_without_a_comparable_group_gives_zeros():
     advantages = objective.effective_advantages(rewards, groups)
     assert advantages.tolist() == objective.coefficients(rewards, groups).tolist() == [0, 0, 0]
     assert objective.statistics(rewards, groups, advantages) == {
-        "max_abs_advantage": 0.0, "share_contributing_groups": 0.0, "share_zero_spread_groups": 0.0,
+        "max_abs_advantage": 0.0, "share_contributing_groups": 0.0, "share_zero_spread_groups": 0.0, "lambda": 1.0,
     }  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def test_agrees_with_60_digit_arithmetic_over_the_whole_range(jackknife, rewards
     if seed is not None:
         m = 1e-3 + torch.rand(m.shape, dtype=m.dtype, generator=torch.Generator().manual_seed(seed))
     members = Groups.of(values, torch.zeros(len(rewards), dtype=torch.int64))
-    actual = 1 - objective.risk_gradients(members, values, m)
+    actual = 1 - objective._gradients(members, values, m)
     expected = torch.tensor(exact_advantages(values.tolist(), m.tolist(), objective), dtype=torch.float64)
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
@@ -299,7 +299,7 @@ def test_jackknife_at_small_lambda_is_bounded_by_twice_the_group():
     statistics = objective.statistics(rewards, groups, advantages)
     assert statistics["max_abs_advantage"] == pytest.approx(14)
     assert statistics["effective_sample_size"] == pytest.approx(8**2 / (15**2 + 7))
-    assert statistics["entropic_risk"] == pytest.approx(0.01 * math.log(8))  # the worst reward, softened
+    assert statistics["robust_value"] == pytest.approx(0.01 * math.log(8))  # the worst reward, softened
 
 
 # The sequence loss
@@ -339,7 +339,9 @@ def test_statistics_of_a_mixed_batch():
     p = 1 / (1 + math.exp(-0.5))
     risks = [-2 * math.log((1 + math.exp(-0.5)) / 2), 3.0]
     sizes = [1 / (p**2 + (1 - p) ** 2), 2.0]
+    divergence = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
     assert statistics == pytest.approx({
         "max_abs_advantage": 2 * p - 1, "share_contributing_groups": 2 / 3, "share_zero_spread_groups": 1 / 3,
-        "entropic_risk": sum(risks) / 2, "effective_sample_size": sum(sizes) / 2,
+        "robust_value": sum(risks) / 2, "effective_sample_size": sum(sizes) / 2, "lambda": 2.0,
+        "worst_case_divergence": divergence / 2,
     })  # fmt: skip

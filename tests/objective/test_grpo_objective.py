@@ -75,7 +75,7 @@ def test_a_clipped_ratio_that_overflows_has_gradient_zero():
 
 
 def test_importance_has_no_influence_and_is_not_asked_for():
-    assert not GRPO.uses_importance
+    assert not GRPO().uses_importance
     expected = GRPO().effective_advantages(REWARDS, GROUPS)
     assert torch.equal(GRPO().effective_advantages(REWARDS, GROUPS, torch.rand(8)), expected)
     assert math.isclose(GRPO().loss_scale, 1.0)

@@ -55,14 +55,36 @@ def test_builds_from_dict_and_omegaconf(wrap, config, expected):
             {"name": "grpo", "jackknife": True},
             "objective.jackknife is not a field of grpo; its fields are beta",
         ),
-        ({"name": "frpo"}, "objective.lambda_ must be set for frpo"),
+        ({"name": "frpo"}, "objective.lambda_ or objective.kl_radius must be set: exactly one of the two"),
         ({"name": "frpo", "lambda_": 0}, "objective.lambda_=0 must be a number above 0"),
         ({"name": "frpo", "lambda_": -1.5}, "objective.lambda_=-1.5 must be a number above 0"),
         ({"name": "frpo", "lambda_": float("nan")}, "objective.lambda_=nan must be a number above 0"),
         ({"name": "frpo", "lambda_": float("inf")}, "objective.lambda_=inf must be a number above 0"),
         ({"name": "frpo", "lambda_": "0.1"}, "objective.lambda_='0.1' must be a number above 0"),
         ({"name": "frpo", "lambda_": True}, "objective.lambda_=True must be a number above 0"),
-        ({"name": "frpo", "lambda_": None}, "objective.lambda_=None must be a number above 0"),
+        ({"name": "frpo", "lambda_": None}, "objective.lambda_ or objective.kl_radius must be set"),
+        ({"name": "frpo", "lambda_": 1, "kl_radius": 0.1}, "objective.lambda_ or objective.kl_radius must be set"),
+        ({"name": "frpo", "kl_radius": -0.1}, "objective.kl_radius=-0.1 must be a number at least 0"),
+        (
+            {"name": "frpo", "kl_radius": 0.1, "f_divergence": "chi_squared"},
+            "with f_divergence=chi_squared give lambda_",
+        ),
+        (
+            {"name": "frpo", "lambda_": 1, "f_divergence": "tv"},
+            "objective.f_divergence='tv' must be one of kl, chi_squared",
+        ),
+        (
+            {"name": "frpo", "lambda_": 1, "radius_smoothing": 0.5},
+            "objective.radius_smoothing has an effect with kl_radius",
+        ),
+        (
+            {"name": "frpo", "kl_radius": 0.1, "radius_smoothing": 1},
+            "radius_smoothing=1 must be a number at least 0",
+        ),
+        (
+            {"name": "frpo", "lambda_": 1, "refresh_importance": "no"},
+            "objective.refresh_importance='no' must be true or false",
+        ),
         ({"name": "frpo", "lambda_": 1, "beta": -0.1}, "objective.beta=-0.1 must be a number at least 0"),
         ({"name": "frpo", "lambda_": 1, "clip_high": 0}, "objective.clip_high=0 must be a number above 0"),
         ({"name": "grpo", "clip_low": 0.0}, "objective.clip_low=0.0 must be a number above 0 and below 1"),
@@ -92,7 +114,7 @@ def test_each_bad_config_gives_one_sentence(config, sentence):
 
 
 def test_a_value_left_missing_in_omegaconf_is_named():
-    with pytest.raises(ConfigError, match=r"objective\.lambda_ must be set for frpo"):
+    with pytest.raises(ConfigError, match=r"objective\.lambda_ or objective\.kl_radius must be set: exactly one"):
         build_objective(OmegaConf.create({"name": "frpo", "lambda_": "???"}))
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from tiny_models import make_tiny
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
@@ -21,7 +22,6 @@ from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.config import FRPORun, SFTRun
 from frpo_nemo.training.schema import load
 from frpo_nemo.training.validate import validate_frpo, validate_sft
-from tests.tiny_models import make_tiny
 
 REPOSITORY = CONFIGS.parent
 

@@ -102,7 +102,7 @@ def test_a_run_records_every_metric_and_all_are_finite(reference):
     names = {
         *(f"{name}/{part}" for name in ("reward", "reward/world", "reward/variety") for part in ("mean", "std")),
         *(f"reward/task/{task}/{part}" for task in ("harmful", "harmless") for part in ("mean", "std")),
-        "objective/entropic_risk",
+        "objective/robust_value",
         "objective/effective_sample_size",
         "objective/max_abs_advantage",
         "kl/reference",
@@ -253,7 +253,7 @@ def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(mod
     assert checkpoints(job.run_dir) == [f"step_{last:08d}"]
     assert max(row["importance_ratio/max"] for row in rows) > 1.0001, "the second update is off-policy"
     assert max(row["rollout_mismatch/max_abs_logprob_gap"] for row in rows) < 1e-4, "the first one is not"
-    assert "objective/entropic_risk" not in rows[0]
+    assert "objective/robust_value" not in rows[0]
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""lambda from the radius of the KL ball: the dual of the max-min problem, solved over the rewards of a whole batch."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from frpo_nemo.objective.divergence import DIVERGENCES
+from frpo_nemo.objective.ragged import Groups
+
+RANGE = 1e6  # lambda is looked for within this factor of the spread of rewards, both ways
+TOLERANCE = 1e-10  # of log lambda
+MAX_ITERATIONS = 200
+
+
+def solve_lambda(groups: Groups, rewards_M: Tensor, radius: float) -> float | None:
+    """argmax over lambda of mean_x[-lambda log mean_i exp(-r_i / lambda)] - lambda * radius, theory.md (15).
+
+    The dual is concave, and its derivative is the mean over prompts of the worst policy's KL, minus the radius: a
+    Newton iteration on log KL against log lambda (a line of slope -2 for large lambda), kept inside a bracket.
+    rewards_M: float64 [M]; radius: in nats, >= 0. None if no group has differing rewards: any lambda will do.
+
+    At the ends there is no such lambda. A radius of 0 gives the largest, where lambda * A_eff is GRPO's r_i - mean(r)
+    (with the jackknife G / (G-1) times that); a radius that all the mass on the lowest reward attains, mean_x
+    log(G / number of lowest), gives the smallest, where the dual's value is the mean of the lowest rewards.
+    """
+    spread = groups.centred(rewards_M).abs().max().item() if groups.count else 0.0
+    if spread == 0:
+        return None
+    low, high = math.log(spread / RANGE), math.log(max(spread, 1.0) * RANGE)
+    if _log_kl_and_slope(groups, rewards_M, low)[0] <= _log(radius):
+        return math.exp(low)
+    if _log_kl_and_slope(groups, rewards_M, high)[0] >= _log(radius):
+        return math.exp(high)
+    point = math.log(spread)
+    for _ in range(MAX_ITERATIONS):
+        log_kl, slope = _log_kl_and_slope(groups, rewards_M, point)
+        excess = log_kl - math.log(radius)
+        low, high = (point, high) if excess > 0 else (low, point)
+        newton = point - excess / slope if slope < 0 else math.inf
+        following = newton if low < newton < high else (low + high) / 2
+        if abs(following - point) < TOLERANCE or high - low < TOLERANCE:
+            return math.exp(following)
+        point = following
+    raise AssertionError(f"no convergence for radius={radius} in [{low}, {high}]: bisection alone needs fewer steps")
+
+
+def _log_kl_and_slope(groups: Groups, rewards_M: Tensor, log_lambda: float) -> tuple[float, float]:
+    """log of the worst policies' mean KL, and its derivative in log lambda: -mean Var_q(r) / lambda^2 / KL."""
+    lambda_ = math.exp(log_lambda)
+    worst = DIVERGENCES["kl"].worst_case(groups, rewards_M, lambda_)
+    kl = worst.divergence_K.mean().item()
+    below_mean_M = rewards_M - groups.mean(worst.density_M * rewards_M)[groups.ids]
+    variance = groups.mean(worst.density_M * below_mean_M.square()).mean().item()
+    return _log(kl), -variance / lambda_**2 / kl if kl > 0 else 0.0
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
