@@ -39,10 +39,9 @@ def solve_lambda(groups: Groups, rewards_M: Tensor, radius: float) -> float | No
         excess = log_kl - math.log(radius)
         low, high = (point, high) if excess > 0 else (low, point)
         newton = point - excess / slope if slope < 0 else math.inf
-        following = newton if low < newton < high else (low + high) / 2
-        if abs(following - point) < TOLERANCE or high - low < TOLERANCE:
-            return math.exp(following)
-        point = following
+        if abs(newton - point) < TOLERANCE or high - low < TOLERANCE:
+            return math.exp(min(max(newton, low), high))
+        point = newton if low < newton < high else (low + high) / 2
     raise AssertionError(f"no convergence for radius={radius} in [{low}, {high}]: bisection alone needs fewer steps")
 
 
