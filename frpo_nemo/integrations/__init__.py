@@ -1,1 +1,1 @@
-"""FRPO inside other trainers, one module each; each needs its own trainer installed, so nothing is imported here."""
+"""FRPO inside other trainers, one module each. Nothing is imported here: a module may need its trainer."""

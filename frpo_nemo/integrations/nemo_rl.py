@@ -233,5 +233,9 @@ def frpo_objective(loss_config: Any) -> FRPO:
     for field, name in NAMED_BY_NEMO_RL.items():
         if field in fields:
             raise ConfigError(f"loss_fn.frpo.{field} must be given as loss_fn.{name}, which NeMo-RL reads as well.")
+    if fields.get("refresh_importance"):
+        raise ConfigError(
+            "loss_fn.frpo.refresh_importance must be false: NeMo-RL computes advantages once per rollout."
+        )
     named = {field: getattr(loss_config, name) for field, name in NAMED_BY_NEMO_RL.items()}
-    return build_objective({"name": "frpo", **fields, **named})
+    return build_objective({"name": "frpo", "refresh_importance": False, **fields, **named})

@@ -165,8 +165,8 @@ class FRPOTrainer(GRPOTrainer):
     def __init__(self, model, reward_funcs=None, args: FRPOConfig | None = None, **kwargs):
         if not isinstance(args, FRPOConfig):
             raise ConfigError(f"args of FRPOTrainer must be a FRPOConfig, not {type(args).__name__}.")
-        self.objective = args.build_objective()
-        self.memory: dict[str, float] = {}
+        self.frpo = args.build_objective()
+        self.frpo_memory: dict[str, float] = {}
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         if self.aux_loss_enabled:
             raise ConfigError(
@@ -189,7 +189,7 @@ class FRPOTrainer(GRPOTrainer):
         all_rows = torch.arange(len(rewards_N), device=rewards_N.device)
         groups_N = all_rows // (self.num_generations if training else self.num_generations_eval)
 
-        objective = self.objective.for_batch(rewards_N, groups_N, self.memory if training else dict(self.memory))
+        objective = self.frpo.for_batch(rewards_N, groups_N, self.frpo_memory if training else dict(self.frpo_memory))
         advantages_N = objective.effective_advantages(rewards_N, groups_N)
         rows = all_rows[self.accelerator.process_index * len(inputs) :][: len(inputs)]
         # Relative to a plain mean over the N sequences, which is what the trainer's averages over microbatches and
@@ -240,7 +240,7 @@ class FRPOTrainer(GRPOTrainer):
         old_logprobs_R = logprobs_R.detach() if old_BT is None else old_BT[spans_BT]
         mismatch_R = None if mismatch_BT is None else mismatch_BT.expand_as(logprobs_BT)[spans_BT]  # [B, T] or [B, 1]
 
-        losses_B, clipped_B = self.objective.sequence_loss(
+        losses_B, clipped_B = self.frpo.sequence_loss(
             logprobs_R, old_logprobs_R, lengths_B, inputs["advantages"], mismatch_R
         )
         losses_B = losses_B * inputs["weights"]
@@ -287,12 +287,12 @@ class FRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            (directory / MEMORY_FILE).write_text(json.dumps(self.memory))
+            (directory / MEMORY_FILE).write_text(json.dumps(self.frpo_memory))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.memory = json.loads(Path(checkpoint, MEMORY_FILE).read_text())
+            self.frpo_memory = json.loads(Path(checkpoint, MEMORY_FILE).read_text())
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError
 from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_policy_loss
 from verl.utils.torch_functional import masked_mean
@@ -137,9 +138,12 @@ def _check_algorithm(config: Mapping[str, Any]) -> None:
         )
 
 
-def _neighbours(config: Mapping[str, Any]) -> DictConfig | None:
-    """actor_rollout_ref, which stands beside `algorithm` in a whole configuration of verl; None of a part of one."""
-    return OmegaConf.select(config, "..actor_rollout_ref") if isinstance(config, DictConfig) else None
+def _neighbours(config: DictConfig) -> DictConfig | None:
+    """actor_rollout_ref, which stands beside `algorithm` in a whole configuration of verl; None of `algorithm` alone."""
+    try:
+        return OmegaConf.select(config, "..actor_rollout_ref")
+    except ConfigKeyError:  # raised where there is no parent
+        return None
 
 
 def _check_neighbours(sections: DictConfig, num_sequences: int) -> None:

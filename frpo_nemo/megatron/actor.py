@@ -22,7 +22,7 @@ from frpo_nemo.megatron import distributed, optimizer, packing
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.hf_weights import load_hf_weights, stream_hf_weights
-from frpo_nemo.megatron.logprobs import token_logprobs
+from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.megatron.model import DTYPES, build_model, output_weight, uses_transformer_engine
 
 
@@ -39,6 +39,8 @@ class Losses:
 # (logprobs fp32 [R], entropy fp32 [R], the microbatch's sequences with their columns) -> Losses
 Loss = Callable[[Tensor, Tensor, SequenceBatch], Losses]
 Check = Callable[[Tensor], None]
+# Hidden states of a microbatch's response tokens [t, H], equal on all TP ranks -> more columns [t]
+Observe = Callable[[Tensor], dict[str, Tensor]]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -111,14 +113,14 @@ class PolicyActor:
         self.optimizer.zero_grad()
         return self._run(batch, loss, forward_only=False)
 
-    def get_forward_output_and_loss_func(self, loss: Loss | None):
+    def get_forward_output_and_loss_func(self, loss: Loss | None, observe: Observe | None = None):
         """megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss)."""
 
         def forward_step(microbatches, model):
             microbatch = next(microbatches)
             with without_device_mapping():
                 hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=microbatch.packed)
-            return hidden, partial(self._loss_of_hidden, microbatch, loss)
+            return hidden, partial(self._loss_of_hidden, microbatch, loss, observe)
 
         return forward_step
 
@@ -127,8 +129,14 @@ class PolicyActor:
     @torch.no_grad()
     def get_inference_log_probs(self, batch: SequenceBatch) -> Tensor:
         """Log-probs of all response tokens under the current policy: fp32 [R], on CPU."""
+        return self.get_inference_columns(batch)["logprobs"]
+
+    @torch.no_grad()
+    def get_inference_columns(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """Of all response tokens under the current policy, fp32 [R] on CPU: logprobs, entropy, and likeliest, which is 1
+        where greedy decoding would have taken the token too."""
         self.prepare_for_inference()
-        return self._run(batch, None, forward_only=True)[1]["logprobs"]
+        return self._run(batch, None, forward_only=True)[1]
 
     def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probs under the frozen reference, fp32 [R]: its weights change places with the policy's for the pass."""
@@ -141,6 +149,32 @@ class PolicyActor:
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights, on CPU, as the reference policy."""
         self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.gpt.named_parameters()}
+
+    @torch.no_grad()
+    def compare_with_reference(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """Columns [R] of the current policy on all response tokens, on CPU: logprobs, reference_logprobs, and kl, the
+        exact KL from the reference of the next-token distribution. Summed over a response that the policy sampled, kl is
+        an unbiased estimate of the KL of whole responses, with less variance than the log-ratio."""
+        self.prepare_for_inference()
+        kept: list[Tensor] = []  # the reference's hidden states, microbatch by microbatch
+
+        def keep(hidden: Tensor) -> dict[str, Tensor]:
+            kept.append(hidden.cpu())
+            return {}
+
+        self._swap_reference()
+        reference = self._run(batch, None, forward_only=True, observe=keep)[1]["logprobs"]
+        reference_weight = output_weight(self.gpt).clone() if kept else None
+        self._swap_reference()
+        pending = iter(kept)
+
+        def compare(hidden: Tensor) -> dict[str, Tensor]:
+            ref_hidden = next(pending).to(self.device)
+            own_weight = output_weight(self.gpt)
+            return {"kl": token_kl(hidden, own_weight, ref_hidden, reference_weight, **self._softmax_options())}
+
+        columns = self._run(batch, None, forward_only=True, observe=compare)[1]
+        return {"logprobs": columns["logprobs"], "reference_logprobs": reference, "kl": columns["kl"]}
 
     def stream_hf_weights(self, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20):
         """(Hugging Face name, full tensor) of every weight, the same on every rank; a collective."""
@@ -185,11 +219,11 @@ class PolicyActor:
         self.gpt.config.finalize_model_grads_func = lambda models, num_tokens, **kw: finalize_model_grads(models, **kw)
 
     @runs_on_megatron_device
-    def _run(self, batch: SequenceBatch, loss: Loss | None, *, forward_only: bool):
+    def _run(self, batch: SequenceBatch, loss: Loss | None, *, forward_only: bool, observe: Observe | None = None):
         """One pass over the batch; returns the columns per sequence and per token."""
         microbatches = self._microbatches(batch)
         outputs = get_forward_backward_func()(
-            forward_step_func=self.get_forward_output_and_loss_func(loss),
+            forward_step_func=self.get_forward_output_and_loss_func(loss, observe),
             data_iterator=iter(microbatches),
             model=self.gpt if forward_only else self.ddp,
             num_microbatches=len(microbatches),
@@ -225,45 +259,55 @@ class PolicyActor:
             for pack in packs
         ]
 
-    def _loss_of_hidden(self, microbatch: packing.Microbatch, loss: Loss | None, hidden: Tensor):
+    def _loss_of_hidden(self, microbatch: packing.Microbatch, loss, observe, hidden: Tensor):
         """megatron-core's loss function: (sum of losses, token count (unused), columns)."""
         with without_device_mapping():
-            return self._losses(microbatch, loss, hidden)
+            return self._losses(microbatch, loss, observe, hidden)
 
-    def _losses(self, microbatch: packing.Microbatch, loss: Loss | None, hidden: Tensor):
-        logprobs, entropy = self._logprobs(microbatch, hidden)
+    def _losses(self, microbatch: packing.Microbatch, loss: Loss | None, observe: Observe | None, hidden: Tensor):
+        hidden = self._response_hidden(microbatch, hidden)
+        logprobs, columns = self._token_columns(microbatch, hidden, observe)
         out = (
-            loss(logprobs, entropy, microbatch.sequences)
+            loss(logprobs, columns["entropy"], microbatch.sequences)
             if loss
             else Losses(logprobs.new_zeros(len(microbatch.indices)))
         )
         out.per_sequence["loss"] = out.losses.detach()
-        out.per_token |= {"logprobs": logprobs.detach(), "entropy": entropy}
+        out.per_token |= columns | {"logprobs": logprobs.detach()}
         return out.losses.sum(), torch.ones((), dtype=torch.int, device=hidden.device), out
 
-    def _logprobs(self, microbatch: packing.Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _response_hidden(self, microbatch: packing.Microbatch, hidden: Tensor) -> Tensor:
+        """The hidden states that predict the response tokens, equal on all TP ranks: [t, H]."""
         hidden = hidden.squeeze(0)  # [1, T, H] -> [T, H], T divided by TP under sequence parallelism
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        logprobs, entropy = token_logprobs(
-            hidden[microbatch.predictors],
-            output_weight(self.gpt),
-            microbatch.targets,
+        return hidden[microbatch.predictors]
+
+    def _token_columns(self, microbatch: packing.Microbatch, hidden: Tensor, observe: Observe | None):
+        """Log-probs [R], with gradient, and columns [R] without."""
+        logprobs, entropy, likeliest = token_logprobs(
+            hidden, output_weight(self.gpt), microbatch.targets, **self._softmax_options()
+        )
+        columns = {"entropy": entropy, "likeliest": likeliest} | (observe(hidden) if observe else {})
+        if self.config.context_parallel_size > 1:
+            total = int(microbatch.sequences.response_lengths.sum())
+            group = parallel_state.get_context_parallel_group()
+
+            def gather(column: Tensor) -> Tensor:
+                return _SumOverGroup.apply(column.new_zeros(total).index_add(0, microbatch.slots, column), group)
+
+            return gather(logprobs), {name: gather(column) for name, column in columns.items()}
+        return logprobs, columns
+
+    def _softmax_options(self) -> dict:
+        return dict(
             vocab_size=self.arch.vocab_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             chunk_tokens=self.config.logprob_chunk_tokens,
             temperature=self.temperature,
         )
-        if self.config.context_parallel_size > 1:
-            total = int(microbatch.sequences.response_lengths.sum())
-            group = parallel_state.get_context_parallel_group()
-            logprobs, entropy = (
-                _SumOverGroup.apply(x.new_zeros(total).index_add(0, microbatch.slots, x), group)
-                for x in (logprobs, entropy)
-            )
-        return logprobs, entropy
 
     def _gather_columns(self, batch, microbatches, outputs: list[Losses]):
         """Columns of all microbatches of all replicas, in the order of the global batch, on every rank's CPU."""

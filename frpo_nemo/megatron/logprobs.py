@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy from hidden states, vocabulary-parallel and in chunks of tokens.
+"""Log-probabilities, entropy and KL from hidden states, vocabulary-parallel and in chunks of tokens.
 
 Only `chunk_tokens` rows of fp32 logits exist at any time, in the forward and in the backward pass (which computes
 them again). The output layer of the model therefore passes hidden states through (see model.py).
@@ -36,13 +36,49 @@ def token_logprobs(
     tp_group: dist.ProcessGroup,
     chunk_tokens: int,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden @ weight^T / temperature) at `targets`, and the entropy of that distribution (no gradient).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log softmax(hidden @ weight^T / temperature) at `targets`, the entropy of that distribution, and 1 where the target
+    is its likeliest token, else 0 (no gradient in the last two).
 
     hidden: [T, H], equal on all TP ranks; its gradient comes out *partial* (this rank's vocabulary only), to be summed
-    over TP by the caller's mapping. weight: [V/tp, H]. targets: int64 [T], global ids. Returns two fp32 [T].
+    over TP by the caller's mapping. weight: [V/tp, H]. targets: int64 [T], global ids. Returns three fp32 [T].
     """
     return _TokenLogprobs.apply(hidden, weight, targets, vocab_size, tp_group, chunk_tokens, temperature)
+
+
+@torch.no_grad()
+def token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+    chunk_tokens: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL of softmax(hidden @ weight^T / temperature) from the same of the reference, exact, at every token. Shapes as in
+    token_logprobs, weights and hidden states of the two models. fp32 [T]."""
+    options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature)
+    kl = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for chunk in _chunks(hidden.shape[0], chunk_tokens):
+        own = _log_softmax(vocab_parallel_logits(hidden[chunk], weight, **options), tp_group)
+        reference = _log_softmax(vocab_parallel_logits(ref_hidden[chunk], ref_weight, **options), tp_group)
+        # Both are -inf in the rows of a padded vocabulary, and only there: those have no part in the sum.
+        difference = (own - reference).masked_fill(own == float("-inf"), 0.0)
+        kl[chunk] = (torch.exp(own) * difference).sum(dim=1)
+        dist.all_reduce(kl[chunk], group=tp_group)
+    return kl
+
+
+def _log_softmax(logits: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    """Of logits [T, V/tp] whose rows are spread over the group."""
+    maximum = logits.amax(dim=1, keepdim=True)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
+    total = torch.exp(logits - maximum).sum(dim=1, keepdim=True)
+    dist.all_reduce(total, group=tp_group)
+    return logits - maximum - total.log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -51,7 +87,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature)
         ctx.chunk_tokens = chunk_tokens
         tokens = hidden.shape[0]
-        logprobs, entropy, logsumexp = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+        logprobs, entropy, likeliest, logsumexp = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(4))
         for chunk in _chunks(tokens, chunk_tokens):
             logits = vocab_parallel_logits(hidden[chunk], weight, **ctx.options)
             local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
@@ -66,12 +102,13 @@ class _TokenLogprobs(torch.autograd.Function):
             logsumexp[chunk] = sums[0].log() + maximum
             entropy[chunk] = logsumexp[chunk] - sums[1] / sums[0]
             logprobs[chunk] = sums[2] - logsumexp[chunk]
+            likeliest[chunk] = (sums[2] >= maximum).float()
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropy, likeliest)
+        return logprobs, entropy, likeliest
 
     @staticmethod
-    def backward(ctx, grad_logprobs, _):
+    def backward(ctx, grad_logprobs, *_):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         # fp32: many chunks add up, and bf16 would drop the small ones.

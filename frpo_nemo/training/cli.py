@@ -59,6 +59,17 @@ def main(run: Callable[[Any], None], schema: type, config_name: str, check: Call
         raise SystemExit(2) from None
 
 
+def from_command_line(schema: type, config_name: str) -> Any:
+    """The typed configuration of a recipe that starts no training itself. --help prints its options. Raises ConfigError."""
+    arguments = _parse_command_line(sys.argv[1:])
+    if arguments.help:
+        print((CONFIGS / f"{config_name}.yaml").read_text(), end="")
+        raise SystemExit(0)
+    name, directory = arguments.config_name or config_name, arguments.config_path or arguments.config_dir
+    with _quiet():
+        return load(schema, compose(name, arguments.overrides, directory))
+
+
 def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
     """What the YAML files and the overrides say, without the schema's defaults. Files in `config_dir` come before
     those in configs/. Raises ConfigError."""

@@ -48,17 +48,21 @@ class OptimizerConfig:
 
 @dataclass
 class SourceConfig:
-    """One data set. `path`: a file (.jsonl, .json, .parquet, .csv), a hub name, or `world:...` (the embedded task)."""
+    """One data set. `path`: a file (.jsonl, .json, .parquet, .csv), a directory of them, a hub name, or `world:...` (the
+    embedded task). `prompt` and `completion`: a column, or a template of several, "{instruction}\n\n{input}"."""
 
     path: str = required("prompts.jsonl")
     split: str = "train"  # for a hub name
-    prompt: str = "prompt"  # column with the prompt: a string, or a list of chat messages
-    completion: str | None = None  # column with the completion (SFT)
+    prompt: str = "prompt"  # a string, or a list of chat messages
+    completion: str | None = None  # a string (SFT); where it is prompt's column, the last assistant turn there
+    completion_until: str | None = None  # text at which completions are cut off
     task: str | None = None  # the task of every example, or ...
     task_column: str | None = None  # ... the column that names it; rewards choose examples by task
     system_prompt: str | None = None  # put before every prompt
-    limit: int | None = None  # the first so many examples
-    start: int = 0  # skip so many examples first (a validation set cut from the same file)
+    limit: int | None = None  # the first so many rows
+    start: int = 0  # skip so many rows first (a validation set cut from the same file)
+    at_least: dict[str, float] | None = None  # of those rows, keep the ones with these values or higher
+    streaming: bool = False  # read up to the last row that is needed, instead of downloading the whole set
 
 
 @dataclass
@@ -70,10 +74,9 @@ class DataConfig:
 
 
 @dataclass
-class RolloutConfig:
-    prompts_per_step: int = required("16")
-    group_size: int = 8  # responses per prompt (G)
-    max_response_tokens: int = required("2048")
+class EngineConfig:
+    """The colocated vLLM engines, and how they sample."""
+
     temperature: float = 1.0  # also of the log-probs in training
     top_p: float = 1.0
     top_k: int = -1  # -1: all tokens
@@ -83,6 +86,13 @@ class RolloutConfig:
     enforce_eager: bool = False  # True: no CUDA graphs
     refit_bucket_mb: int = 512  # memory bound of the weight stream
     logprob_gap_threshold: float | None = None  # largest mean |logp_megatron - logp_vllm|; None: by precision
+
+
+@dataclass
+class RolloutConfig(EngineConfig):
+    prompts_per_step: int = required("16")
+    group_size: int = 8  # responses per prompt (G)
+    max_response_tokens: int = required("2048")
     importance_correction: str = "none"  # weights against that gap: none, per token or per sequence
     importance_limit: float = 2.0  # largest of those weights
 
@@ -98,6 +108,17 @@ class RewardConfig:
     timeout: float = 10.0  # seconds per response, then None
     isolate: bool = False  # run in worker processes that may be killed
     workers: int = 2  # processes, when isolated
+
+
+@dataclass
+class ProbeConfig:
+    """Does fine-tuning keep what was learned before? Reward on prompts of the first stage, and KL from its policy."""
+
+    interval: int = 0  # steps between probes; 0: none. Also before the first and after the last step
+    prompts: list[SourceConfig] = field(default_factory=list)
+    reward: dict[str, RewardConfig] = field(default_factory=dict)
+    samples: int = 1  # responses to each prompt
+    max_response_tokens: int = 2048
 
 
 @dataclass
@@ -142,6 +163,7 @@ class FRPORun:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: dict[str, RewardConfig] = required("gsm8k")
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: FRPOTrainerConfig = field(default_factory=FRPOTrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -161,6 +183,8 @@ class SFTRun:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    rollout: EngineConfig = field(default_factory=EngineConfig)  # of the probe's responses
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -10,13 +10,15 @@ from functools import partial
 
 import torch
 
-from frpo_nemo.data.batch import SequenceBatch, segment_sum
+from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
 from frpo_nemo.objective import build_objective
-from frpo_nemo.objective.kl import sequence_kl
+from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.training.loss import PolicyLoss
-from frpo_nemo.training.rollouts import Rollouts, RolloutWorker
+from frpo_nemo.training.probe import VALIDATION, Probe, distance_from_reference
+from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics
 
@@ -26,7 +28,9 @@ def train(cfg) -> None:
     with Run(cfg) as run:
         objective = build_objective(cfg.objective)
         with run.phases("load"):
-            worker = RolloutWorker(cfg, run.phases)
+            worker = RolloutWorker(cfg, run.phases, longest_sequence(cfg))
+            training, held_out = load_prompts(cfg, worker)
+            probe = Probe(cfg, worker) if cfg.probe.interval else None
             distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
             actor = PolicyActor(
                 cfg.model,
@@ -34,25 +38,54 @@ def train(cfg) -> None:
                 microbatch_tokens=cfg.trainer.microbatch_tokens,
                 temperature=cfg.rollout.temperature,
             )
-            if objective.beta > 0 or cfg.trainer.val_interval:
+            if objective.beta > 0 or held_out or probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with
-        run.attach(actor, worker.fingerprints())
+        run.attach(actor, fingerprints(train=training, validation=held_out, probe=probe and probe.scored))
+        sampler = PromptSampler(len(training.prompts), cfg.rollout.prompts_per_step, cfg.trainer.seed, cfg.data.shuffle)
         worker.refit(actor)
-        if run.validation_due(run.step) and run.step == 0:
-            validate(run, worker, actor, 0)
+        if run.step == 0:
+            measure(run, worker, actor, held_out, probe, 0)
 
         for step in run.steps():
-            rollouts = worker.generate(step, actor)
+            rollouts = worker.roll_out(
+                training,
+                sampler.indices(step - 1),
+                samples=cfg.rollout.group_size,
+                max_tokens=cfg.rollout.max_response_tokens,
+                seed_step=step,
+            )
             goal = objective.for_batch(rollouts.rewards, rollouts.groups, run.memory)
             results = learn(run, goal, worker, actor, rollouts, step)
             worker.refit(actor)
-            values = rollout_statistics(rollouts, worker.tasks) | step_statistics(goal, rollouts.batch, results)
-            if run.validation_due(step):
-                validate(run, worker, actor, step)
+            values = rollout_statistics(rollouts) | step_statistics(goal, rollouts.batch, results)
+            measure(run, worker, actor, held_out, probe, step)
             run.record(step, values, int(rollouts.batch.lengths.sum()))
         if run.finished:
             run.export()
+        training.rewards.close()
+        if probe:
+            probe.close()
         worker.close()
+
+
+def load_prompts(cfg, worker: RolloutWorker) -> tuple[ScoredPrompts, ScoredPrompts | None]:
+    """(what to train on, what to validate on or None), with the same rewards."""
+    rewards = build_rewards(cfg.reward)
+    training = ScoredPrompts.load(cfg.data.train, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
+    if not cfg.trainer.val_interval:
+        return training, None
+    return training, ScoredPrompts.load(cfg.data.validation, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
+
+
+def longest_sequence(cfg) -> int:
+    """Tokens of the longest prompt and response that the engine may see."""
+    probe = cfg.probe.max_response_tokens if cfg.probe.interval else 0
+    return cfg.data.max_prompt_tokens + max(cfg.rollout.max_response_tokens, probe)
+
+
+def fingerprints(**sets: ScoredPrompts | None) -> dict[str, str]:
+    """Of the data sets that there are, for the checkpoints."""
+    return {name: scored.prompts.fingerprint for name, scored in sets.items() if scored}
 
 
 def learn(
@@ -113,18 +146,21 @@ def update(
         raise RuntimeError(f"step {step}: {error}; weights are unchanged, sequences saved in {path}") from error
 
 
-def validate(run: Run, worker: RolloutWorker, actor: PolicyActor, step: int) -> None:
-    """Reward on held-out prompts, and the KL from the reference on the same responses."""
+def measure(run: Run, worker: RolloutWorker, actor: PolicyActor, held_out, probe: Probe | None, step: int) -> None:
+    """What is due after `step`: validation on held-out prompts, and the probe of an earlier stage's skill."""
+    if held_out and run.validation_due(step):
+        validate(run, worker, actor, held_out, step)
+    if probe:
+        probe.run_if_due(run, actor, step, refit=False)
+
+
+def validate(run: Run, worker: RolloutWorker, actor: PolicyActor, held_out: ScoredPrompts, step: int) -> None:
+    """One response to each held-out prompt, sampled as in training with the same randomness at every step: its reward,
+    and the KL from the reference."""
     with run.phases("validate"):
-        rollouts = worker.validate(step, actor)
-        values = rollout_statistics(rollouts, worker.tasks)
-        batch = rollouts.batch
-        current, reference = actor.get_inference_log_probs(batch), actor.get_init_policy_logprobs(batch)
-        worker.check_logprobs(step, batch, current)
-        values["kl/reference"] = sequence_kl(current, reference, batch.response_lengths).mean().item()
-        # Responses are samples of the policy, so the mean log-ratio of whole ones estimates KL(policy, reference).
-        values["kl/per_response"] = segment_sum(current - reference, batch.response_lengths).mean().item()
-        actor.finish_inference()
+        everything, limit = range(len(held_out.prompts)), run.cfg.rollout.max_response_tokens
+        rollouts = worker.roll_out(held_out, everything, samples=1, max_tokens=limit, seed_step=VALIDATION)
+        values = rollout_statistics(rollouts) | distance_from_reference(worker, actor, rollouts, step)
         if run.rank == 0:
             worker.write_samples(run.dir / "validation" / f"step_{step:08d}.jsonl", rollouts)
     run.record_validation(step, values, score=values.get("reward/mean", math.nan))  # absent: nothing could be scored

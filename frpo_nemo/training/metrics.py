@@ -66,11 +66,12 @@ class MetricsLogger:
             self.sinks.append(_Wandb(run_dir, wandb_project, wandb_name, config, resume_step))
         self.sinks.append(_Console(max_steps, resume_step or 0))
 
-    def log(self, step: int, values: dict[str, float], *, validation: bool = False) -> None:
-        """Record `values` of `step`, as validation/NAME if from a validation. One-element tensors will do."""
+    def log(self, step: int, values: dict[str, float], *, kind: str = "") -> None:
+        """Record `values` of `step`; what is measured on the side has a kind (validation, probe) and is recorded as
+        KIND/NAME. One-element tensors will do."""
         if not self.sinks:
             return
-        prefix = "validation/" if validation else ""
+        prefix = f"{kind}/" if kind else ""
         values = {prefix + name: float(value) for name, value in values.items()}
         for sink in self.sinks:
             sink.log(step, values)
@@ -157,7 +158,7 @@ class _Wandb:
 
 class _Console:
     """A progress bar with ETA on a terminal; elsewhere short lines only. At most some LINES_PER_RUN lines or
-    one a minute, whichever is more; every validation has its line."""
+    one a minute, whichever is more; every validation and probe has its line."""
 
     def __init__(self, max_steps: int, first_step: int):
         from rich import progress
@@ -184,8 +185,9 @@ class _Console:
             self.console.show_cursor(True)  # a killed run would leave the terminal without one
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if all(name.startswith("validation/") for name in values):
-            self._print_validation(step, values)
+        kinds = {name.partition("/")[0] for name in values}
+        if kinds <= {"validation"} or kinds <= {"probe"}:
+            self._print_measurement(step, kinds.pop(), values)
             return
         if self.bar:
             self.bar.update(self.task, completed=step)
@@ -204,10 +206,11 @@ class _Console:
         line = "".join(f"{values[name]:>9{form}}" for name, _, form in columns)
         self._print(f"{step:>6}{line}" + ("" if self.bar else f"{self._eta(step):>9}"))
 
-    def _print_validation(self, step: int, values: dict[str, float]) -> None:
-        means = [(name, value) for name, value in values.items() if name.endswith("/mean")]
-        shown = ", ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in means or values.items())
-        self._print(f"{step:>6} validation: {shown}", style="green")
+    def _print_measurement(self, step: int, kind: str, values: dict[str, float]) -> None:
+        values = {name.removeprefix(f"{kind}/"): value for name, value in values.items()}
+        chosen = {name: value for name, value in values.items() if name.endswith("/mean") or name == "kl/exact"}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in (chosen or values).items())
+        self._print(f"{step:>6} {kind}: {shown}", style="green")
 
     def _print(self, text: str, style: str | None = None) -> None:
         # soft_wrap: where the output is a file there is no width to wrap at

@@ -43,8 +43,8 @@ def check_gpu_memory(cfg, arch: Architecture, world_size: int) -> None:
             f"raise model.tensor_model_parallel_size={model.tensor_model_parallel_size} or "
             f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}, or start more processes."
         )
-    if not hasattr(cfg, "rollout"):
-        return
+    if not hasattr(cfg, "objective") and not cfg.probe.interval:
+        return  # no engine
     rollout = cfg.rollout
     weights = parameters(arch) * WEIGHT_BYTES[model.precision] // rollout.tensor_model_parallel_size
     allowed = int(memory * rollout.gpu_memory_utilization)

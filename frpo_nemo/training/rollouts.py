@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,14 +17,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.data.prompts import Prompt, PromptSampler, load_prompts
+from frpo_nemo.data.prompts import Prompt, PromptSet, load_prompts
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.rewards.reward_set import build_rewards
+from frpo_nemo.rewards.reward_set import RewardSet
 from frpo_nemo.rollout.engine import RolloutEngine
 from frpo_nemo.rollout.verify import check_logprob_gap
-
-VALIDATION = 1 << 31  # takes the step's place in sampling seeds, so that validation never shares training's randomness
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Rollouts:
     (NaN: unscored), and the token column rollout_logprobs. failures: reward -> kind -> count."""
 
     batch: SequenceBatch
+    tasks: list[str | None]
     failures: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
@@ -43,27 +43,37 @@ class Rollouts:
         return self.batch.columns["group"]
 
 
-class RolloutWorker:
-    """This rank's engine, prompts and rewards."""
+@dataclass
+class ScoredPrompts:
+    """Prompts, and the rewards that score responses to them. `tasks`: all that may occur, a response's is an index."""
 
-    def __init__(self, cfg, phases):
-        """cfg: FRPORun. torch.distributed runs; Megatron's model does not exist yet (vLLM measures free memory)."""
+    prompts: PromptSet
+    rewards: RewardSet
+    tasks: list[str | None]
+
+    @classmethod
+    def load(cls, sources, rewards: RewardSet, tokenizer, max_prompt_tokens: int) -> ScoredPrompts:
+        """Raises ConfigError if a task has no reward."""
+        prompts = load_prompts(sources, tokenizer, max_prompt_tokens=max_prompt_tokens)
+        rewards.check_tasks(prompts.tasks)
+        return cls(prompts, rewards, sorted(prompts.tasks, key=str))
+
+
+class RolloutWorker:
+    """This rank's engine: generates, scores and gathers, for any prompts."""
+
+    def __init__(self, cfg, phases, max_model_len: int):
+        """cfg: FRPORun or SFTRun. torch.distributed runs; Megatron's model does not exist yet (vLLM measures free
+        memory). max_model_len: of the longest prompt and response together, in tokens."""
         rollout = cfg.rollout
         self.cfg, self.phases = cfg, phases
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
-        limit = dict(max_prompt_tokens=cfg.data.max_prompt_tokens)
-        self.prompts = load_prompts(cfg.data.train, self.tokenizer, **limit)
-        self.validation = load_prompts(cfg.data.validation, self.tokenizer, **limit) if cfg.data.validation else None
-        self.tasks = sorted(self.prompts.tasks | (self.validation.tasks if self.validation else set()), key=str)
-        self.rewards = build_rewards(cfg.reward)
-        self.rewards.check_tasks(set(self.tasks))
-        self.sampler = PromptSampler(len(self.prompts), rollout.prompts_per_step, cfg.trainer.seed, cfg.data.shuffle)
         self.stop_token_ids = stop_token_ids(cfg.model.path, self.tokenizer)
         self.engine = RolloutEngine(
             cfg.model.path,
             dtype={"fp32": "float32", "bf16": "bfloat16"}[cfg.model.precision],
             tensor_parallel_size=rollout.tensor_model_parallel_size,
-            max_model_len=cfg.data.max_prompt_tokens + rollout.max_response_tokens,
+            max_model_len=max_model_len,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             max_num_seqs=rollout.max_num_seqs,
             enforce_eager=rollout.enforce_eager,
@@ -72,49 +82,40 @@ class RolloutWorker:
         self.engine.sleep()  # the policy is built next
         self._reported: set[str] = set()
 
-    def fingerprints(self) -> dict[str, str]:
-        """Of the data sets, for the checkpoints."""
-        sets = {"train": self.prompts, "validation": self.validation}
-        return {name: s.fingerprint for name, s in sets.items() if s is not None}
-
-    def generate(self, step: int, actor: PolicyActor) -> Rollouts:
-        """G responses to each of the step's prompts."""
-        examples = [self.prompts.examples[i] for i in self.sampler.indices(step - 1)]
-        return self._roll_out(examples, self.cfg.rollout.group_size, step, actor)
-
-    def validate(self, step: int, actor: PolicyActor) -> Rollouts:
-        """One response to each held-out prompt, sampled as in training, with the same randomness at every step."""
-        return self._roll_out(self.validation.examples, 1, VALIDATION, actor)
-
     def refit(self, actor: PolicyActor) -> None:
         """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
         with self.phases("refit"):
             actor.finish_training()  # the optimizer's GPU memory is vLLM's until the next update
             self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.cfg.rollout.refit_bucket_mb << 20))
 
-    def _roll_out(self, examples: list[Prompt], samples: int, seed_step: int, actor: PolicyActor) -> Rollouts:
+    def roll_out(
+        self, scored: ScoredPrompts, indices: Sequence[int], *, samples: int, max_tokens: int, seed_step: int
+    ) -> Rollouts:
+        """`samples` scored responses of at most `max_tokens` to each of the prompts `indices`. seed_step: decides, with
+        the run's seed, what is sampled: the step, or a constant of its own for what is measured on the side."""
+        examples = [scored.prompts.examples[i] for i in indices]
         with self.phases("generate"):
-            mine, completions = self._generate_share(examples, samples, seed_step)
+            mine, completions = self._generate_share(examples, samples, max_tokens, seed_step)
             self.engine.sleep()
             distributed.wait_for_all()  # generation ends with the slowest engine, and its time is told so
         with self.phases("reward"):
-            scores = self._score([examples[i] for i in mine], completions)
+            scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
-            rollouts = self._gather(examples, samples, mine, completions, scores)
+            rollouts = self._gather(examples, samples, mine, completions, scores, scored.tasks)
         if rollouts.rewards.isnan().all():
             raise RuntimeError(
                 f"None of {len(rollouts.rewards)} responses could be scored; the rewards failed as shown above."
             )
         return rollouts
 
-    def _generate_share(self, examples, samples: int, seed_step: int):
+    def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
         """(places of the prompts whose responses this rank scores, their responses)."""
         engine, rollout = self.engine, self.cfg.rollout
         share = range(engine.engine_index, len(examples), engine.num_engines)
         generated = engine.generate(
             [examples[i].prompt_ids for i in share],
             samples=samples,
-            max_tokens=rollout.max_response_tokens,
+            max_tokens=max_tokens,
             seed=sampling_seed(self.cfg.trainer.seed, seed_step),
             stop_token_ids=self.stop_token_ids,
             top_p=rollout.top_p,
@@ -123,16 +124,16 @@ class RolloutWorker:
         rank, size = distributed.rank() % rollout.tensor_model_parallel_size, rollout.tensor_model_parallel_size
         return list(share)[rank::size], generated[rank::size]
 
-    def _score(self, examples: list[Prompt], completions: list[list]):
+    def _score(self, rewards: RewardSet, examples: list[Prompt], completions: list[list]):
         repeated = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
         texts = self.tokenizer.batch_decode([c.token_ids for _, c in repeated], skip_special_tokens=True)
         names = dict.fromkeys(name for example in examples for name in example.columns)
         columns = {name: [example.columns.get(name) for example, _ in repeated] for name in names}
         columns["response_tokens"] = [len(c.token_ids) for _, c in repeated]
         tasks = [example.task for example, _ in repeated]
-        return self.rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
+        return rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
 
-    def _gather(self, examples, samples, mine, completions, scores) -> Rollouts:
+    def _gather(self, examples, samples, mine, completions, scores, tasks) -> Rollouts:
         """All ranks' responses in the order of the prompts."""
         flat = [c for group in completions for c in group]
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
@@ -148,12 +149,13 @@ class RolloutWorker:
             [p.prompt_ids for p in prompts],
             [ids for ids, _, _ in responses],
             group=places,
-            task=torch.tensor([self.tasks.index(p.task) for p in prompts]),
+            task=torch.tensor([tasks.index(p.task) for p in prompts]),
             truncated=torch.tensor([truncated for _, _, truncated in responses]),
             **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
         )
         batch.token_columns["rollout_logprobs"] = torch.tensor([x for _, logprobs, _ in responses for x in logprobs])
-        return Rollouts(batch.select(torch.argsort(places, stable=True)), _add_counts([f for *_, f, _ in everything]))
+        failures = _add_counts([f for *_, f, _ in everything])
+        return Rollouts(batch.select(torch.argsort(places, stable=True)), tasks, failures)
 
     def _report_failures(self, messages: dict[str, str]) -> None:
         """Show each reward's first failure once; metrics count all."""
@@ -177,8 +179,7 @@ class RolloutWorker:
         )
 
     def close(self) -> None:
-        """End reward workers and the engine."""
-        self.rewards.close()
+        """End the engine."""
         self.engine.close()
 
     def write_samples(self, path: Path, rollouts: Rollouts) -> None:
@@ -190,7 +191,11 @@ class RolloutWorker:
         responses = self.tokenizer.batch_decode([response for _, response in pairs])
         with path.open("w") as file:
             for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                row = {"prompt": prompt, "response": response, "task": self.tasks[int(batch.columns["task"][index])]}
+                row = {
+                    "prompt": prompt,
+                    "response": response,
+                    "task": rollouts.tasks[int(batch.columns["task"][index])],
+                }
                 scores = {
                     name: batch.columns[name][index].item() for name in batch.columns if name.startswith("reward")
                 }

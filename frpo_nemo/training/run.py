@@ -138,8 +138,12 @@ class Run:
 
     def record_validation(self, step: int, values: dict[str, float], *, score: float) -> None:
         """Log a validation of the weights after `step`; the checkpoint with the highest score is kept."""
-        self.logger.log(step, values, validation=True)
+        self.logger.log(step, values, kind="validation")
         self._validated = (step, score)
+
+    def record_probe(self, step: int, values: dict[str, float]) -> None:
+        """Log a probe of the weights after `step`."""
+        self.logger.log(step, values, kind="probe")
 
     def validation_due(self, step: int) -> bool:
         """Before the first step (0), every val_interval steps, and after the last."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer
 
+from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.data.sft import SFTSet, load_examples
 from frpo_nemo.megatron import distributed
-from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
+from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
 from frpo_nemo.training.loss import CompletionLoss
+from frpo_nemo.training.probe import Probe
+from frpo_nemo.training.rollouts import RolloutWorker
 from frpo_nemo.training.run import Run
 
 
@@ -17,36 +20,56 @@ def train(cfg) -> None:
     with Run(cfg) as run:
         with run.phases("load"):
             examples, held_out = load_data(cfg)
+            worker = probe = None
+            if cfg.probe.interval:
+                worker = RolloutWorker(cfg, run.phases, cfg.data.max_prompt_tokens + cfg.probe.max_response_tokens)
+                probe = Probe(cfg, worker)
             distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
             actor = PolicyActor(cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens)
-        data = {"train": examples.fingerprint} | ({"validation": held_out.fingerprint} if held_out else {})
-        run.attach(actor, data)
+            if probe:
+                actor.freeze_reference()  # before a checkpoint is loaded: it is the model that fine-tuning began with
+        sets = {"train": examples, "validation": held_out, "probe": probe and probe.scored.prompts}
+        run.attach(actor, {name: data.fingerprint for name, data in sets.items() if data})
         sampler = PromptSampler(len(examples), cfg.data.sequences_per_step, cfg.trainer.seed, cfg.data.shuffle)
-        if run.validation_due(run.step) and run.step == 0:
-            validate(run, actor, held_out, 0)
+        if run.step == 0:
+            measure(run, actor, held_out, probe, 0)
 
         for step in run.steps():
             batch = examples.batch.select(sampler.indices(step - 1))
-            tokens = int(batch.response_lengths.sum())
-            with run.phases("train"):
-                try:
-                    result = actor.train_step(
-                        batch, CompletionLoss(tokens), update=step - 1, total_updates=cfg.trainer.max_steps
-                    )
-                except NonFiniteLoss as error:
-                    path = run.save_offenders(step, batch, error)
-                    raise RuntimeError(f"step {step}: {error}; weights unchanged, sequences saved in {path}") from error
+            result = learn(run, actor, batch, step)
+            measure(run, actor, held_out, probe, step)
             values = {
                 "loss": result.per_sequence["loss"].sum().item(),
                 "entropy": result.per_token["entropy"].mean().item(),
                 "gradient_norm": result.grad_norm,
                 "learning_rate": result.learning_rate,
             }
-            if run.validation_due(step):
-                validate(run, actor, held_out, step)
             run.record(step, values, int(batch.lengths.sum()))
         if run.finished:
             run.export()
+        if probe:
+            probe.close()
+            worker.close()
+
+
+def learn(run: Run, actor: PolicyActor, batch: SequenceBatch, step: int) -> StepResult:
+    """One gradient and optimizer step on the completions of `batch`."""
+    tokens, total = int(batch.response_lengths.sum()), run.cfg.trainer.max_steps
+    actor.prepare_for_training()
+    with run.phases("train"):
+        try:
+            return actor.train_step(batch, CompletionLoss(tokens), update=step - 1, total_updates=total)
+        except NonFiniteLoss as error:
+            path = run.save_offenders(step, batch, error)
+            raise RuntimeError(f"step {step}: {error}; weights unchanged, sequences saved in {path}") from error
+
+
+def measure(run: Run, actor: PolicyActor, held_out: SFTSet | None, probe: Probe | None, step: int) -> None:
+    """What is due after `step`: validation of what is learned, and the probe of what was learned before."""
+    if run.validation_due(step):
+        validate(run, actor, held_out, step)
+    if probe:
+        probe.run_if_due(run, actor, step, refit=True)
 
 
 def load_data(cfg) -> tuple[SFTSet, SFTSet | None]:
@@ -59,7 +82,15 @@ def load_data(cfg) -> tuple[SFTSet, SFTSet | None]:
 
 
 def validate(run: Run, actor: PolicyActor, held_out: SFTSet, step: int) -> None:
-    """Mean cross-entropy per completion token on held-out examples."""
+    """On held-out completions: mean cross-entropy per token, the share of tokens that are the policy's likeliest, and
+    the share of completions made of such tokens only, which is what greedy decoding would get exactly right."""
     with run.phases("validate"):
-        loss = -actor.get_inference_log_probs(held_out.batch).mean().item()
-    run.record_validation(step, {"loss": loss}, score=-loss)
+        columns, lengths = actor.get_inference_columns(held_out.batch), held_out.batch.response_lengths
+        loss = -columns["logprobs"].mean().item()
+        right = segment_sum(columns["likeliest"], lengths) == lengths
+    values = {
+        "loss": loss,
+        "token_accuracy": columns["likeliest"].mean().item(),
+        "accuracy": right.double().mean().item(),
+    }
+    run.record_validation(step, values, score=-loss)

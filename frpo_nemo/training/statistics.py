@@ -12,12 +12,12 @@ from frpo_nemo.objective.mismatch import mismatch_statistics
 from frpo_nemo.training.rollouts import Rollouts
 
 
-def rollout_statistics(rollouts: Rollouts, tasks: list[str | None]) -> dict[str, float]:
+def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
     """Rewards in all, per task and per reward function; lengths; truncated, unscored and failed responses."""
     columns, lengths = rollouts.batch.columns, rollouts.batch.response_lengths.double()
     values = _mean_and_std("reward", columns["reward"])
-    if len(tasks) > 1:
-        for index, task in enumerate(tasks):
+    if len(rollouts.tasks) > 1:
+        for index, task in enumerate(rollouts.tasks):
             values |= _mean_and_std(f"reward/task/{task}", columns["reward"][columns["task"] == index])
     parts = [name for name in columns if name.startswith("reward/")]
     for name in parts if len(parts) > 1 else ():

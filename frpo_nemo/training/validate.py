@@ -9,10 +9,12 @@ import difflib
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from frpo_nemo.data.overlap import check_apart
 from frpo_nemo.data.prompts import row_task
 from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
@@ -43,14 +45,8 @@ AT_LEAST_1 = (
     "trainer.microbatch_tokens",
     "checkpoint.keep_last",
 )
-ROLLOUT_AT_LEAST_1 = (
-    "rollout.prompts_per_step",
-    "rollout.max_response_tokens",
-    "rollout.max_num_seqs",
-    "rollout.refit_bucket_mb",
-    "rollout.tensor_model_parallel_size",
-    "trainer.updates_per_rollout",
-)
+ENGINE_AT_LEAST_1 = ("rollout.max_num_seqs", "rollout.refit_bucket_mb", "rollout.tensor_model_parallel_size")
+ROLLOUT_AT_LEAST_1 = ("rollout.prompts_per_step", "rollout.max_response_tokens", "trainer.updates_per_rollout")
 ABOVE_0 = ("optim.lr", "optim.adam_eps", "trainer.phase_timeout")
 AT_LEAST_0 = (
     "optim.min_lr",
@@ -59,6 +55,7 @@ AT_LEAST_0 = (
     "trainer.val_interval",
     "trainer.save_interval",
     "trainer.seed",
+    "probe.interval",
 )
 AT_LEAST_0_BELOW_1 = ("optim.warmup_ratio", "optim.adam_beta1", "optim.adam_beta2")
 MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
@@ -71,7 +68,11 @@ def validate_frpo(cfg, world_size: int) -> None:
     _check_bounds(cfg, ROLLOUT_AT_LEAST_1, 1)
     _check_bounds(cfg, ("rollout.importance_limit",), 0, strictly=True)
     _check_objective(cfg.objective)
-    _check_sampling(cfg.rollout)
+    if cfg.rollout.group_size < 2:
+        raise ConfigError(
+            f"rollout.group_size={cfg.rollout.group_size} must be at least 2: responses are compared within their group."
+        )
+    _check_engine_options(cfg, world_size)
     _check_batch(cfg, world_size)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     _check_longest(cfg, longest, "data.max_prompt_tokens + rollout.max_response_tokens")
@@ -80,7 +81,8 @@ def validate_frpo(cfg, world_size: int) -> None:
         _check_engine(cfg, arch)
     columns = _check_sources(cfg.data)
     check_rewards(cfg.reward, columns)
-    _check_reward_tasks(cfg)
+    _check_reward_tasks(cfg.reward, (*cfg.data.train, *cfg.data.validation))
+    _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
 
 
@@ -105,6 +107,11 @@ def validate_sft(cfg, world_size: int) -> None:
             raise ConfigError(f"{key}.completion is not set; supervised training needs the column with the answers.")
     arch = _check_model(cfg.model, cfg.data.max_tokens)
     _check_sources(cfg.data)
+    if cfg.probe.interval:
+        _check_engine_options(cfg, world_size)
+        if arch:
+            _check_engine(cfg, arch)
+    _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
 
 
@@ -174,10 +181,13 @@ def _check_objective(objective: Any) -> None:
     build_objective(objective)
 
 
-def _check_sampling(rollout) -> None:
-    if rollout.group_size < 2:
+def _check_engine_options(cfg, world_size: int) -> None:
+    _check_bounds(cfg, ENGINE_AT_LEAST_1, 1)
+    rollout = cfg.rollout
+    if world_size % rollout.tensor_model_parallel_size:
         raise ConfigError(
-            f"rollout.group_size={rollout.group_size} must be at least 2: responses are compared within their group."
+            f"rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not divide the number of "
+            f"processes, {world_size}."
         )
     if not rollout.temperature > 0:
         raise ConfigError(f"rollout.temperature={rollout.temperature} must be above 0; sampling needs chance.")
@@ -201,10 +211,6 @@ def _check_sampling(rollout) -> None:
 def _check_batch(cfg, world_size: int) -> None:
     rollout, updates = cfg.rollout, cfg.trainer.updates_per_rollout
     prompts, engine_ranks = rollout.prompts_per_step, rollout.tensor_model_parallel_size
-    if world_size % engine_ranks:
-        raise ConfigError(
-            f"rollout.tensor_model_parallel_size={engine_ranks} does not divide the number of processes, {world_size}."
-        )
     engines, replicas = world_size // engine_ranks, world_size // _model_parallel(cfg.model)
     if prompts < engines:
         raise ConfigError(
@@ -295,6 +301,27 @@ def _check_engine(cfg, arch: Architecture) -> None:
         )
 
 
+def _check_probe(cfg, arch: Architecture | None) -> None:
+    """What a probe needs; nothing if there is none."""
+    probe = cfg.probe
+    if not probe.interval:
+        if probe.prompts:
+            raise ConfigError("probe.prompts is given, but probe.interval=0 never looks at them; set probe.interval.")
+        return
+    for key, value in (("prompts", probe.prompts), ("reward", probe.reward)):
+        if not value:
+            raise ConfigError(f"probe.interval={probe.interval} needs probe.{key}, which is empty.")
+    _check_bounds(cfg, ("probe.samples", "probe.max_response_tokens"), 1)
+    longest = cfg.data.max_prompt_tokens + probe.max_response_tokens
+    _check_longest(cfg, longest, "data.max_prompt_tokens + probe.max_response_tokens")
+    if arch:
+        arch.check_sequence_length(longest)
+    named = [(f"probe.prompts.{i}", source) for i, source in enumerate(probe.prompts)]
+    check_rewards(probe.reward, _check_source_list(named))
+    check_apart(probe.prompts, cfg.data.train)
+    _check_reward_tasks(probe.reward, probe.prompts)
+
+
 def _sources(data) -> list[tuple[str, Any]]:
     named = [(f"data.train.{i}", source) for i, source in enumerate(data.train)]
     return named + [(f"data.validation.{i}", source) for i, source in enumerate(data.validation)]
@@ -304,12 +331,18 @@ def _check_sources(data) -> list[str]:
     """The columns of all sources together, but for the prompt."""
     if not data.train:
         raise ConfigError("data.train is empty; give at least one source, such as [{path: prompts.jsonl}].")
+    return _check_source_list(_sources(data))
+
+
+def _check_source_list(named: list[tuple[str, Any]]) -> list[str]:
     columns: dict[str, None] = {}
-    for key, source in _sources(data):
+    for key, source in named:
         if source.start < 0:
             raise ConfigError(f"{key}.start={source.start} must be at least 0.")
         if source.limit is not None and source.limit < 1:
             raise ConfigError(f"{key}.limit={source.limit} must be at least 1, or null for all rows.")
+        if source.streaming and source.limit is None:
+            raise ConfigError(f"{key}.streaming=true needs {key}.limit, the number of rows to read.")
         try:
             columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
         except ConfigError as error:
@@ -317,17 +350,17 @@ def _check_sources(data) -> list[str]:
     return list(columns)
 
 
-def _check_reward_tasks(cfg) -> None:
+def _check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any]) -> None:
     """Reads the rows, where tasks decide which reward scores them."""
-    if all(reward.tasks is None for reward in cfg.reward.values()):
+    if all(reward.tasks is None for reward in rewards.values()):
         return
     tasks = set()
-    for source in (*cfg.data.train, *cfg.data.validation):
+    for source in sources:
         tasks |= {source.task} if source.task_column is None else {row_task(row, source) for row in load_rows(source)}
-    rewards = [
-        Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in cfg.reward.items()
+    named = [
+        Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in rewards.items()
     ]
-    RewardSet(rewards, []).check_tasks(tasks)
+    RewardSet(named, []).check_tasks(tasks)
 
 
 def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:

@@ -1,4 +1,5 @@
-"""One training step's gradient through the real model, in any layout: every rank calls these."""
+"""One training step's gradient through the real model, in any layout (every rank calls this), and the group loss as the
+paper writes it, by autograd through transformers' model in float64: nothing of ours but the batch."""
 
 from __future__ import annotations
 
@@ -17,21 +18,22 @@ from frpo_nemo.training.loss import PolicyLoss
 GROUPS, GROUP_SIZE = 4, 4
 
 
-def example_batch() -> SequenceBatch:
-    """16 ragged responses in 4 groups that are interleaved (so that they straddle any split), one unscored, with
+def example_batch(groups: int = GROUPS) -> SequenceBatch:
+    """Ragged responses in groups of 4 that are interleaved (so that they straddle any split), one unscored, with
     log-probs of a slightly different old policy and of a reference."""
+    count = groups * GROUP_SIZE
     generator = torch.Generator().manual_seed(0)
 
     def draw(low, high, count):
         return torch.randint(low, high, (count,), generator=generator).tolist()
 
-    sizes = draw(2, 30, GROUPS * GROUP_SIZE)
-    prompts = [draw(3, 100, 2 + index % 5) for index in range(GROUPS * GROUP_SIZE)]
+    sizes = draw(2, 30, count)
+    prompts = [draw(3, 100, 2 + index % 5) for index in range(count)]
     batch = SequenceBatch.from_lists(
         prompts,
         [draw(3, 100, size) for size in sizes],
-        group=[index % GROUPS for index in range(GROUPS * GROUP_SIZE)],
-        reward=torch.rand(GROUPS * GROUP_SIZE, generator=generator).double(),
+        group=[index % groups for index in range(count)],
+        reward=torch.rand(count, generator=generator).double(),
     )
     batch.columns["reward"][5] = float("nan")
     for name, spread in (("shift_old", 0.1), ("shift_reference", 0.3)):
@@ -66,55 +68,78 @@ def step_gradient(
     batch.columns["coefficient"] = goal.coefficients(rewards, groups)
     with megatron_device():
         actor.accumulate_gradient(batch, PolicyLoss(goal, batch.num_sequences))
-    gradients = _hugging_face_gradients(actor)
+    gradients = hugging_face_gradients(actor)
     return gradients if dist.get_rank() == 0 else None
 
 
 @torch.no_grad()
-def _hugging_face_gradients(actor: PolicyActor) -> dict[str, torch.Tensor]:
+def hugging_face_gradients(actor: PolicyActor) -> dict[str, torch.Tensor]:
     """The distributed optimizer leaves each replica one shard of every bucket's sum: gather them, put gradients in the
-    weights' place, and let the weight export do the rest."""
+    weights' place for a moment, and let the weight export do the rest."""
     group = parallel_state.get_data_parallel_group()
     replicas = dist.get_world_size(group)
     for buffer in actor.ddp.buffers:
         for bucket in buffer.buckets:
             shards = list(bucket.grad_data.chunk(replicas))
             dist.all_gather(shards, shards[dist.get_rank(group)].clone(), group=group)
+    weights = [parameter.clone() for parameter in actor.gpt.parameters()]
     for parameter in actor.gpt.parameters():
         parameter.copy_(parameter.main_grad)
-    return {name: tensor.clone() for name, tensor in actor.stream_hf_weights()}
+    gradients = {name: tensor.clone() for name, tensor in actor.stream_hf_weights()}
+    for parameter, weight in zip(actor.gpt.parameters(), weights, strict=True):
+        parameter.copy_(weight)
+    return gradients
 
 
 def group_loss_gradient(path: str, settings: dict) -> dict[str, torch.Tensor]:
-    """The same gradient by autograd through transformers' model in float64 and the group loss as the paper writes it
-    (FRPO with jackknife and baseline): nothing of ours but the batch."""
+    """What step_gradient should be."""
+    model, batch = hugging_face_model(path), example_batch()
+    logprobs, lengths = response_logprobs(model, batch), batch.response_lengths.tolist()
+    shifts = (batch.token_columns[name].double().split(lengths) for name in ("shift_old", "shift_reference"))
+    old, reference = ([own.detach() + shift for own, shift in zip(logprobs, s, strict=True)] for s in shifts)
+    importance = clipped_importance(logprobs, old, settings["clip_high"])
+    kl = k3_of_reference(logprobs, reference)
+    (group_loss(importance, batch, settings["lambda_"]) + settings["beta"] * kl).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def hugging_face_model(path: str):
+    """transformers' model in float64."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).train()
-    batch = example_batch()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).train()
+
+
+def response_logprobs(model, batch: SequenceBatch) -> list[torch.Tensor]:
+    """Of each sequence's response tokens, differentiable."""
     logprobs = []
     for prompt, response in batch.unpack():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         logprobs.append(torch.log_softmax(logits, -1)[torch.arange(len(response)), torch.tensor(response)])
-    lengths = batch.response_lengths.tolist()
-    shift_old = batch.token_columns["shift_old"].double().split(lengths)
-    shift_reference = batch.token_columns["shift_reference"].double().split(lengths)
-    # m = mean over tokens of min(pi / pi_old, 1 + eps); pi_old = pi e^shift at this point, a constant.
-    importance, kl = [], []
-    for own, old, reference in zip(logprobs, shift_old, shift_reference, strict=True):
-        ratio = torch.exp(own - own.detach() - old)
-        importance.append(torch.minimum(ratio, torch.tensor(1 + settings["clip_high"], dtype=torch.float64)).mean())
-        difference = own.detach() + reference - own
-        kl.append((torch.exp(difference) - difference - 1).mean())
-    loss = settings["beta"] * torch.stack(kl).mean()
-    rewards, groups, lambda_ = batch.columns["reward"], batch.columns["group"], settings["lambda_"]
-    for group in range(GROUPS):
-        members = [i for i in range(len(lengths)) if groups[i] == group and not rewards[i].isnan()]
-        r, m, size = rewards[members], torch.stack([importance[i] for i in members]), len(members)
+    return logprobs
+
+
+def clipped_importance(logprobs: list, old: list, clip_high: float) -> torch.Tensor:
+    """m of each sequence: the mean over its tokens of min(pi / pi_old, 1 + clip_high)."""
+    bound = torch.tensor(1 + clip_high, dtype=torch.float64)
+    return torch.stack([torch.minimum(torch.exp(x - y), bound).mean() for x, y in zip(logprobs, old, strict=True)])
+
+
+def k3_of_reference(logprobs: list, reference: list) -> torch.Tensor:
+    """KL to the reference, averaged over the tokens of a sequence, then over sequences."""
+    differences = [y - x for x, y in zip(logprobs, reference, strict=True)]
+    return torch.stack([(torch.exp(d) - d - 1).mean() for d in differences]).mean()
+
+
+def group_loss(importance: torch.Tensor, batch: SequenceBatch, lambda_: float) -> torch.Tensor:
+    """The mean over groups of FRPO's loss with jackknife and baseline, in the authors' scale."""
+    rewards, groups = batch.columns["reward"], batch.columns["group"]
+    losses = []
+    for group in groups.unique():
+        members = (groups == group) & ~rewards.isnan()
+        r, m, size = rewards[members], importance[members], int(members.sum())
         terms = torch.exp(-(r - r.mean()) / lambda_) * m
         leave_one_out = (terms.sum() - terms) / (size - 1)
         risk = size * terms.mean().log() - (size - 1) * leave_one_out.log().mean()
-        loss = loss + max(lambda_, 1.0) * (risk - m.mean()) / GROUPS
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return gradients
+        losses.append(risk - m.mean())
+    return max(lambda_, 1.0) * torch.stack(losses).mean()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import use_layout
 
-from frpo_nemo.megatron.logprobs import token_logprobs
+from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.training.config import ModelConfig
 
 HIDDEN, VOCABULARY, PADDED = 16, 50, 64
@@ -37,12 +37,23 @@ def compare_with_log_softmax(chunk_tokens: int) -> dict[str, float]:
 
     rows = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
     own_h, own_w = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
-    logprobs, entropy = token_logprobs(
+    logprobs, entropy, likeliest = token_logprobs(
         own_h, own_w, targets, vocab_size=VOCABULARY, tp_group=group, chunk_tokens=chunk_tokens, temperature=0.7
     )
     (logprobs * upstream).sum().backward()
     dist.all_reduce(own_h.grad, group=group)  # what the mapping before it does in the model
+    ref_hidden, ref_weight = (
+        torch.randn(hidden.shape, generator=generator),
+        torch.randn(weight.shape, generator=generator),
+    )
+    reference = torch.log_softmax((ref_hidden @ ref_weight[:VOCABULARY].t()) / 0.7, -1)
+    kl = token_kl(
+        hidden, weight[rows], ref_hidden, ref_weight[rows],
+        vocab_size=VOCABULARY, tp_group=group, chunk_tokens=chunk_tokens, temperature=0.7,
+    )  # fmt: skip
     return {
+        "likeliest token": (likeliest - (full.argmax(-1) == targets).float()).abs().max().item(),
+        "relative kl": ((kl - (full.exp() * (full - reference)).sum(-1)) / kl).abs().max().item(),
         "logprobs": (logprobs - expected).abs().max().item(),
         "entropy": (entropy + (full.exp() * full).sum(-1)).abs().max().item(),
         "hidden gradient": (own_h.grad - h.grad).abs().max().item(),
@@ -68,7 +79,7 @@ def largest_tensor(tokens: int, vocabulary: int, chunk_tokens: int) -> int:
     hidden, weight = torch.randn(tokens, HIDDEN).requires_grad_(), torch.randn(vocabulary, HIDDEN).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,))
     with _Largest() as record:
-        logprobs, _ = token_logprobs(
+        logprobs, _, _ = token_logprobs(
             hidden, weight, targets, vocab_size=vocabulary, tp_group=group, chunk_tokens=chunk_tokens
         )
         logprobs.sum().backward()
@@ -80,5 +91,5 @@ def uniform_entropy(vocabulary: int) -> float:
     group = _tensor_group()
     hidden, weight = torch.zeros(1, HIDDEN), torch.zeros(PADDED, HIDDEN)
     targets = torch.zeros(1, dtype=torch.int64)
-    _, entropy = token_logprobs(hidden, weight, targets, vocab_size=vocabulary, tp_group=group, chunk_tokens=8)
+    _, entropy, _ = token_logprobs(hidden, weight, targets, vocab_size=vocabulary, tp_group=group, chunk_tokens=8)
     return entropy.item()

@@ -8,7 +8,8 @@ import torch
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
 @pytest.mark.parametrize("world", [1, 2])
 def test_values_and_gradients_equal_log_softmax(workers, world, chunk_tokens):
-    """fp32; vocabulary of 50 padded to 64; temperature 0.7; gradients of hidden states and weight."""
+    """fp32; vocabulary of 50 padded to 64; temperature 0.7; gradients of hidden states and weight; also the KL from a
+    reference and whether the target is the likeliest token."""
     errors = workers.run(world, logprob_checks.compare_with_log_softmax, chunk_tokens=chunk_tokens)
     assert max(max(rank.values()) for rank in errors) < 2e-5, errors
 

@@ -19,7 +19,7 @@ from frpo_nemo.training.cli import compose
 from frpo_nemo.training.config import FRPORun
 from frpo_nemo.training.frpo import learn, validate
 from frpo_nemo.training.metrics import Phases
-from frpo_nemo.training.rollouts import Rollouts, RolloutWorker
+from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.schema import load
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics
@@ -31,6 +31,8 @@ FIELDS = {"frpo": {"lambda_": 0.5}, "grpo": {}, "dr_grpo": {}}
 class Learner:
     """Actor, run and worker for `learn`: a Run without processes and watchdog, a RolloutWorker without engine."""
 
+    actor_class = PolicyActor
+
     def __init__(self, path: str, objective: str = "frpo", *, run_dir: str = "unused", beta=0.0, tp=1, pp=1, **options):
         overrides = ["model=tiny_fp32", f"model.path={path}", f"model.tensor_model_parallel_size={tp}"]
         overrides += [f"model.pipeline_model_parallel_size={pp}", f"model.sequence_parallel={str(tp > 1).lower()}"]
@@ -40,20 +42,24 @@ class Learner:
         overrides += ["optim.lr=1e-4", "optim.clip_grad=0", "trainer.max_steps=10", "trainer.microbatch_tokens=64"]
         self.cfg = load(FRPORun, compose("frpo", [*overrides, *(f"{k}={v}" for k, v in options.items())]))
         use_layout(self.cfg.model)
-        self.actor = PolicyActor(self.cfg.model, self.cfg.optim, microbatch_tokens=self.cfg.trainer.microbatch_tokens)
+        tokens = self.cfg.trainer.microbatch_tokens
+        self.actor = self.actor_class(self.cfg.model, self.cfg.optim, microbatch_tokens=tokens)
         self.actor.freeze_reference()
         self.objective = build_objective(self.cfg.objective)
         self.run, self.worker = object.__new__(Run), object.__new__(RolloutWorker)
         self.run.cfg = self.worker.cfg = self.cfg
         self.run.dir, self.run.rank, self.run.phases = Path(run_dir), distributed.rank(), Phases()
+        self.run.memory = {}
 
-    def rollouts(self) -> Rollouts:
-        batch = random_batch()
+    def rollouts(self, batch: SequenceBatch | None = None) -> Rollouts:
+        """`batch`, or random responses, as if this policy had sampled them."""
+        batch = random_batch() if batch is None else batch
         batch.token_columns["rollout_logprobs"] = self.actor.get_inference_log_probs(batch)
-        return Rollouts(batch)
+        return Rollouts(batch, ["only"])
 
     def learn(self, rollouts: Rollouts):
-        return learn(self.run, self.objective, self.worker, self.actor, rollouts, step=1)
+        self.goal = self.objective.for_batch(rollouts.rewards, rollouts.groups, self.run.memory)
+        return learn(self.run, self.goal, self.worker, self.actor, rollouts, step=1)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.actor.gpt.named_parameters()}
@@ -119,7 +125,7 @@ def check_unscored(path: str, objective: str) -> None:
     rollouts.rewards[unscored] = math.nan
     scored = [i for i in range(GROUPS * GROUP_SIZE) if i not in unscored]
     with_them.learn(rollouts)
-    without.learn(Rollouts(rollouts.batch.select(scored)))
+    without.learn(Rollouts(rollouts.batch.select(scored), ["only"]))
     assert rollouts.batch.columns["advantage"][[*unscored, 6]].tolist() == [0.0] * 5
     expected, found = without.gradient(), with_them.gradient()
     assert expected.norm() > 0
@@ -132,17 +138,16 @@ def check_nothing_scored(path: str, run_dir: str) -> None:
     rollouts, before = learner.rollouts(), learner.weights()
     rollouts.rewards[:] = math.nan
     results = learner.learn(rollouts)
-    values = rollout_statistics(rollouts, ["only"]) | step_statistics(learner.objective, rollouts.batch, results)
+    values = rollout_statistics(rollouts) | step_statistics(learner.objective, rollouts.batch, results)
     assert all(map(math.isfinite, values.values())), values
     assert values["loss"] == values["gradient_norm"] == 0 and values["share/unscored"] == 1
     assert_unchanged(learner, before)
 
     recorded = []
-    learner.worker.validate = lambda step, actor: rollouts
-    learner.worker.tasks = ["only"]
+    learner.worker.roll_out = lambda *arguments, **options: rollouts
     learner.worker.write_samples = lambda path, rollouts: None
     learner.run.record_validation = lambda step, values, score: recorded.append((values, score))
-    validate(learner.run, learner.worker, learner.actor, step=1)
+    validate(learner.run, learner.worker, learner.actor, ScoredPrompts(range(24), None, ["only"]), step=1)
     [(values, score)] = recorded
     assert values["share/unscored"] == 1 and not math.isfinite(score)
 

@@ -81,11 +81,15 @@ class Job:
 
 def steps(run_dir: Path) -> list[dict]:
     """What metrics.jsonl says of training steps, in its order; also while it is being written."""
-    return [row for row in _rows(run_dir) if not _is_validation(row)]
+    return [row for row in _rows(run_dir) if _kind(row) == "step"]
 
 
 def validations(run_dir: Path) -> list[dict]:
-    return [row for row in _rows(run_dir) if _is_validation(row)]
+    return [row for row in _rows(run_dir) if _kind(row) == "validation"]
+
+
+def probes(run_dir: Path) -> list[dict]:
+    return [row for row in _rows(run_dir) if _kind(row) == "probe"]
 
 
 def without_times(row: dict) -> dict:
@@ -107,5 +111,6 @@ def _rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
-def _is_validation(row: dict) -> bool:
-    return any(name.startswith("validation/") for name in row)
+def _kind(row: dict) -> str:
+    measured = {name.partition("/")[0] for name in row}
+    return next((kind for kind in ("validation", "probe") if kind in measured), "step")

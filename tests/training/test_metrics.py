@@ -31,7 +31,7 @@ def test_every_step_is_on_disk_at_once_and_what_is_not_finite_is_null(tmp_path):
 
 def test_validation_is_a_line_of_its_own(tmp_path):
     with logger(tmp_path) as log:
-        log.log(0, {"reward/mean": 0.25}, validation=True)
+        log.log(0, {"reward/mean": 0.25}, kind="validation")
     assert history(tmp_path)[0]["validation/reward/mean"] == 0.25
 
 
@@ -76,7 +76,7 @@ def test_console_without_a_terminal_prints_short_lines_and_never_floods(tmp_path
     with logger(tmp_path, max_steps=10_000) as log:
         for step in range(1, 10_001):
             log.log(step, {"reward/mean": 0.5, "loss": -1.0, "seconds/step": 0.001, "unlisted/metric": 1.0})
-        log.log(10_000, {"reward/mean": 0.75, "reward/std": 0.1}, validation=True)
+        log.log(10_000, {"reward/mean": 0.75, "reward/std": 0.1}, kind="validation")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["step", "loss", "reward", "seconds", "ETA"]
     assert lines[1].split()[:4] == ["1", "-1.0000", "0.500", "0.00"]  # the first step at once

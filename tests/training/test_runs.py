@@ -1,7 +1,7 @@
 """Whole runs of the recipes on the embedded world: what they leave behind, and what survives kill -9.
 
-Runs are shared, because vLLM's start is most of each: `reference` is undisturbed; `disturbed` is the same command,
-killed three times on its way.
+Runs are shared, because vLLM's start is most of each: `reference` is undisturbed; `disturbed` is the same command with
+probes, killed three times on its way.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from frpo_nemo.data.new_model import new_model
 from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.megatron import checkpoint_files
-from runs import HERE, Job, checkpoints, exported, steps, validations, without_times
+from runs import HERE, Job, checkpoints, exported, probes, steps, validations, without_times
 
-STEPS = 10
+STEPS, RADIUS = 10, 0.1
+PROBE = ["probe=world", "probe.interval=5", "probe.prompts.0.limit=16"]
 RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
 
 
@@ -41,13 +42,16 @@ def model(tmp_path_factory) -> str:
 
 
 def frpo_overrides(model: str) -> list[str]:
-    """Like the demo, but smaller, and with sequence parallelism: a checkpoint after steps 4, 8 and 10, validation before
-    the first and after the last."""
+    """Like the demo, but smaller, with sequence parallelism, and with a lambda that depends on earlier steps: a checkpoint
+    after steps 4, 8 and 10, validation before the first and after the last."""
     return [
         "--config-name=experiment/demo",
         f"model.path={model}",
         f"reward.variety.target={HERE / 'picky_reward.py'}:variety",
         "model.sequence_parallel=true",
+        "objective.lambda_=null",
+        f"objective.kl_radius={RADIUS}",
+        "objective.radius_smoothing=0.5",
         "rollout.prompts_per_step=16",
         "rollout.group_size=4",
         "optim.lr=1e-3",
@@ -68,9 +72,9 @@ def reference(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(model, tmp_path_factory):
-    """The same command, four times: rank 1 killed between saves; all ranks inside the save of step 8; all ranks between
+    """The same command with probes, four times: rank 1 killed between saves; all ranks inside the save of step 8; all ranks between
     saves again; and through to the end."""
-    overrides, run_dir = frpo_overrides(model), tmp_path_factory.mktemp("disturbed") / "run"
+    overrides, run_dir = [*frpo_overrides(model), *PROBE], tmp_path_factory.mktemp("disturbed") / "run"
     found = SimpleNamespace(run_dir=run_dir)
 
     job = Job("frpo.py", overrides, run_dir, ranks=2)
@@ -102,7 +106,9 @@ def test_a_run_records_every_metric_and_all_are_finite(reference):
     names = {
         *(f"{name}/{part}" for name in ("reward", "reward/world", "reward/variety") for part in ("mean", "std")),
         *(f"reward/task/{task}/{part}" for task in ("harmful", "harmless") for part in ("mean", "std")),
+        "objective/lambda",
         "objective/robust_value",
+        "objective/worst_case_divergence",
         "objective/effective_sample_size",
         "objective/max_abs_advantage",
         "kl/reference",
@@ -143,6 +149,18 @@ def test_a_run_learns_something(reference):
     rows = steps(reference)
     assert rows[0]["kl/reference"] == 0 < rows[-1]["kl/reference"]
     assert all(row["gradient_norm"] > 0 for row in rows)
+
+
+def test_lambda_follows_the_kl_radius_and_what_smooths_it_is_in_the_checkpoints(reference):
+    """The first step has nothing to smooth with, so its worst policies are exactly on the ball; later ones are near it.
+    The tests of resumed runs compare their lambda."""
+    rows = steps(reference)
+    off = [row["objective/worst_case_divergence"] / RADIUS - 1 for row in rows]
+    assert abs(off[0]) < 1e-8
+    assert 1e-3 < max(abs(x) for x in off[1:]) < 0.5, off
+    for name in checkpoints(reference):
+        record = checkpoint_files.read(reference / "checkpoints" / name)
+        assert record["state"]["memory"] == {"lambda_": rows[record["step"] - 1]["objective/lambda"]}
 
 
 def test_a_run_leaves_its_description_and_checkpoints(reference):
@@ -198,7 +216,8 @@ def test_a_half_written_checkpoint_is_never_picked_up(disturbed):
         assert "step_00000004 after step 4" in output
 
 
-def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(disturbed, reference):
+def test_a_run_with_probes_that_was_killed_three_times_ends_with_the_same_bits(disturbed, reference):
+    """A probe samples, scores and runs the policy and its reference, and changes nothing."""
     assert "resumed from" in disturbed.last_output
     assert_same_bits(exported(disturbed.run_dir), exported(reference))
 
@@ -208,6 +227,7 @@ def test_the_history_of_a_resumed_run_has_every_step_once_and_the_same_values(di
         assert [without_times(row) for row in kind(disturbed.run_dir)] == [
             without_times(row) for row in kind(reference)
         ]
+    assert [row["step"] for row in probes(disturbed.run_dir)] == [0, 5, 10]
     assert checkpoints(disturbed.run_dir) == checkpoints(reference), "half-written checkpoints are cleared away"
 
 

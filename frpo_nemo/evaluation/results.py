@@ -1,0 +1,146 @@
+"""Rows of a study, one for each run: of stage one ("train") or of a later fine-tuning ("finetune").
+
+Reading and checking results.jsonl, and making a row from a run's directory (config.yaml, metrics.jsonl,
+environment.json). Nothing of the run needs to be alive. What rows mean together is in study.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from frpo_nemo.errors import ConfigError
+
+Row = dict[str, Any]
+SECTIONS = ("objective", "optim", "data", "rollout", "reward")  # of config.yaml: what can make two arms differ
+_REQUIRED = ("arm", "seed", "stage", "task", "status", "settings", "points")
+
+
+def read_results(path: str | Path) -> list[Row]:
+    """The rows of a results.jsonl, checked. A last line without its end is still being written and left out.
+
+    Raises ConfigError for a missing file and for a line that is no row, naming the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: give a results.jsonl, or a directory that has one.")
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number} is not JSON: {error}.") from error
+        rows.append(check_row(row, f"{path}, line {number}"))
+    return rows
+
+
+def check_row(row: Any, where: str = "row") -> Row:
+    """`row` itself if it can be used; ConfigError, beginning with `where`, if not."""
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where} must be an object with {', '.join(_REQUIRED)}.")
+    missing = [key for key in _REQUIRED if key not in row]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}.")
+    if row["stage"] not in ("train", "finetune"):
+        raise ConfigError(f"{where}: stage={row['stage']!r} must be train or finetune.")
+    if (row["task"] is None) != (row["stage"] == "train"):
+        raise ConfigError(f"{where}: task={row['task']!r}; a finetune row names its task, a train row has null.")
+    if row["status"] not in ("finished", "failed"):
+        raise ConfigError(f"{where}: status={row['status']!r} must be finished or failed.")
+    steps = [point.get("step") for point in row["points"]]
+    if None in steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        raise ConfigError(f"{where}: the steps of its points must grow, but are {steps}.")
+    if row["status"] == "finished" and not steps:
+        raise ConfigError(f"{where}: a finished run needs points.")
+    return row
+
+
+def row_of_run(
+    run_dir: str | Path, *, arm: str, seed: int, stage: str, task: str | None = None, error: str | None = None
+) -> Row:
+    """The row of a run: stage "train" (its points are validations) or "finetune" of a `task` (its points are probes,
+    with the run's own validation as downstream/NAME).
+
+    The run has finished if it logged its last step; otherwise it failed, with `error` or where it stopped. With an
+    `error`, files that the run did not come to write may be missing. tokens and seconds are those of the steps.
+    Raises ConfigError if run_dir is no run, or a finished one without points to report.
+    """
+    run_dir = Path(run_dir)
+    config = read_config(run_dir) if error is None or (run_dir / "config.yaml").exists() else {}
+    records = read_records(run_dir) if error is None or (run_dir / "metrics.jsonl").exists() else []
+    points = _points(records, stage)
+    steps = max((record["step"] for record in records if "loss" in record), default=0)
+    max_steps = config.get("trainer", {}).get("max_steps")
+    if error is None and steps != max_steps:
+        error = f"stopped after step {steps} of {max_steps}"
+    if error is None and not points:
+        option = "trainer.val_interval" if stage == "train" else "probe.interval"
+        raise ConfigError(f"{run_dir} has nothing to report: it ran without {option}.")
+    row = {
+        "arm": arm,
+        "seed": seed,
+        "stage": stage,
+        "task": task,
+        "status": "finished" if error is None else "failed",
+        "error": error,
+        "run_dir": str(run_dir),
+        "settings": _settings(config, stage),
+        "steps": steps,
+        "tokens": round(sum((r.get("tokens_per_second") or 0) * (r.get("seconds/step") or 0) for r in records)),
+        "seconds": round(sum(r.get("seconds/step") or 0 for r in records), 3),
+        "environment": _environment(run_dir),
+        "points": points,
+    }
+    return check_row(row, str(run_dir))
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """config.yaml of a run."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run's directory: it has no config.yaml.")
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, in the order of logging."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} has no metrics.jsonl: the run has not made a step.")
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def _points(records: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    """One point for each step that was measured. In stage one a validation is the point; in fine-tuning the probe is,
+    and the validation goes below downstream/."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for record in records:
+        values = {}
+        for name, value in record.items():
+            kind, _, rest = name.partition("/")
+            if kind == "probe" and stage == "finetune" or kind == "validation" and stage == "train":
+                values[rest] = value
+            elif kind == "validation":
+                values["downstream/" + ("reward" if rest == "reward/mean" else rest)] = value
+        if values:
+            by_step.setdefault(record["step"], {"step": record["step"]}).update(values)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _settings(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What may differ between arms. Later fine-tuning begins with each arm's own model, so its path is no setting."""
+    settings = {name: config[name] for name in SECTIONS if name in config}
+    trainer = config.get("trainer", {})
+    settings |= {name: trainer[name] for name in ("max_steps", "updates_per_rollout") if name in trainer}
+    if stage == "train" and "model" in config:
+        settings["model"] = {"path": config["model"]["path"]}
+    return settings
+
+
+def _environment(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "environment.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: found[name] for name in ("commit", "packages", "world_size") if name in found}

@@ -1,0 +1,70 @@
+"""Probes: does the policy keep what it had learned, while it is trained on something else?
+
+A probe samples responses to prompts of an earlier stage, scores them with that stage's rewards, and measures how far
+the policy has moved from the one that this run began with. It reads weights and draws from generators of its own: the
+run's trajectory is the same, bit for bit, with probes and without.
+"""
+
+from __future__ import annotations
+
+from frpo_nemo.data.batch import segment_sum
+from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.objective.kl import k3
+from frpo_nemo.rewards.reward_set import build_rewards
+from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
+from frpo_nemo.training.run import Run
+from frpo_nemo.training.statistics import rollout_statistics
+
+VALIDATION, PROBE = 1 << 31, 1 << 31 | 1  # take the step's place in sampling seeds: no randomness of training is shared
+
+
+class Probe:
+    """The `probe` part of a configuration, at work in a run."""
+
+    def __init__(self, cfg, worker: RolloutWorker):
+        self.cfg, self.worker = cfg, worker
+        rewards = build_rewards(cfg.probe.reward)
+        self.scored = ScoredPrompts.load(cfg.probe.prompts, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
+
+    def run_if_due(self, run: Run, actor: PolicyActor, step: int, *, refit: bool) -> None:
+        """Before the first step (0), every `interval` steps, and after the last. refit: the engine does not have the
+        policy's present weights yet."""
+        if step % self.cfg.probe.interval and step != self.cfg.trainer.max_steps:
+            return
+        with run.phases("probe"):
+            if refit:
+                self.worker.refit(actor)
+            rollouts = self.worker.roll_out(
+                self.scored,
+                range(len(self.scored.prompts)),
+                samples=self.cfg.probe.samples,
+                max_tokens=self.cfg.probe.max_response_tokens,
+                seed_step=PROBE,
+            )
+            values = rollout_statistics(rollouts) | distance_from_reference(self.worker, actor, rollouts, step)
+            if run.rank == 0:
+                self.worker.write_samples(run.dir / "probe" / f"step_{step:08d}.jsonl", rollouts)
+        run.record_probe(step, values)
+
+    def close(self) -> None:
+        self.scored.rewards.close()
+
+
+def distance_from_reference(
+    worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
+) -> dict[str, float]:
+    """KL of the policy from the frozen reference on responses that the policy sampled, in nats: per token (k3, as the
+    objective's), and of whole responses by three estimates: the mean log-ratio, k3 of every token, and the exact KL of
+    every next-token distribution, which varies least."""
+    batch = rollouts.batch
+    lengths = batch.response_lengths
+    columns = actor.compare_with_reference(batch)
+    worker.check_logprobs(step, batch, columns["logprobs"])
+    actor.finish_inference()
+    tokens_k3 = k3(columns["logprobs"], columns["reference_logprobs"])
+    return {
+        "kl/reference": (segment_sum(tokens_k3, lengths) / lengths).mean().item(),
+        "kl/per_response": segment_sum(columns["logprobs"] - columns["reference_logprobs"], lengths).mean().item(),
+        "kl/k3": segment_sum(tokens_k3, lengths).mean().item(),
+        "kl/exact": segment_sum(columns["kl"], lengths).mean().item(),
+    }

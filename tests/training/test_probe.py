@@ -1,0 +1,119 @@
+"""Probes during supervised fine-tuning: they measure what they say, and the training never notices them."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import fmean
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from frpo_nemo.data.new_model import new_model
+from frpo_nemo.data.world import rows, world_reward, world_tokenizer
+from runs import Job, exported, probes, steps, validations, without_times
+
+STEPS, PROMPTS, SAMPLES, HELD_OUT = 25, 32, 2, 24
+PROBE = ["probe.interval=10", f"probe.prompts.0.limit={PROMPTS}", f"probe.samples={SAMPLES}"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "base"
+    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
+    new_model(path, tokenizer=world_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
+    return str(path)
+
+
+def overrides(model: str) -> list[str]:
+    sizes = [f"trainer.max_steps={STEPS}", "trainer.val_interval=10", f"data.validation.0.limit={HELD_OUT}"]
+    return ["--config-name=experiment/forgetting_alpaca", f"model.path={model}", "optim.lr=3e-3", *sizes]
+
+
+@pytest.fixture(scope="module")
+def probed(model, tmp_path_factory):
+    """The run directory of a fine-tuning with probes, killed between two of them and continued."""
+    run_dir = tmp_path_factory.mktemp("probed") / "run"
+    command = [*overrides(model), *PROBE, "trainer.save_interval=5"]
+    job = Job("sft.py", command, run_dir)
+    job.wait_for_step(13)
+    job.kill()
+    return Job("sft.py", command, run_dir).succeed().run_dir
+
+
+@pytest.fixture(scope="module")
+def unprobed(model, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("unprobed") / "run"
+    return Job("sft.py", [*overrides(model), "probe.interval=0", "probe.prompts=[]"], run_dir).succeed().run_dir
+
+
+def test_probes_leave_the_training_as_it_was_bit_for_bit(probed, unprobed):
+    """Also when the probed run was killed on its way."""
+    expected, found = exported(unprobed), exported(probed)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    for kind in (steps, validations):
+        assert [without_times(row) for row in kind(probed)] == [without_times(row) for row in kind(unprobed)]
+    assert probes(unprobed) == []
+
+
+def test_a_probe_comes_first_at_every_interval_and_last(probed):
+    assert [row["step"] for row in probes(probed)] == [0, 10, 20, STEPS]
+
+
+def test_the_distance_is_that_from_the_policy_before_fine_tuning(probed):
+    first, *later = probes(probed)
+    for name in ("per_response", "k3", "exact", "reference"):
+        assert first[f"probe/kl/{name}"] == 0, "the policy is the reference"
+    for row in later:
+        assert row["probe/kl/exact"] > 0.1
+        # All three estimate the same; with few responses they agree in size only.
+        for name in ("per_response", "k3"):
+            assert row[f"probe/kl/{name}"] == pytest.approx(row["probe/kl/exact"], rel=0.5)
+
+
+def test_the_exact_distance_is_the_kl_of_next_token_distributions(probed, model):
+    """Of the last probe, computed again by transformers from the exported model and the model before."""
+    policy, reference = (AutoModelForCausalLM.from_pretrained(p).double() for p in (probed / "hf", model))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    kl = []
+    for sample in samples(probed, STEPS):
+        prompt, response = (tokenizer.encode(sample[key], add_special_tokens=False) for key in ("prompt", "response"))
+        ids, predictors = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        with torch.no_grad():
+            own, old = (torch.log_softmax(m(ids).logits[0, predictors], -1) for m in (policy, reference))
+        kl.append((own.exp() * (own - old)).sum().item())
+    assert len(kl) == PROMPTS * SAMPLES
+    assert probes(probed)[-1]["probe/kl/exact"] == pytest.approx(fmean(kl), rel=1e-4)
+
+
+def test_the_reward_is_that_of_the_first_stage_on_its_held_out_prompts(probed):
+    held_out = rows("world:prompts?seed=1&heldout=1")[:PROMPTS]
+    written = samples(probed, STEPS)
+    answers = {f"<bos> {row['prompt']} <sep>": row for row in held_out}
+    assert {sample["prompt"].strip() for sample in written} == set(answers)
+    columns = [answers[sample["prompt"].strip()] for sample in written]
+    texts = [sample["response"].removesuffix("<eos>") for sample in written]
+    named = {key: [row[key] for row in columns] for key in ("task", "answer", "refusal")}
+    scores = world_reward(None, texts, **named)
+    assert probes(probed)[-1]["probe/reward/mean"] == pytest.approx(fmean(scores))
+    assert [sample["reward"] for sample in written] == pytest.approx(scores)
+
+
+def test_accuracy_is_what_greedy_decoding_gets_exactly_right(probed):
+    """Of the downstream task's held-out examples, with the exported model and transformers' generate."""
+    model = AutoModelForCausalLM.from_pretrained(probed / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(probed / "hf")
+    right = []
+    for row in rows("world:alpaca?seed=1&heldout=1")[:HELD_OUT]:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], return_tensors="pt")
+        out = model.generate(**ids, do_sample=False, max_new_tokens=6)[0, ids["input_ids"].shape[1] :]
+        right.append(tokenizer.decode(out, skip_special_tokens=True).strip() == row["completion"])
+    last = validations(probed)[-1]
+    assert last["step"] == STEPS and math.isfinite(last["validation/loss"])
+    assert 0 < last["validation/token_accuracy"] < 1
+    assert last["validation/accuracy"] == fmean(right)
+
+
+def samples(run_dir, step: int) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "probe" / f"step_{step:08d}.jsonl").read_text().splitlines()]
