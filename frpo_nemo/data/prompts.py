@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from frpo_nemo.data.columns import prompt_messages
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.errors import ConfigError
 
@@ -68,7 +69,7 @@ def load_prompts(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int) -
     examples, dropped = [], 0
     for source in sources:
         rows = load_rows(source)
-        messages = [to_messages(row[source.prompt], source) for row in rows]
+        messages = [prompt_messages(row, source) for row in rows]
         prompt_ids = encode_prompts(messages, tokenizer, source)
         kept = [
             Prompt(ids, m, row_task(row, source), {k: v for k, v in row.items() if k != source.prompt})
@@ -98,23 +99,6 @@ def check_tokenizer(tokenizer) -> None:
             f"the tokenizer of '{tokenizer.name_or_path}' has no EOS token, so no answer can end: "
             "set eos_token in its tokenizer_config.json"
         )
-
-
-def to_messages(prompt: str | list[dict[str, str]], source) -> list[dict[str, str]]:
-    """A string is one user message, a list is chat messages; the source's system prompt goes before."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
-        raise ConfigError(
-            f"data source '{source.path}', column '{source.prompt}': a prompt is a string or a list of "
-            f"{{role, content}} messages, not {str(prompt)[:80]!r}"
-        )
-    if source.system_prompt is None:
-        return messages
-    if messages[0]["role"] == "system":
-        raise ConfigError(
-            f"data source '{source.path}' has prompts with a system message of their own: remove system_prompt"
-        )
-    return [{"role": "system", "content": source.system_prompt}, *messages]
 
 
 def encode_prompts(conversations: list[list[dict]], tokenizer, source) -> list[list[int]]:
@@ -168,7 +152,3 @@ class PromptSampler:
 @functools.lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(size).tolist()
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value and "content" in value

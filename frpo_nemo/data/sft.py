@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.data.prompts import check_tokenizer, encode_prompts, fingerprint, to_messages
+from frpo_nemo.data.columns import completion_text, prompt_messages
+from frpo_nemo.data.prompts import check_tokenizer, encode_prompts, fingerprint
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class SFTSet:
-    """All examples as one ragged batch (`batch.select(indices)` is a step's), and how many were too long."""
+    """All examples as one ragged batch (`batch.select(indices)` is a step's). `dropped`: how many rows were left out,
+    as too long or without an answer."""
 
     batch: SequenceBatch
     dropped: int
@@ -34,16 +36,17 @@ class SFTSet:
 
 
 def load_examples(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int, max_tokens: int) -> SFTSet:
-    """Read all `sources`; examples with more than `max_prompt_tokens` of prompt or `max_tokens` in all are
-    dropped.
+    """Read all `sources`; examples with more than `max_prompt_tokens` of prompt or `max_tokens` in all are dropped, and
+    so are those whose completion is empty: they would teach to say nothing.
 
     Raises ConfigError: whatever `check_source` and `check_tokenizer` find, no completion column, a completion
-    that is no string, a source of which nothing is left.
+    that is no string, `completion_until` where no completion has it, a source of which nothing is left.
     """
     check_tokenizer(tokenizer)
     prompts, completions, dropped = [], [], 0
     for source in sources:
-        pairs = _encode(source, tokenizer)
+        rows, examples = _read_examples(source)
+        pairs = _encode(examples, tokenizer, source)
         kept = [(p, c) for p, c in pairs if len(p) <= max_prompt_tokens and len(p) + len(c) <= max_tokens]
         if not kept:
             raise ConfigError(
@@ -51,32 +54,42 @@ def load_examples(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int, 
                 f"max_prompt_tokens={max_prompt_tokens} or max_tokens={max_tokens}; "
                 f"the shortest has {min(len(p) + len(c) for p, c in pairs)} tokens"
             )
-        dropped += len(pairs) - len(kept)
+        dropped += rows - len(kept)
         prompts += [p for p, _ in kept]
         completions += [c for _, c in kept]
     return SFTSet(SequenceBatch.from_lists(prompts, completions), dropped)
 
 
-def _encode(source, tokenizer) -> list[tuple[list[int], list[int]]]:
+def _read_examples(source) -> tuple[int, list[tuple[list[dict[str, str]], str]]]:
+    """(number of rows, those with an answer as chat messages and completion)."""
     if source.completion is None:
         raise ConfigError(f"data source '{source.path}' names no completion column: supervised training needs one")
     rows = load_rows(source)
-    prompt_ids = encode_prompts([to_messages(row[source.prompt], source) for row in rows], tokenizer, source)
-    texts = [_completion_text(row[source.completion], source) for row in rows]
-    completion_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    whole = [completion_text(row, source) for row in rows]
+    texts = [_until(text, source.completion_until) for text in whole]
+    if source.completion_until and not any(source.completion_until in text for text in whole):
+        raise ConfigError(
+            f"data source '{source.path}': none of {len(rows)} completions has "
+            f"completion_until={source.completion_until!r}"
+        )
+    examples = [(prompt_messages(row, source), text) for row, text in zip(rows, texts, strict=True) if text.strip()]
+    if not examples:
+        raise ConfigError(f"data source '{source.path}': all {len(rows)} completions are empty")
+    return len(rows), examples
+
+
+def _encode(examples, tokenizer, source) -> list[tuple[list[int], list[int]]]:
+    prompt_ids = encode_prompts([messages for messages, _ in examples], tokenizer, source)
+    completion_ids = tokenizer([text for _, text in examples], add_special_tokens=False)["input_ids"]
     return [
         (prompt, _ended(answer, tokenizer.eos_token_id))
         for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
     ]
 
 
-def _completion_text(value: Any, source) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"data source '{source.path}', column '{source.completion}': a completion is a string, "
-            f"not {str(value)[:80]!r}"
-        )
-    return value
+def _until(text: str, end: str | None) -> str:
+    """GSM8K's worked answers, for one, end in a line `#### number`, which may be unwanted."""
+    return text.partition(end)[0].rstrip() if end and end in text else text
 
 
 def _ended(ids: list[int], eos: int) -> list[int]:

@@ -1,80 +1,122 @@
 """Where rows come from: a local file, a Hugging Face data set, or the embedded world. A row is a plain dict.
 
-A `source` is anything with the fields of `SourceConfig` (training/config.py): path, split, prompt,
-completion, task, task_column, system_prompt, limit, start. What rows become (token ids) is the business of
-prompts.py and sft.py.
+A `source` is anything with the fields of `SourceConfig` (training/config.py). Of its rows, `start` and `limit` choose a
+range, and `at_least` keeps some of that range. What rows say is the business of columns.py, what becomes of them
+(token ids) that of prompts.py and sft.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from frpo_nemo.data import world
+from frpo_nemo.data.columns import columns_of
 from frpo_nemo.errors import ConfigError
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def check_source(source) -> list[str]:
-    """The names of the columns of `source`. Reads no more than the beginning of a file (a hub data set is
-    fetched, because the run will need it anyway), so that configurations can be checked before a model loads.
+    """The names of the columns of `source`, so that configurations can be checked before a model loads. Of a stream,
+    and of a file of which all rows from the first are taken, it reads no more than the beginning.
 
     Raises ConfigError: no such file or data set, unreadable, empty, a named column is missing, contradictory
-    fields.
+    fields, nothing left after `start` or `at_least`.
     """
-    row = next(iter(_open(source, streaming=True)), None)
-    if row is None:
+    rows, _ = _read(source, 0, 1, streaming=source.streaming or _is_file(source.path))
+    if not rows:
         raise ConfigError(f"data source '{source.path}' has no rows")
-    _check_columns(source, list(row))
-    return list(row)
+    _check_columns(source, list(rows[0]))
+    if (source.start or source.at_least) and not source.streaming:
+        load_rows(source)
+    return list(rows[0])
 
 
 def load_rows(source) -> list[dict[str, Any]]:
-    """The rows of `source` from `start` on, at most `limit`. Raises ConfigError like `check_source`."""
-    rows = _open(source, streaming=False)
-    stop = len(rows) if source.limit is None else min(len(rows), source.start + source.limit)
-    if source.start >= stop:
+    """The rows of `source` from `start` on, at most `limit`, and of these the ones that have `at_least` what it asks.
+    Raises ConfigError like `check_source`."""
+    rows, size = _read(source, source.start, source.limit, source.streaming)
+    if not rows:
         raise ConfigError(
-            f"data source '{source.path}' has {len(rows)} rows: none is left with start={source.start}, "
-            f"limit={source.limit}"
+            f"data source '{source.path}' has {size} rows: none is left with start={source.start}, limit={source.limit}"
         )
-    rows = rows[source.start : stop] if isinstance(rows, list) else rows.select(range(source.start, stop)).to_list()
     _check_columns(source, list(rows[0]))
-    return rows
+    return _good_enough(rows, source) if source.at_least else rows
 
 
-def _open(source, streaming: bool) -> Iterable[dict[str, Any]]:
+def _read(source, start: int, limit: int | None, streaming: bool) -> tuple[list[dict[str, Any]], int | str]:
+    """(the rows from `start` on, at most `limit`; how many there are in all). A stream ends with the last row that was
+    asked for, and does not know how many would follow."""
     path = str(source.path)
+    stop = None if limit is None else start + limit
     if path.startswith("world:"):
-        return world.rows(path)
+        rows = world.rows(path)
+        return rows[start:stop], len(rows)
     datasets.disable_progress_bars()  # one bar per rank and file says nothing
-    is_file = Path(path).suffix in FILE_TYPES
-    if is_file:
+    if _is_file(path):
         _check_file(Path(path).expanduser())
+    with _failures_as_sentences(path):
+        found = _open(path, source.split, streaming)
+        if streaming:
+            return list(itertools.islice(found.skip(start), limit)), "too few"  # take() reads a block too many
+        chosen = range(len(found))[start:stop]
+        return found.select(chosen).to_list() if chosen else [], len(found)
+
+
+def _open(path: str, split: str, streaming: bool):
+    if _is_file(path):
+        kind, file = FILE_TYPES[Path(path).suffix], str(Path(path).expanduser())
+        return datasets.load_dataset(kind, data_files=file, split="train", streaming=streaming)
+    name, _, configuration = path.partition(":")
+    name = str(Path(name).expanduser())  # a directory; a hub name stays as it is
+    return datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
+
+
+@contextmanager
+def _failures_as_sentences(path: str) -> Iterator[None]:
+    """Around opening and reading, because a stream fails only when it is asked for rows."""
     try:
-        return _open_file(Path(path).expanduser(), streaming) if is_file else _open_hub(path, source.split)
+        yield
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as problem:
         raise ConfigError(
             f"data source '{path}' cannot be read: {problem.__cause__ or problem}. A source is a file "
-            f"({', '.join(FILE_TYPES)}), the name of a data set on the hub ('owner/name' or "
+            f"({', '.join(FILE_TYPES)}), a directory of them, the name of a data set on the hub ('owner/name' or "
             "'owner/name:configuration', with `split`), or 'world:...'"
         ) from problem
 
 
-def _open_file(path: Path, streaming: bool):
-    kind = FILE_TYPES[path.suffix]
-    rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-    # A stream reads, and fails, only when asked for a row: ask here, where failures become sentences.
-    return list(rows.take(1)) if streaming else rows
+def _good_enough(rows: list[dict[str, Any]], source) -> list[dict[str, Any]]:
+    kept = [row for row in rows if all(_number(row[c], c, source) >= least for c, least in source.at_least.items())]
+    if not kept:
+        asked = " and ".join(f"{column} of at least {least:g}" for column, least in source.at_least.items())
+        raise ConfigError(
+            f"data source '{source.path}': none of the {len(rows)} rows read has {asked}; the highest "
+            + " and ".join(f"{c} is {max(_number(row[c], c, source) for row in rows):g}" for c in source.at_least)
+        )
+    return kept
 
 
-def _open_hub(path: str, split: str):
-    name, _, configuration = path.partition(":")
-    return datasets.load_dataset(name, configuration or None, split=split)
+def _number(value: Any, column: str, source) -> float:
+    """Sets write numbers as text, too. Where there is none, nothing is reached."""
+    if value is None:
+        return -math.inf
+    try:
+        return float(value)
+    except (TypeError, ValueError) as problem:
+        raise ConfigError(
+            f"data source '{source.path}': at_least.{column} compares numbers, but the column has {str(value)[:80]!r}"
+        ) from problem
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).suffix in FILE_TYPES
 
 
 def _check_file(path: Path) -> None:
@@ -89,10 +131,12 @@ def _check_columns(source, columns: list[str]) -> None:
         raise ConfigError(
             f"data source '{source.path}' has both task={source.task} and task_column={source.task_column}: give one"
         )
-    for field in ("prompt", "completion", "task_column"):
-        column = getattr(source, field)
-        if column is not None and column not in columns:
+    named = [(field, getattr(source, field)) for field in ("prompt", "completion", "task_column")]
+    read = [(field, name, column) for field, name in named if name is not None for column in columns_of(name)]
+    read += [("at_least", f"{{{column}: {least:g}}}", column) for column, least in (source.at_least or {}).items()]
+    for field, name, column in read:
+        if column not in columns:
             raise ConfigError(
-                f"data source '{source.path}' has no column '{column}' ({field}={column}); "
+                f"data source '{source.path}' has no column '{column}' ({field}={' '.join(name.split())}); "
                 f"its columns: {', '.join(columns)}"
             )

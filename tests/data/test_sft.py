@@ -81,3 +81,16 @@ def test_gsm8k_becomes_examples_with_a_tokenizer_of_its_own():
     prompt, completion = examples.batch.unpack()[0]
     assert tokenizer.decode(completion) == rows[0]["answer"] + "<|endoftext|>"
     assert rows[0]["question"] in tokenizer.decode(prompt)
+
+
+def test_completions_end_where_they_are_cut_off_and_an_empty_one_is_dropped(tmp_path, tokenizer):
+    rows = [{"q": "x", "a": "one\n#### 1"}, {"q": "y", "a": " \n"}, {"q": "z", "a": "#### 3"}, {"q": "w", "a": "two"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"path": str(tmp_path / "rows.jsonl"), "prompt": "q", "completion": "a"}
+    examples = load(SourceConfig(**fields, completion_until="####"), tokenizer)
+    assert [tokenizer.decode(c) for _, c in examples.batch.unpack()] == ["one<|endoftext|>", "two<|endoftext|>"]
+    assert (len(examples), examples.dropped) == (2, 2)
+    with pytest.raises(ConfigError, match="none of 4 completions has completion_until='Answer:'"):
+        load(SourceConfig(**fields, completion_until="Answer:"), tokenizer)
+    with pytest.raises(ConfigError, match="all 1 completions are empty"):
+        load(SourceConfig(**fields, start=1, limit=1), tokenizer)
