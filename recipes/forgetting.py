@@ -1,6 +1,6 @@
 """Does a policy keep what it learned? Train the arms of a study, fine-tune each on something else, write the report.
 
-    python recipes/forgetting.py --config-name experiment/forgetting        # or: make forgetting
+    python recipes/forgetting.py --config-name study/forgetting        # or: make forgetting
     python recipes/forgetting.py --config-name my_study out=runs/study      # options: configs/forgetting.yaml
 
 Started again, it goes on where it stopped. out/report.html is the result; recipes/report.py makes it anew.
