@@ -1,0 +1,126 @@
+"""The runner of a forgetting study: what is run, recorded, repeated and refused. One tiny study really runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.forgetting import ForgettingStudy, PartConfig, StudyConfig
+from frpo_nemo.evaluation.results import read_results
+from frpo_nemo.training.cli import CONFIGS, compose
+from frpo_nemo.training.schema import load
+
+sys.path.append(str(CONFIGS.parent / "recipes"))
+from forgetting import check  # noqa: E402
+
+STUDIES = sorted(f"study/{path.stem}" for path in (CONFIGS / "study").glob("*.yaml") if path.stem != "world")
+
+
+def tiny_study(out, **changes) -> StudyConfig:
+    """A random model, two arms of which one cannot start, one later task: a few steps each."""
+    few = ["trainer.max_steps=2", "trainer.val_interval=2"]
+    shape = ["hidden_size=64", "num_layers=2", "num_heads=2", "ffn_hidden_size=64", "max_position_embeddings=64"]
+    validation = ["data.validation.0.limit=8"]
+    config = StudyConfig(
+        out=str(out),
+        seeds=[5],
+        prepare=[PartConfig("new_model", None, ["out={dir}/base", "source=world", "seed={seed}", *shape])],
+        model="{dir}/base",
+        train=PartConfig("frpo", "experiment/forgetting_train", [*few, *validation]),
+        arms={
+            "frpo": ["objective=frpo", "objective.lambda_=0.5"],
+            "impossible": ["objective=dr_grpo", "model.sequence_parallel=true"],
+        },
+        tasks={
+            "alpaca": PartConfig(
+                "sft",
+                "experiment/forgetting_alpaca",
+                [*few, *validation, "probe.interval=1", "probe.prompts.0.limit=8"],
+            )
+        },
+        jobs=2,
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The finished tiny study: (its configuration, the rows of the first run)."""
+    config = tiny_study(tmp_path_factory.mktemp("study") / "out")
+    return config, ForgettingStudy(config, check).run()
+
+
+def test_every_run_has_a_row_with_its_points_and_a_failed_arm_is_a_row_too(study):
+    config, rows = study
+    assert read_results(Path(config.out) / "results.jsonl") == rows
+    by_run = {(row["arm"], row["task"]): row for row in rows}
+    assert set(by_run) == {("frpo", None), ("frpo", "alpaca"), ("impossible", None)}
+    train, alpaca, failed = by_run["frpo", None], by_run["frpo", "alpaca"], by_run["impossible", None]
+    assert [point["step"] for point in train["points"]] == [0, 2]
+    assert [point["step"] for point in alpaca["points"]] == [0, 1, 2]
+    assert train["settings"]["objective"] == {"name": "frpo", "lambda_": 0.5}
+    assert f"model.path={config.out}/seed_5/frpo/train/hf" in alpaca["arguments"]
+    assert alpaca["points"][0]["kl/exact"] == 0 < alpaca["points"][-1]["kl/exact"]
+    assert {"downstream/loss", "downstream/accuracy", "reward/task/harmful/mean"} <= set(alpaca["points"][-1])
+    assert failed["status"] == "failed" and "model.sequence_parallel=true needs" in failed["error"]
+
+
+def test_started_again_it_repeats_the_failed_part_alone(study, monkeypatch):
+    config, rows = study
+    started = []
+    real = ForgettingStudy._start
+    monkeypatch.setattr(ForgettingStudy, "_start", lambda self, part: started.append(part.title) or real(self, part))
+    again = ForgettingStudy(config, check).run()
+    assert started == ["seed 5 impossible train"]
+    assert [r for r in again if r["status"] == "finished"] == [r for r in rows if r["status"] == "finished"]
+
+
+def test_finished_runs_with_other_settings_are_not_taken_for_these(study):
+    config, _ = study
+    other = tiny_study(config.out, arms={"frpo": ["objective=frpo", "objective.lambda_=0.7"]})
+    with pytest.raises(
+        ConfigError, match=r"seed 5 frpo train with other settings: objective\.lambda_=0\.5 then, .*0\.7"
+    ):
+        ForgettingStudy(other, check)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"arms": {"a": ["objective.lamda_=1"]}}, "lamda_"),
+        ({"arms": {"a": ["objective=frpo", "objective.lambda_=1", "optim.lrr=1"]}}, r"Unknown key optim\.lrr"),
+        ({"arms": {}}, "arms is empty"),
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"jobs": 0}, "jobs=0 must be at least 1"),
+        ({"tasks": {"train": PartConfig("sft")}}, "no task called train"),
+        ({"tasks": {"a": PartConfig("convert")}}, r"tasks\.a\.recipe=convert must be one of frpo, sft"),
+        ({"tasks": {"a": PartConfig("sft", "experiment/nothing")}}, "experiment/nothing"),
+        ({"prepare": [PartConfig("none")]}, "there is no recipe none"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(tmp_path, changes, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ForgettingStudy(tiny_study(tmp_path / "out", **changes), check)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_in_configs_are_in_order(name, tmp_path):
+    config = load(StudyConfig, compose(name, [f"out={tmp_path / 'out'}"]))
+    parts = list(ForgettingStudy(config, check).parts(config.seeds))
+    assert len({part.directory for part in parts}) == len(parts)
+    assert len(parts) == len(config.seeds) * (len(config.prepare) + len(config.arms) * (1 + len(config.tasks)))
+
+
+def test_options_are_documented_with_their_defaults():
+    text = (CONFIGS / "forgetting.yaml").read_text()
+    for name, field in StudyConfig.__dataclass_fields__.items():
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        shown = "" if isinstance(default, PartConfig) else default if default == "???" else json.dumps(default)
+        assert f"# {name}: {shown}".rstrip() in text, name
