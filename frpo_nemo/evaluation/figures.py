@@ -46,15 +46,15 @@ def style_of(study: Study, arm: str) -> dict[str, str]:
     }
 
 
-def panels(count: int, columns: int, *, share_y: bool = False):
-    """(figure, [axis, ...]) of `count` panels, at most `columns` (1 to 3) in a row."""
+def panels(count: int, columns: int, *, share: bool = False):
+    """(figure, [axis, ...]) of `count` panels, at most `columns` (1 to 3) in a row; share: equal scales."""
     from matplotlib.figure import Figure
 
     columns = min(count, columns)
     rows = -(-count // columns)
     width, height = SIZES[columns]
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flatten().tolist()
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flatten().tolist()
     for axis in axes[count:]:
         axis.set_axis_off()
         axis.set_label(VACANT)

@@ -70,13 +70,13 @@ def draw_arms(
     path: Path,
     *,
     columns: int = 2,
-    share_y: bool = False,
+    share: bool = False,
 ) -> Picture | None:
     """Panels with the curves of some arms each: [(reward, arms)]. None if there is nothing to draw."""
     kl_name = study.kl_name("finetune", task)
     if kl_name is None or not contents:
         return None
-    figure, axes = panels(len(contents), columns, share_y=share_y)
+    figure, axes = panels(len(contents), columns, share=share)
     drawn: dict[str, None] = {}
     for axis, title, (reward, arms) in zip(axes, titles, contents, strict=True):
         for arm in arms:
@@ -107,15 +107,16 @@ def _draw_curve(axis, curve: Curve, style: dict) -> None:
 
 
 def _caption(study: Study, task: str, kl_name: str, contents, drawn: list[str]) -> str:
-    rewards = dict.fromkeys(reward for reward, _ in contents)
-    shown = ", ".join(reward_label(reward) for reward in rewards)
-    counts = {arm: len(study.runs(arm, "finetune", task)) for arm in drawn}
+    shown = ", ".join(reward_label(reward) for reward in dict.fromkeys(reward for reward, _ in contents))
+    absent = [arm for arm in dict.fromkeys(arm for _, arms in contents for arm in arms) if arm not in drawn]
+    band = band_text(len(study.runs(arm, "finetune", task)) for arm in drawn)
     return (
-        f"Reward kept against distance travelled while fine-tuning on {task}. Horizontal: KL "
-        f"from the policy before this fine-tuning ({kl_name}: {KL_NAMES[kl_name]}). Vertical: mean reward on held-out prompts of stage one ({shown}). "
+        f"Reward kept against distance travelled while fine-tuning on {task}. Horizontal: KL from the policy before this "
+        f"fine-tuning ({kl_name}: {KL_NAMES[kl_name]}). Vertical: mean reward on held-out prompts of stage one ({shown}). "
         "Thin lines: one seed each, its probes in order of their KL; dots: where a seed ended. Seeds reach different KL "
         "at the same step, so each seed's line is interpolated and the thick line is the mean at equal KL, drawn only "
-        f"where all seeds of the arm have been. {band_text(counts.values())}"
+        f"where all seeds of the arm have been. {band}"
+        + (f" Not drawn, for no finished run has both values: {', '.join(absent)}." if absent else "")
     )
 
 

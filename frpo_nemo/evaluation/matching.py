@@ -17,7 +17,8 @@ from frpo_nemo.evaluation.study import Row, Study, at_end, by_seed, reward_label
 TOKENS, KL, REWARD, ACCURACY = 0.01, 0.1, 0.01, 0.01  # the first two relative to the larger, the others absolute
 RULE = (
     "Arms count as matched where the largest and the smallest mean differ by less than 1% (tokens), 10% (KL), "
-    "or 0.01 (rewards and accuracies); settings where they are equal at the same seed."
+    "or 0.01 (rewards and accuracies); settings where they are equal at the same seed. The reward before fine-tuning is "
+    "that of the last validation of stage one, or of step 0 of fine-tuning where stage one is not among the runs."
 )
 DEFAULTS = {"objective.beta": 0.0}  # what a setting that is not written means
 

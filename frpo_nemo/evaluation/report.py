@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from frpo_nemo.evaluation import page
 from frpo_nemo.evaluation.curves import draw_finetuning, draw_stage_one
@@ -49,7 +50,7 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, *, title: str = "Rewa
         *_configs(study),
     ]
     path = out_dir / "report.html"
-    path.write_text(page.document(title, parts))
+    path.write_text(page.document(title, parts), encoding="utf-8")
     return path
 
 
@@ -106,10 +107,10 @@ def _end_points(study: Study) -> list[str]:
     before = comparison_table(study, "stage one", None)
     if before:
         parts += [page.heading("Paired differences of the reward before fine-tuning", 3), page.table(before)]
-    return parts + [page.paragraph(text, note=True) for text in tests_explained(study)]
+    return parts + [page.paragraph(text, note=True) for text in explain_tests(study)]
 
 
-def tests_explained(study: Study) -> list[str]:
+def explain_tests(study: Study) -> list[str]:
     """How the paired differences were tested, and what the tests cannot say."""
     found = comparisons(study)
     if not found:
@@ -200,8 +201,8 @@ def _rich(content: Table, title: str) -> RichTable:
         table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
     for section, rows in content.sections.items():
         if section:
-            table.add_row(f"[bold]{section}[/bold]")
+            table.add_row(Text(section, style="bold"))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # never markup: names may have brackets
         table.add_section()
     return table

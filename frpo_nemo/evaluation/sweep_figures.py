@@ -47,7 +47,7 @@ def draw_landscape_by_value(study: Study, sweep: Sweep, task: str, reward: str, 
     baselines = baselines_of(study, sweep.arms)
     contents = [(reward, [arm, *baselines]) for arm in sweep.arms]
     titles = [f"{sweep.objective}, {_symbol(sweep)} {value:g}: {reward_label(reward)}" for value in sweep.values]
-    return draw_arms(study, task, contents, titles, path, columns=3, share_y=True)
+    return draw_arms(study, task, contents, titles, path, columns=3, share=True)
 
 
 def _panels(study: Study) -> list[Panel]:
