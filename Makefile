@@ -1,5 +1,5 @@
-# make demo    train a small model with FRPO on this machine's CPU, from nothing     make test    the tests
-# make setup   only the environment (.venv)                                          make lint    ruff
+# make demo    train a small model with FRPO on this machine's CPU, from nothing         make test    the tests
+# make forgetting  does it last? the study of docs/forgetting.md (SEEDS=1: one seed)    make setup   only the environment
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -9,11 +9,11 @@ OTHERS := requirements/others.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
 STAMP := $(VENV)/.installed-$(shell cat $(LOCK) $(OTHERS) | cksum | cut -d' ' -f1)
 
-.PHONY: demo test setup lint lock clean
+.PHONY: demo forgetting test setup lint lock clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 setup: $(STAMP)
 
@@ -30,6 +30,11 @@ $(STAMP): $(LOCK) $(OTHERS)
 
 demo: setup
 	$(BIN)/python recipes/demo.py
+
+# SEEDS=n: the first n of the seven seeds; more can follow in the same directory.
+forgetting: setup
+	$(BIN)/python recipes/forgetting.py --config-name study/forgetting \
+	  $(if $(SEEDS),seeds=[$(shell seq -s, 11 $$((10 + $(SEEDS))))])
 
 test: setup
 	$(BIN)/python -m pytest

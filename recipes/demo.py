@@ -1,4 +1,5 @@
-"""The whole path on a laptop, in minutes: make a model, pre-train it, train it with FRPO, prove the export.
+"""The whole path on a laptop, in minutes: make a model, pre-train it, train it with FRPO, prove the export; then FRPO
+against GRPO under later fine-tuning.
 
     make demo            (or: python recipes/demo.py)
 
@@ -28,9 +29,12 @@ def main() -> None:
     run("frpo.py", ["--config-name", "experiment/demo"], processes=2, title="FRPO on two ranks (tensor parallel)")
     os.environ |= ENVIRONMENT
     warnings.simplefilter("ignore")  # of libraries, about packages that only GPUs need
-    from frpo_nemo.evaluation.demo_report import report
+    from frpo_nemo.evaluation.demo_report import report, report_forgetting
 
     report(out, time.monotonic() - started)
+    study = "Does it last? FRPO and GRPO, each fine-tuned on something harmless"
+    run("forgetting.py", ["--config-name", "study/demo"], processes=1, title=study)
+    report_forgetting(out / "forgetting")
 
 
 def make_model(out: Path) -> None:

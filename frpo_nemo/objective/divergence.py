@@ -83,8 +83,8 @@ class ChiSquared(Divergence):
         half_squares_KG = sorted_groups.density(sorted_groups.level()).square() / 2
         if jackknife:
             without_KGG = sorted_groups.density(sorted_groups.levels_without_each()).square() / 2
-            own_KG = torch.diagonal(without_KGG, dim1=1, dim2=2)
-            half_squares_KG = groups.sizes[:, None] * half_squares_KG - (without_KGG.sum(1) - own_KG)
+            others_KGG = without_KGG.masked_fill(sorted_groups.itself_or_padding(), 0)
+            half_squares_KG = groups.sizes[:, None] * half_squares_KG - others_KGG.sum(1)
         return sorted_groups.restore(half_squares_KG)
 
     def worst_case(self, groups: Groups, rewards_M: Tensor, lambda_: float) -> WorstCase:
@@ -114,7 +114,7 @@ class _SortedGroups:
         starts_K = torch.cumsum(groups.sizes, 0) - groups.sizes
         columns_M = torch.empty_like(groups.ids)
         columns_M[order] = torch.arange(order.numel(), device=order.device) - starts_K[groups.ids[order]]
-        shape = (groups.count, int(groups.sizes.max()) if groups.count else 0)
+        shape = (groups.count, int(groups.sizes.max()) if groups.count else 1)
         values_KG = values_M.new_full(shape, torch.inf)
         importance_KG = values_M.new_zeros(shape)
         values_KG[groups.ids, columns_M] = values_M
@@ -123,38 +123,38 @@ class _SortedGroups:
 
     def level(self) -> Tensor:
         """nu / lambda of each group, [K, 1]: mean_i m_i max(nu - r_i, 0) / lambda = 1."""
-        return self._level(*self._sums(), self.sizes_K[:, None])
+        return self._level(self.importance_KG, self._finite_values(), self.sizes_K[:, None])
 
     def levels_without_each(self) -> Tensor:
-        """nu / lambda of each group without its member j, [K, j, 1]."""
-        weights_KG, weighted_KG = self._sums()
-        here = torch.arange(self.values_KG.shape[1], device=self.values_KG.device)
-        passed_GG = (here[:, None] <= here[None, :]).to(weights_KG)  # j is among the first k + 1
-        own_KG = self.importance_KG
-        own_weighted_KG = own_KG * self._finite_values()
-        weights_KGG = weights_KG[:, None, :] - own_KG[:, :, None] * passed_GG
-        weighted_KGG = weighted_KG[:, None, :] - own_weighted_KG[:, :, None] * passed_GG
-        return self._level(weights_KGG, weighted_KGG, (self.sizes_K - 1)[:, None, None])
+        """nu / lambda of each group without its member j, [K, j, 1]. Sums are taken anew for each j: subtracting one
+        response from the whole group's sum would cancel where it is most of it."""
+        importance_KGG = self.importance_KG[:, None, :].masked_fill(self._itself(), 0)
+        return self._level(importance_KGG, self._finite_values()[:, None, :], (self.sizes_K - 1)[:, None, None])
 
     def density(self, levels: Tensor) -> Tensor:
         """q of every member at these levels: [K, 1] -> [K, G], [K, j, 1] -> [K, j, G]."""
         values = self.values_KG if levels.dim() == 2 else self.values_KG[:, None, :]
         return (levels - values).clamp(min=0)
 
+    def itself_or_padding(self) -> Tensor:
+        """True where j is the response itself or none. [K, j, G]"""
+        return self.values_KG.isinf()[:, :, None] | self._itself()
+
     def restore(self, values_KG: Tensor) -> Tensor:
         """Back to the order of the batch, [M]."""
         return values_KG[self.rows_M, self.columns_M]
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """Of m and of m r / lambda over the k + 1 lowest, [K, G]."""
-        return torch.cumsum(self.importance_KG, 1), torch.cumsum(self.importance_KG * self._finite_values(), 1)
+    def _itself(self) -> Tensor:
+        return torch.eye(self.values_KG.shape[1], dtype=torch.bool, device=self.values_KG.device)
 
     def _finite_values(self) -> Tensor:
         return self.values_KG.masked_fill(self.values_KG.isinf(), 0)
 
-    def _level(self, weights: Tensor, weighted: Tensor, sizes: Tensor) -> Tensor:
-        """If the k + 1 lowest alone are below the level, it is (G + sum m r) / sum m; and the level is the lowest of
-        these candidates, since max(nu - r, 0) >= nu - r makes each an upper bound."""
+    @staticmethod
+    def _level(importance: Tensor, values: Tensor, sizes: Tensor) -> Tensor:
+        """If the k lowest alone are below the level, it is (G + sum m r) / sum m over them, in units of lambda; and the
+        level is the lowest of these candidates, since max(nu - r, 0) >= nu - r makes each an upper bound."""
+        weights, weighted = torch.cumsum(importance, -1), torch.cumsum(importance * values, -1)
         candidates = torch.where(weights > 0, (sizes + weighted) / weights, torch.inf)
         return candidates.amin(-1, keepdim=True)
 

@@ -83,10 +83,13 @@ class FRPO(Objective):
         groups = Groups.of(rewards_N, groups_N)
         last, lambda_ = memory.get("lambda_"), solve_lambda(groups, rewards_N[groups.members].double(), self.kl_radius)
         if lambda_ is None:
-            lambda_ = last or 1.0
-        elif last is not None:
+            return self._with_lambda(1.0 if last is None else last)
+        if last is not None:
             lambda_ = math.exp(self.radius_smoothing * math.log(last) + (1 - self.radius_smoothing) * math.log(lambda_))
         memory["lambda_"] = lambda_
+        return self._with_lambda(lambda_)
+
+    def _with_lambda(self, lambda_: float) -> FRPO:
         return replace(self, lambda_=lambda_, kl_radius=None, radius_smoothing=0.0)
 
     @property

@@ -1,4 +1,4 @@
-"""Several updates per rollout through `learn`: every rank calls these. Besides, what their gradients should be."""
+"""Several updates per rollout through `learn` (every rank calls recorded_step), and what their gradients should be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from learn_checks import Learner
 
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.training.rollouts import Rollouts
 from frpo_nemo.training.statistics import step_statistics
 
 UPDATES, BETA, CLIP_HIGH = 3, 0.1, 0.05
@@ -76,12 +75,10 @@ def recorded_step(path: str, *, tp: int = 1, pp: int = 1, **settings) -> tuple[l
     options = {f"objective.{name}": value for name, value in settings.items()}
     options |= {"objective.clip_high": CLIP_HIGH, "trainer.updates_per_rollout": UPDATES, "optim.lr": 1e-3}
     learner = RecordingLearner(path, beta=BETA, tp=tp, pp=pp, **options)
-    batch = off_policy_batch()
-    batch.columns["truncated"] = batch.columns["task"] = torch.zeros(batch.num_sequences)
-    batch.token_columns["rollout_logprobs"] = learner.actor.get_inference_log_probs(batch)
+    rollouts = learner.rollouts(off_policy_batch())
     learner.actor.passes = 0
-    results = learner.learn(Rollouts(batch, ["only"]))
-    logged = step_statistics(learner.goal, batch, results)
+    results = learner.learn(rollouts)
+    logged = step_statistics(learner.goal, rollouts.batch, results)
     logged |= {"passes": learner.actor.passes} | {f"memory/{k}": v for k, v in learner.run.memory.items()}
     return (learner.actor.updates if learner.run.rank == 0 else []), logged
 

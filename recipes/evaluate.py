@@ -1,0 +1,30 @@
+"""Measure a model on standard benchmarks.
+
+    python recipes/evaluate.py model.path=runs/first benchmarks=[math500,mmlu] out=runs/first/eval
+    python recipes/evaluate.py model.path=Qwen/Qwen2.5-7B-Instruct benchmarks=[math500] limit=20 out=runs/try
+
+Options: configs/evaluate.yaml. One process; vLLM starts its own. Started again, it goes on where it stopped. A mistake
+in the options is exit code 2, a benchmark that failed 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from frpo_nemo.errors import ConfigError
+    from frpo_nemo.evaluation.benchmarks import EvaluateRun, run_benchmarks
+    from frpo_nemo.training.cli import from_command_line
+
+    try:
+        succeeded = run_benchmarks(from_command_line(EvaluateRun, "evaluate"))
+    except ConfigError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if succeeded else 1)
+
+
+if __name__ == "__main__":
+    main()
