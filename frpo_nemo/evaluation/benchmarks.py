@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.reward_probe import RewardProbeConfig
 from frpo_nemo.training.cli import started_world
 from frpo_nemo.training.config import required
 from frpo_nemo.training.hub import local_model
@@ -32,6 +33,7 @@ from frpo_nemo.training.hub import local_model
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 _ANTLR = "4.11"  # that sympy's LaTeX parser and lm-eval's minerva_math ask for; omegaconf has 4.9
 _LAST_LINES = 15  # of the log of a benchmark that failed
+PROBE = "probe"  # the directory of the reward probe's result, beside those of benchmarks
 LOG = "benchmark.log"  # what marks a directory as this module's, to be emptied when a benchmark starts again
 
 
@@ -72,6 +74,7 @@ class EvaluateRun:
     model: EvaluatedModel = field(default_factory=EvaluatedModel)
     out: str = required("runs/first/eval")
     benchmarks: list[str] = field(default_factory=list)  # keys of BENCHMARKS
+    probe: RewardProbeConfig = field(default_factory=RewardProbeConfig)
     limit: int | None = None  # questions per task
     backend: str = "vllm"  # vllm or hf, which both tools have
     dtype: str = "bfloat16"
@@ -95,9 +98,7 @@ def model_directory(path: str) -> Path:
 
 
 def check_benchmarks(cfg: EvaluateRun) -> None:
-    """Everything about cfg.benchmarks that can be wrong before a model loads. Raises ConfigError."""
-    if not cfg.benchmarks:
-        raise ConfigError(f"benchmarks=[] leaves nothing to measure; there are {', '.join(BENCHMARKS)}.")
+    """What can be wrong about cfg.benchmarks, whatever the model. Raises ConfigError."""
     for name in cfg.benchmarks:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.5)
@@ -105,7 +106,9 @@ def check_benchmarks(cfg: EvaluateRun) -> None:
             raise ConfigError(f"benchmarks: there is no {name}; {hint}.")
     _check_options(cfg)
     _check_installed(cfg)
-    model = model_directory(cfg.model.path)
+
+
+def _check_model(cfg: EvaluateRun, model: Path) -> None:
     chatting = [n for n in cfg.benchmarks if BENCHMARKS[n].chat and BENCHMARKS[n].tool == "lm_eval"]
     if chatting and not has_chat_template(model):
         raise ConfigError(
@@ -130,11 +133,13 @@ def run_benchmarks(cfg: EvaluateRun) -> bool:
 
     Each leaves its files, benchmark.log and result.json in cfg.out/NAME; cfg.out/results.json has all scores, "NAME/score".
     One that fails is told with the last lines of its log, and the others go on. Returns whether all have a result.
-    Raises ConfigError for what `check_benchmarks` refuses.
+    Raises ConfigError for what `check_benchmarks` refuses, for a model that they cannot measure, and for an `out` with
+    results of other settings.
     """
     check_benchmarks(cfg)
-    console, model = Console(soft_wrap=True, highlight=False, markup=False), model_directory(cfg.model.path)
-    failed = []
+    model = model_directory(cfg.model.path)
+    _check_model(cfg, model)
+    console, failed = Console(soft_wrap=True, highlight=False, markup=False), []
     for name in cfg.benchmarks:
         directory = Path(cfg.out) / name
         if finished_scores(cfg, name, model) is not None:
@@ -172,7 +177,7 @@ def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
         "seconds": round(time.monotonic() - started, 1),
         "scores": scores,
     }
-    _write_json(directory / "result.json", result)
+    write_json(directory / "result.json", result)
     return None
 
 
@@ -227,7 +232,12 @@ def read_scores(name: str, directory: Path) -> dict[str, float]:
 def settings(cfg: EvaluateRun, name: str, model: Path) -> dict[str, Any]:
     """What makes two results of one benchmark comparable, or not."""
     benchmark = BENCHMARKS[name]
-    common = {"tool": _version(benchmark.tool), "backend": cfg.backend, "dtype": cfg.dtype, "weights": _stamp(model)}
+    common = {
+        "tool": _version(benchmark.tool),
+        "backend": cfg.backend,
+        "dtype": cfg.dtype,
+        "weights": weights_stamp(model),
+    }
     if benchmark.tool == "evalplus":
         return common
     own = {"limit": cfg.limit, "max_model_len": cfg.max_model_len, "include_path": cfg.include_path}
@@ -252,11 +262,11 @@ def finished_scores(cfg: EvaluateRun, name: str, model: Path) -> dict[str, float
 
 
 def write_summary(out: str) -> None:
-    """results.json: the scores of all finished benchmarks in `out`, "NAME/score": number."""
-    files = {name: Path(out) / name / "result.json" for name in BENCHMARKS}
+    """results.json: the scores of all finished benchmarks and of the probe in `out`, "NAME/score": number."""
+    files = {name: Path(out) / name / "result.json" for name in (*BENCHMARKS, PROBE)}
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     flat = {f"{name}/{score}": value for name, r in results.items() for score, value in r["scores"].items()}
-    _write_json(Path(out) / "results.json", flat)
+    write_json(Path(out) / "results.json", flat)
 
 
 def _check_options(cfg: EvaluateRun) -> None:
@@ -319,7 +329,7 @@ def _pass_at_1(problems: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     return {"pass@1": sum(plus) / len(plus), "base_pass@1": sum(base) / len(base)}
 
 
-def _stamp(model: Path) -> str:
+def weights_stamp(model: Path) -> str:
     """Changes when the weights are written anew, as a run that goes on does; a move or a link keeps it."""
     files = sorted(model.glob("*.safetensors"))
     stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
@@ -346,7 +356,7 @@ def _table(cfg: EvaluateRun, model: Path, failed: list[str]) -> Table:
     return table
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """Whole or not there: a killed process leaves no half result."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

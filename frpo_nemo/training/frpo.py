@@ -28,7 +28,9 @@ def train(cfg) -> None:
     with Run(cfg) as run:
         objective = build_objective(cfg.objective)
         with run.phases("load"):
-            worker = RolloutWorker(cfg, run.phases, longest_sequence(cfg))
+            worker = RolloutWorker(
+                cfg.model, cfg.rollout, run.phases, seed=cfg.trainer.seed, max_model_len=longest_sequence(cfg)
+            )
             training, held_out = load_prompts(cfg, worker)
             probe = Probe(cfg, worker) if cfg.probe.interval else None
             distributed.start_model_parallel(cfg.model, cfg.trainer.seed)

@@ -23,6 +23,8 @@ from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.rewards.reward_set import RewardSet
 from frpo_nemo.rollout.engine import RolloutEngine
 from frpo_nemo.rollout.verify import check_logprob_gap
+from frpo_nemo.training.config import EngineConfig, ModelConfig
+from frpo_nemo.training.metrics import Phases
 
 
 @dataclass
@@ -62,22 +64,32 @@ class ScoredPrompts:
 class RolloutWorker:
     """This rank's engine: generates, scores and gathers, for any prompts."""
 
-    def __init__(self, cfg, phases, max_model_len: int):
-        """cfg: FRPORun or SFTRun. torch.distributed runs; Megatron's model does not exist yet (vLLM measures free
-        memory). max_model_len: of the longest prompt and response together, in tokens."""
-        rollout = cfg.rollout
-        self.cfg, self.phases = cfg, phases
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
-        self.stop_token_ids = stop_token_ids(cfg.model.path, self.tokenizer)
+    def __init__(
+        self,
+        model: ModelConfig,
+        rollout: EngineConfig,
+        phases: Phases,
+        *,
+        seed: int,
+        max_model_len: int,
+        load_format: str = "dummy",
+    ):
+        """torch.distributed runs; Megatron's model does not exist yet (vLLM measures free memory). seed: of sampling.
+        max_model_len: of the longest prompt and response together, in tokens. load_format: "dummy" waits for the weights
+        of a refit, "auto" reads them from model.path."""
+        self.model, self.rollout, self.phases, self.seed = model, rollout, phases, seed
+        self.tokenizer = AutoTokenizer.from_pretrained(model.path)
+        self.stop_token_ids = stop_token_ids(model.path, self.tokenizer)
         self.engine = RolloutEngine(
-            cfg.model.path,
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[cfg.model.precision],
+            model.path,
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[model.precision],
             tensor_parallel_size=rollout.tensor_model_parallel_size,
             max_model_len=max_model_len,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             max_num_seqs=rollout.max_num_seqs,
             enforce_eager=rollout.enforce_eager,
             temperature=rollout.temperature,
+            load_format=load_format,
         )
         self.engine.sleep()  # the policy is built next
         self._reported: set[str] = set()
@@ -86,7 +98,7 @@ class RolloutWorker:
         """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
         with self.phases("refit"):
             actor.finish_training()  # the optimizer's GPU memory is vLLM's until the next update
-            self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.cfg.rollout.refit_bucket_mb << 20))
+            self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.rollout.refit_bucket_mb << 20))
 
     def roll_out(
         self, scored: ScoredPrompts, indices: Sequence[int], *, samples: int, max_tokens: int, seed_step: int
@@ -110,13 +122,13 @@ class RolloutWorker:
 
     def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
         """(places of the prompts whose responses this rank scores, their responses)."""
-        engine, rollout = self.engine, self.cfg.rollout
+        engine, rollout = self.engine, self.rollout
         share = range(engine.engine_index, len(examples), engine.num_engines)
         generated = engine.generate(
             [examples[i].prompt_ids for i in share],
             samples=samples,
             max_tokens=max_tokens,
-            seed=sampling_seed(self.cfg.trainer.seed, seed_step),
+            seed=sampling_seed(self.seed, seed_step),
             stop_token_ids=self.stop_token_ids,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
@@ -174,8 +186,8 @@ class RolloutWorker:
             logprobs,
             batch.response_lengths,
             step=step,
-            precision=self.cfg.model.precision,
-            threshold=self.cfg.rollout.logprob_gap_threshold,
+            precision=self.model.precision,
+            threshold=self.rollout.logprob_gap_threshold,
         )
 
     def close(self) -> None:

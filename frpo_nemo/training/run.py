@@ -44,7 +44,7 @@ class Run:
     """
 
     def __init__(self, cfg):
-        _ignore_warnings_of_libraries()
+        ignore_warnings_of_libraries()
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
         self._as_given = OmegaConf.to_yaml(OmegaConf.structured(cfg))
@@ -236,7 +236,7 @@ class Run:
         (self.dir / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
-def _ignore_warnings_of_libraries() -> None:
+def ignore_warnings_of_libraries() -> None:
     """They concern the libraries' own code (deprecated calls, unfused kernels), once per rank and call site."""
     for module in (r"torch\.", r"megatron\.", r"vllm\.", r"frpo_nemo\.megatron\.cpu"):
         warnings.filterwarnings("ignore", module=module)

@@ -22,7 +22,8 @@ def train(cfg) -> None:
             examples, held_out = load_data(cfg)
             worker = probe = None
             if cfg.probe.interval:
-                worker = RolloutWorker(cfg, run.phases, cfg.data.max_prompt_tokens + cfg.probe.max_response_tokens)
+                longest = cfg.data.max_prompt_tokens + cfg.probe.max_response_tokens
+                worker = RolloutWorker(cfg.model, cfg.rollout, run.phases, seed=cfg.trainer.seed, max_model_len=longest)
                 probe = Probe(cfg, worker)
             distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
             actor = PolicyActor(cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens)

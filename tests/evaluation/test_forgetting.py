@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from tiny_study import check, tiny_study
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.forgetting import ForgettingStudy, PartConfig, StudyConfig
@@ -14,46 +14,7 @@ from frpo_nemo.evaluation.results import read_results
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.schema import load
 
-sys.path.append(str(CONFIGS.parent / "recipes"))
-from forgetting import check  # noqa: E402
-
 STUDIES = sorted(f"study/{path.stem}" for path in (CONFIGS / "study").glob("*.yaml") if path.stem != "world")
-
-
-def tiny_study(out, **changes) -> StudyConfig:
-    """A random model, two arms of which one cannot start, one later task: a few steps each."""
-    few = ["trainer.max_steps=2", "trainer.val_interval=2"]
-    shape = ["hidden_size=64", "num_layers=2", "num_heads=2", "ffn_hidden_size=64", "max_position_embeddings=64"]
-    validation = ["data.validation.0.limit=8"]
-    config = StudyConfig(
-        out=str(out),
-        seeds=[5],
-        prepare=[PartConfig("new_model", None, ["out={dir}/base", "source=world", "seed={seed}", *shape])],
-        model="{dir}/base",
-        train=PartConfig("frpo", "experiment/forgetting_train", [*few, *validation]),
-        arms={
-            "frpo": ["objective=frpo", "objective.lambda_=0.5"],
-            "impossible": ["objective=dr_grpo", "model.sequence_parallel=true"],
-        },
-        tasks={
-            "alpaca": PartConfig(
-                "sft",
-                "experiment/forgetting_alpaca",
-                [*few, *validation, "probe.interval=1", "probe.prompts.0.limit=8"],
-            )
-        },
-        jobs=2,
-    )
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """The finished tiny study: (its configuration, the rows of the first run)."""
-    config = tiny_study(tmp_path_factory.mktemp("study") / "out")
-    return config, ForgettingStudy(config, check).run()
 
 
 def test_every_run_has_a_row_with_its_points_and_a_failed_arm_is_a_row_too(study):

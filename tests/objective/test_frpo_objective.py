@@ -172,9 +172,11 @@ def test_two_responses_by_hand():
 def test_groups_of_equal_rewards_get_exactly_zero(f_divergence, jackknife, lambda_, value):
     objective = FRPO(lambda_=lambda_, jackknife=jackknife, f_divergence=f_divergence)
     for size in (2, 3, 7, 49):
-        rewards, groups = torch.full((size,), value), torch.zeros(size, dtype=torch.int64)
+        rewards, groups = torch.full((size,), value, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
         beside = torch.cat([rewards, torch.arange(5.0)]), torch.cat([groups, torch.ones(5, dtype=torch.int64)])
-        assert objective.effective_advantages(rewards, groups).eq(0).all()
+        advantages = objective.effective_advantages(rewards, groups)
+        assert advantages.eq(0).all()
+        assert objective.statistics(rewards, groups, advantages)["share_zero_spread_groups"] == 1
         assert objective.effective_advantages(*beside)[:size].eq(0).all()
 
 

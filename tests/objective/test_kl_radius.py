@@ -177,6 +177,7 @@ def test_every_radius_and_size_of_rewards_gives_finite_advantages(seed, radius, 
 WITHOUT_DIFFERENCES = [
     (torch.tensor([0.5, 0.5, 2.0, 2.0]), torch.tensor([0, 0, 1, 1])),
     (torch.tensor([0.5, UNSCORED, 2.0]), torch.tensor([0, 0, 1])),
+    (torch.full((7,), 0.1, dtype=torch.float64), torch.zeros(7, dtype=torch.int64)),  # whose sum rounds
 ]
 FIRST = as_batch([[0.0, 1.0, 0.5], [2.0, 1.0]])
 SECOND = as_batch([[3.0, 1.0, 0.5, 0.5], [2.0, -1.0]])

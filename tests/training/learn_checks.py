@@ -47,7 +47,7 @@ class Learner:
         self.actor.freeze_reference()
         self.objective = build_objective(self.cfg.objective)
         self.run, self.worker = object.__new__(Run), object.__new__(RolloutWorker)
-        self.run.cfg = self.worker.cfg = self.cfg
+        self.run.cfg, self.worker.model, self.worker.rollout = self.cfg, self.cfg.model, self.cfg.rollout
         self.run.dir, self.run.rank, self.run.phases = Path(run_dir), distributed.rank(), Phases()
         self.run.memory = {}
 

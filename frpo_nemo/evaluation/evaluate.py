@@ -1,0 +1,81 @@
+"""All measurements of one finished model: the reward probe, then the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+from rich.console import Console
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.benchmarks import (
+    PROBE,
+    EvaluateRun,
+    check_benchmarks,
+    model_directory,
+    run_benchmarks,
+    weights_stamp,
+    write_json,
+    write_summary,
+)
+from frpo_nemo.evaluation.reward_probe import check_reward_probe, export_checkpoint, probe_settings, run_reward_probe
+from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.training.cli import started_world
+from frpo_nemo.training.run import ignore_warnings_of_libraries
+
+
+def evaluate(cfg: EvaluateRun) -> bool:
+    """Measure what has no result in cfg.out yet; returns whether everything has one in the end. Raises ConfigError,
+    before anything is measured, for a mistake in the options."""
+    ignore_warnings_of_libraries()
+    if not cfg.benchmarks and not cfg.probe.prompts:
+        raise ConfigError("Nothing to measure: give benchmarks=[...], or a probe with prompts and reward.")
+    if cfg.benchmarks:
+        check_benchmarks(cfg)
+    if cfg.probe.prompts:
+        check_reward_probe(cfg.probe, cfg.dtype)
+    if (Path(cfg.model.path) / checkpoint_files.RECORD).is_file():
+        cfg.model.path = str(exported(Path(cfg.model.path), Path(cfg.out) / "hf"))
+    if cfg.probe.prompts:
+        _probe(cfg, model_directory(cfg.model.path))
+    return run_benchmarks(cfg) if cfg.benchmarks else True
+
+
+def exported(checkpoint: Path, out: Path) -> Path:
+    """`out`, with the checkpoint in Hugging Face format: written unless it is there from an earlier start."""
+    if started_world()[1] > 1:
+        raise ConfigError(f"model.path={checkpoint} is a checkpoint, which one process exports; start one first.")
+    source = out / "exported_from.json"
+    if source.is_file():
+        if json.loads(source.read_text()) != str(checkpoint.resolve()):
+            raise ConfigError(f"{out} is the export of another checkpoint; choose another out, or remove it.")
+        return out
+    # A process of its own: what lets megatron-core run on a CPU must not be there when vLLM starts.
+    process = multiprocessing.get_context("spawn").Process(target=export_checkpoint, args=(checkpoint, out))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ConfigError(f"{checkpoint} could not be exported (exit code {process.exitcode}), for the reason above.")
+    write_json(source, str(checkpoint.resolve()))
+    return out
+
+
+def _probe(cfg: EvaluateRun, model: Path) -> None:
+    directory = Path(cfg.out) / PROBE
+    file, settings = directory / "result.json", probe_settings(cfg) | {"weights": weights_stamp(model)}
+    if file.is_file():
+        result = json.loads(file.read_text())
+        if result["settings"] != settings:
+            raise ConfigError(f"{file} is a result with other settings or weights; choose another out, or remove it.")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        scores = run_reward_probe(cfg, model, directory)
+        if started_world()[0] > 0:
+            return
+        result = {"settings": settings, "model": str(model), "scores": scores}
+        write_json(file, result)
+        write_summary(cfg.out)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    shown = {name: value for name, value in result["scores"].items() if name.endswith("/mean")}
+    console.print("probe: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))

@@ -1,0 +1,110 @@
+"""The reward of a finished model on any prompts, by the reward functions that training uses, with responses from vLLM."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from frpo_nemo.data.sources import check_source
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
+from frpo_nemo.training.config import EngineConfig, ModelConfig, RewardConfig, SourceConfig
+
+PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass
+class RewardProbeConfig:
+    """Prompts, rewards, and how to sample."""
+
+    prompts: list[SourceConfig] = field(default_factory=list)
+    reward: dict[str, RewardConfig] = field(default_factory=dict)
+    samples: int = 1  # responses to each prompt
+    max_prompt_tokens: int = 1024  # longer ones are dropped
+    max_response_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 1  # of sampling
+
+
+def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
+    """What can be wrong before a model loads. Raises ConfigError."""
+    if not probe.reward:
+        raise ConfigError("probe.prompts is given, but probe.reward is empty; name what scores the responses.")
+    for name in ("samples", "max_prompt_tokens", "max_response_tokens"):
+        if getattr(probe, name) < 1:
+            raise ConfigError(f"probe.{name}={getattr(probe, name)} must be at least 1.")
+    if not probe.temperature > 0 or not 0 < probe.top_p <= 1:
+        raise ConfigError(
+            f"probe.temperature={probe.temperature} must be above 0, and probe.top_p={probe.top_p} above 0 and at most 1."
+        )
+    if dtype not in PRECISION:
+        raise ConfigError(f"dtype={dtype} must be {' or '.join(PRECISION)} for a probe.")
+    columns: dict[str, None] = {}
+    for source in probe.prompts:
+        columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
+    check_rewards(probe.reward, list(columns))
+
+
+def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
+    """Rewards, lengths and shares of failures as training logs them; every response is in directory/samples.jsonl.
+    cfg: EvaluateRun. Every process of the world calls this; all get the numbers."""
+    from frpo_nemo.megatron import distributed
+    from frpo_nemo.training.metrics import Phases
+    from frpo_nemo.training.rollouts import RolloutWorker, ScoredPrompts
+    from frpo_nemo.training.statistics import rollout_statistics
+
+    probe = cfg.probe
+    rank, _ = distributed.start_world()
+    worker = RolloutWorker(
+        ModelConfig(path=str(model), precision=PRECISION[cfg.dtype]),
+        EngineConfig(
+            temperature=probe.temperature,
+            top_p=probe.top_p,
+            tensor_model_parallel_size=cfg.tensor_parallel_size,
+            gpu_memory_utilization=0.9,
+        ),
+        Phases(),
+        seed=probe.seed,
+        max_model_len=probe.max_prompt_tokens + probe.max_response_tokens,
+        load_format="auto",
+    )
+    scored = ScoredPrompts.load(probe.prompts, build_rewards(probe.reward), worker.tokenizer, probe.max_prompt_tokens)
+    everything, limit = range(len(scored.prompts)), probe.max_response_tokens
+    rollouts = worker.roll_out(scored, everything, samples=probe.samples, max_tokens=limit, seed_step=0)
+    if rank == 0:
+        worker.write_samples(directory / "samples.jsonl", rollouts)
+    scored.rewards.close()
+    worker.close()
+    return rollout_statistics(rollouts)
+
+
+def probe_settings(cfg) -> dict[str, Any]:
+    """What makes two results comparable."""
+    return json.loads(json.dumps(asdict(cfg.probe))) | {"dtype": cfg.dtype}
+
+
+def export_checkpoint(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint of a run (run_dir/checkpoints/step_N) in Hugging Face format to `out`, in one process."""
+    from frpo_nemo.training.run import ignore_warnings_of_libraries
+
+    ignore_warnings_of_libraries()
+    from frpo_nemo.megatron import checkpoint as checkpoints
+    from frpo_nemo.megatron import distributed
+    from frpo_nemo.megatron.actor import PolicyActor
+    from frpo_nemo.megatron.hf_weights import save_hf
+    from frpo_nemo.training.hub import local_model
+
+    checkpoint_files.read(checkpoint)  # a ConfigError for what is none of ours
+    run = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
+    model = ModelConfig(path=str(local_model(run.model.path, download=False)), precision=run.model.precision)
+    distributed.start_world()
+    distributed.start_model_parallel(model, seed=1)
+    actor = PolicyActor(model, None, microbatch_tokens=1)
+    checkpoints.load(checkpoint, actor)
+    save_hf(actor.gpt, actor.arch, model.path, out)
