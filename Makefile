@@ -33,10 +33,10 @@ $(STAMP): $(LOCK) $(OTHERS)
 demo: setup
 	$(BIN)/python recipes/demo.py
 
-# SEEDS=n: the first n of the seven seeds; more can follow in the same directory.
+# SEEDS=n: the first n of the study's seeds; more can follow in the same directory.
 forgetting: setup
 	$(BIN)/python recipes/forgetting.py --config-name study/forgetting \
-	  $(if $(SEEDS),seeds=[$(shell seq -s, 11 $$((10 + $(SEEDS))))])
+	  $(if $(SEEDS),num_seeds=$(SEEDS))
 
 test: setup
 	$(BIN)/python -m pytest

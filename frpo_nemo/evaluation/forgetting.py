@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class StudyConfig:
 
     out: str = field(default="???", metadata={"example": "runs/forgetting"})
     seeds: list[int] = field(default_factory=lambda: [1])
+    num_seeds: int | None = None
     prepare: list[PartConfig] = field(default_factory=list)
     model: str = field(default="???", metadata={"example": "Qwen/Qwen2.5-7B-Instruct"})
     train: PartConfig = field(default_factory=PartConfig)
@@ -83,9 +84,10 @@ class ForgettingStudy:
     def __init__(self, config: StudyConfig, check: Callable[[str, list[str]], None]):
         """check(recipe, arguments): raises ConfigError for a command whose configuration is wrong. Nothing is run
         before all commands of all arms and tasks were checked."""
+        _check(config)
+        config = replace(config, seeds=config.seeds[: config.num_seeds])
         self.config, self.out = config, Path(config.out)
         self._lock = threading.Lock()
-        _check(config)
         for part in self.parts(config.seeds[:1]):
             if part.recipe in TRAINING_RECIPES:
                 check(part.recipe, part.arguments)
@@ -225,6 +227,8 @@ def _check(config: StudyConfig) -> None:
     for name in ("processes", "jobs"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.num_seeds is not None and not 1 <= config.num_seeds <= len(config.seeds):
+        raise ConfigError(f"num_seeds={config.num_seeds} must be from 1 to {len(config.seeds)}, the number of seeds.")
     for arm in config.arms:
         if "train" in config.tasks or "/" in arm or any("/" in task for task in config.tasks):
             raise ConfigError("arms and tasks name directories: no '/', and no task called train (that is stage one).")

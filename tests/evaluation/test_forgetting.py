@@ -58,6 +58,7 @@ def test_finished_runs_with_other_settings_are_not_taken_for_these(study):
         ({"arms": {"a": ["objective=frpo", "objective.lambda_=1", "optim.lrr=1"]}}, r"Unknown key optim\.lrr"),
         ({"arms": {}}, "arms is empty"),
         ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"num_seeds": 2}, "num_seeds=2 must be from 1 to 1"),
         ({"jobs": 0}, "jobs=0 must be at least 1"),
         ({"tasks": {"train": PartConfig("sft")}}, "no task called train"),
         ({"tasks": {"a": PartConfig("convert")}}, r"tasks\.a\.recipe=convert must be one of frpo, sft"),

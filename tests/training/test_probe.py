@@ -10,9 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import rows, world_reward, world_tokenizer
-from runs import Job, exported, probes, steps, validations, without_times
+from frpo_nemo.data.world import rows, world_reward
+from runs import Job, exported, probes, random_model, steps, validations, without_times
 
 STEPS, PROMPTS, SAMPLES, HELD_OUT = 25, 32, 2, 24
 PROBE = ["probe.interval=10", f"probe.prompts.0.limit={PROMPTS}", f"probe.samples={SAMPLES}"]
@@ -20,10 +19,7 @@ PROBE = ["probe.interval=10", f"probe.prompts.0.limit={PROMPTS}", f"probe.sample
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "base"
-    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
-    new_model(path, tokenizer=world_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
-    return str(path)
+    return random_model(tmp_path_factory.mktemp("model") / "base")
 
 
 def overrides(model: str) -> list[str]:

@@ -22,10 +22,8 @@ import torch
 from picky_reward import UNBEARABLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.megatron import checkpoint_files
-from runs import HERE, Job, checkpoints, exported, probes, steps, validations, without_times
+from runs import HERE, Job, checkpoints, exported, probes, random_model, steps, validations, without_times
 
 STEPS, RADIUS = 10, 0.1
 PROBE = ["probe=world", "probe.interval=5", "probe.prompts.0.limit=16"]
@@ -34,11 +32,7 @@ RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A random model that knows the world's words."""
-    path = tmp_path_factory.mktemp("model") / "base"
-    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
-    new_model(path, tokenizer=world_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
-    return str(path)
+    return random_model(tmp_path_factory.mktemp("model") / "base")
 
 
 def frpo_overrides(model: str) -> list[str]:
@@ -72,8 +66,8 @@ def reference(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(model, tmp_path_factory):
-    """The same command with probes, four times: rank 1 killed between saves; all ranks inside the save of step 8; all ranks between
-    saves again; and through to the end."""
+    """The same command with probes, four times: rank 1 killed between saves; all ranks inside the save of step 8; all
+    ranks between saves again; and through to the end."""
     overrides, run_dir = [*frpo_overrides(model), *PROBE], tmp_path_factory.mktemp("disturbed") / "run"
     found = SimpleNamespace(run_dir=run_dir)
 
