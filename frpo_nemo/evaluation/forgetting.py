@@ -119,7 +119,8 @@ class ForgettingStudy:
         return parts
 
     def run(self) -> list[Row]:
-        """Everything that has not finished yet; returns the rows of all parts that ended, failed ones included."""
+        """Everything that has not finished yet; returns the rows of this study's parts that ended, failed ones included.
+        results.jsonl may have more: of seeds, arms and tasks that the configuration named before."""
         with ThreadPoolExecutor(self.config.jobs) as pool:
             ready = dict(zip(self.config.seeds, pool.map(self._prepare, self.config.seeds), strict=True))
             chains = [(seed, arm) for seed in self.config.seeds if ready[seed] for arm in self.config.arms]
@@ -127,7 +128,8 @@ class ForgettingStudy:
         unprepared = [seed for seed in self.config.seeds if not ready[seed]]
         if unprepared:
             raise RuntimeError(f"The preparation of seeds {unprepared} failed; their output is in {self.out}.")
-        return list(self._rows.values())
+        keys = [_key(part.arm, part.seed, part.task) for part in self.parts(self.config.seeds)]
+        return [self._rows[key] for key in keys if key in self._rows]
 
     def _prepare(self, seed: int) -> bool:
         for part in self.preparation(seed):

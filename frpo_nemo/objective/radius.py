@@ -11,7 +11,6 @@ from frpo_nemo.objective.ragged import Groups
 
 RANGE = 1e6  # lambda is looked for within this factor of the spread of rewards, both ways
 TOLERANCE = 1e-10  # of log lambda
-MAX_ITERATIONS = 200
 
 
 def solve_lambda(groups: Groups, rewards_M: Tensor, radius: float) -> float | None:
@@ -25,7 +24,8 @@ def solve_lambda(groups: Groups, rewards_M: Tensor, radius: float) -> float | No
     (with the jackknife G / (G-1) times that); a radius that all the mass on the lowest reward attains, mean_x
     log(G / number of lowest), gives the smallest, where the dual's value is the mean of the lowest rewards.
     """
-    spread = groups.centred(rewards_M).abs().max().item() if groups.count else 0.0
+    rewards_M = groups.centred(rewards_M)  # differences may be tiny beside the rewards
+    spread = rewards_M.abs().max().item() if groups.count else 0.0
     if spread == 0:
         return None
     low, high = math.log(spread / RANGE), math.log(max(spread, 1.0) * RANGE)
@@ -33,16 +33,20 @@ def solve_lambda(groups: Groups, rewards_M: Tensor, radius: float) -> float | No
         return math.exp(low)
     if _log_kl_and_slope(groups, rewards_M, high)[0] >= _log(radius):
         return math.exp(high)
-    point = math.log(spread)
-    for _ in range(MAX_ITERATIONS):
+    point, steps = math.log(spread), [math.inf, math.inf]
+    while high - low > TOLERANCE:
         log_kl, slope = _log_kl_and_slope(groups, rewards_M, point)
         excess = log_kl - math.log(radius)
         low, high = (point, high) if excess > 0 else (low, point)
-        newton = point - excess / slope if slope < 0 else math.inf
-        if abs(newton - point) < TOLERANCE or high - low < TOLERANCE:
-            return math.exp(min(max(newton, low), high))
-        point = newton if low < newton < high else (low + high) / 2
-    raise AssertionError(f"no convergence for radius={radius} in [{low}, {high}]: bisection alone needs fewer steps")
+        step = -excess / slope if slope < 0 else math.inf
+        if abs(step) < TOLERANCE:
+            break
+        # Inside the bracket, and half as long as the last but one, or else the bracket is halved: so it ends.
+        if not low < point + step < high or abs(step) > steps[-2] / 2:
+            step = (low + high) / 2 - point
+        point += step
+        steps.append(abs(step))
+    return math.exp(point)
 
 
 def _log_kl_and_slope(groups: Groups, rewards_M: Tensor, log_lambda: float) -> tuple[float, float]:

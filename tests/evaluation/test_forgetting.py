@@ -19,7 +19,8 @@ STUDIES = sorted(f"study/{path.stem}" for path in (CONFIGS / "study").glob("*.ya
 
 def test_every_run_has_a_row_with_its_points_and_a_failed_arm_is_a_row_too(study):
     config, rows = study
-    assert read_results(Path(config.out) / "results.jsonl") == rows
+    written = read_results(Path(config.out) / "results.jsonl")
+    assert sorted(written, key=str) == sorted(rows, key=str)
     by_run = {(row["arm"], row["task"]): row for row in rows}
     assert set(by_run) == {("frpo", None), ("frpo", "alpaca"), ("impossible", None)}
     train, alpaca, failed = by_run["frpo", None], by_run["frpo", "alpaca"], by_run["impossible", None]
@@ -40,6 +41,12 @@ def test_started_again_it_repeats_the_failed_part_alone(study, monkeypatch):
     again = ForgettingStudy(config, check).run()
     assert started == ["seed 5 impossible train"]
     assert [r for r in again if r["status"] == "finished"] == [r for r in rows if r["status"] == "finished"]
+
+
+def test_rows_of_arms_that_are_no_longer_named_stay_in_the_file_and_out_of_the_result(study):
+    config, rows = study
+    alone = tiny_study(config.out, arms={"frpo": config.arms["frpo"]})
+    assert ForgettingStudy(alone, check).run() == [row for row in rows if row["arm"] == "frpo"]
 
 
 def test_finished_runs_with_other_settings_are_not_taken_for_these(study):
