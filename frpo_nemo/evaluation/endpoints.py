@@ -1,6 +1,6 @@
 """Numbers at the two ends of later fine-tuning: what each arm had, kept and learned, and arms against baselines.
 
-All from a `Study`; the statistics themselves are in statistics.py, the tables in report.py and summary.py.
+All from a `Study`; the statistics themselves are in statistics.py, the tables in tables.py.
 """
 
 from __future__ import annotations

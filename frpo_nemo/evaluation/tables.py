@@ -1,4 +1,4 @@
-"""The tables of a report as text: headings and sections of rows. page.py makes HTML of them, summary.py a terminal's."""
+"""The tables of a report as text: headings and sections of rows. page.py makes HTML of them, report.py a terminal's."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def train(cfg) -> None:
             )
             if objective.beta > 0 or held_out or probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with
-        run.attach(actor, fingerprints(train=training, validation=held_out, probe=probe and probe.scored))
+        held_out_prompts, probe_prompts = held_out and held_out.prompts, probe and probe.scored.prompts
+        run.attach(actor, train=training.prompts, validation=held_out_prompts, probe=probe_prompts)
         sampler = PromptSampler(len(training.prompts), cfg.rollout.prompts_per_step, cfg.trainer.seed, cfg.data.shuffle)
         worker.refit(actor)
         if run.step == 0:
@@ -83,11 +84,6 @@ def longest_sequence(cfg) -> int:
     """Tokens of the longest prompt and response that the engine may see."""
     probe = cfg.probe.max_response_tokens if cfg.probe.interval else 0
     return cfg.data.max_prompt_tokens + max(cfg.rollout.max_response_tokens, probe)
-
-
-def fingerprints(**sets: ScoredPrompts | None) -> dict[str, str]:
-    """Of the data sets that there are, for the checkpoints."""
-    return {name: scored.prompts.fingerprint for name, scored in sets.items() if scored}
 
 
 def learn(

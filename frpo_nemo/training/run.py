@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from frpo_nemo.data.prompts import PromptSet
+from frpo_nemo.data.sft import SFTSet
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
@@ -77,11 +79,15 @@ class Run:
             dist.destroy_process_group()
         self.watchdog.__exit__(kind, error, traceback)
 
-    def attach(self, actor: PolicyActor, data: dict[str, str]) -> None:
-        """Give the run its actor: loads the checkpoint to resume from. data: name -> fingerprint of each data set,
-        which must be those that the checkpoint was made with."""
+    def attach(self, actor: PolicyActor, **sets: PromptSet | SFTSet | None) -> None:
+        """Give the run its actor: loads the checkpoint to resume from. sets: the data sets that there are, which must
+        be those that the checkpoint was made with."""
         self._actor = actor
-        self._data = data
+        present = {name: examples for name, examples in sets.items() if examples}
+        data = self._data = {name: examples.fingerprint for name, examples in present.items()}
+        for name, examples in present.items():
+            if examples.dropped:
+                self.say(f"data {name}: {examples.dropped} rows too long or without an answer are left out")
         if any(other != data for other in distributed.gather_objects(data)):
             raise ConfigError("The ranks read different data: each node must see the same files under data.")
         if self._resumed_from is not None:

@@ -29,8 +29,7 @@ def train(cfg) -> None:
             actor = PolicyActor(cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens)
             if probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that fine-tuning began with
-        sets = {"train": examples, "validation": held_out, "probe": probe and probe.scored.prompts}
-        run.attach(actor, {name: data.fingerprint for name, data in sets.items() if data})
+        run.attach(actor, train=examples, validation=held_out, probe=probe and probe.scored.prompts)
         sampler = PromptSampler(len(examples), cfg.data.sequences_per_step, cfg.trainer.seed, cfg.data.shuffle)
         if run.step == 0:
             measure(run, actor, held_out, probe, 0)

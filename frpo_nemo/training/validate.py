@@ -109,6 +109,11 @@ def validate_sft(cfg, world_size: int) -> None:
     _check_sources(cfg.data)
     if cfg.probe.interval:
         _check_engine_options(cfg, world_size)
+        if cfg.rollout.temperature != 1:
+            raise ConfigError(
+                f"rollout.temperature={cfg.rollout.temperature} must be 1 in supervised training: a probe compares vLLM's "
+                "log-probs with those of training, which are at temperature 1."
+            )
         if arch:
             _check_engine(cfg, arch)
     _check_probe(cfg, arch)

@@ -88,12 +88,10 @@ def test_the_worst_policies_are_at_the_radius_and_their_mean_is_the_dual_value(s
     assert mean_reward_K.mean().item() == pytest.approx(dual_value(prompts, objective, radius), abs=1e-9)
 
 
-@repeatable(100)
-@given(seeds, st.floats(0.05, 0.95), st.floats(-100, 100))
-def test_differences_that_are_tiny_beside_other_rewards_have_their_lambda_too(seed, share, level):
-    generator = torch.Generator().manual_seed(seed)
-    differing = 10 ** (-9 - 4 * torch.rand(5, generator=generator, dtype=torch.float64))
-    prompts = [differing.tolist(), [level] * 5]
+@repeatable(50)
+@given(share=st.floats(0.05, 0.95))
+def test_lambda_is_found_where_differences_are_tiny_beside_the_rewards(share):
+    prompts = [[0.0, 1e-14, 1e-10], [1000.1] * 7]
     radius = share * attainable(prompts)
     worst = worst_case(prompts, solved(prompts, radius).lambda_)
     assert worst.divergence_K.mean().item() == pytest.approx(radius, rel=1e-8)
