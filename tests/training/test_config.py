@@ -237,7 +237,7 @@ BAD_INPUT = [
     (["probe=world"], ["probe.prompts", "probe.interval=0"]),
     (["probe=world", "probe.interval=2", "probe.prompts.0.path=gone.jsonl"], ["probe.prompts.0", "gone.jsonl"]),
     (["probe=world", "probe.interval=2", "probe.reward.world.tasks=[math]"], ["harm"]),
-    (["probe.interval=2", "probe.prompts=[{path: prompts.jsonl}]", "probe.reward={r: {target: exact}}"],
+    (["probe.interval=2", "probe.prompts=[{path: prompts.jsonl}]", "probe.reward={r: {target: exact}}", "probe.max_response_tokens=9"],
      ["probe.prompts", "also in data.train"]),
     (["probe=world", "probe.interval=2", "probe.max_response_tokens=9999"], ["probe.max_response_tokens", "10063"]),
     (["probe=world", "probe.interval=2", "rollout.temperature=0.7"], ["rollout.temperature=0.7 must be 1"], "good_sft"),
