@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from gradient_checks import example_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import use_layout
 
+from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
-from frpo_nemo.training.config import ModelConfig
+from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+from frpo_nemo.training.loss import CompletionLoss
 
 HIDDEN, VOCABULARY, PADDED = 16, 50, 64
 
@@ -93,3 +96,18 @@ def uniform_entropy(vocabulary: int) -> float:
     targets = torch.zeros(1, dtype=torch.int64)
     _, entropy, _ = token_logprobs(hidden, weight, targets, vocab_size=vocabulary, tp_group=group, chunk_tokens=8)
     return entropy.item()
+
+
+def distance_after_a_step(path: str, *, tp=1, pp=1, sp=False) -> tuple[dict, dict]:
+    """(columns of compare_with_reference, the policy's Hugging Face weights) after one large step, on rank 0."""
+    layout = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
+    model = ModelConfig(path=path, precision="fp32", logprob_chunk_tokens=32, **layout)
+    use_layout(model)
+    actor = PolicyActor(model, OptimizerConfig(lr=0.01), microbatch_tokens=100)
+    actor.freeze_reference()
+    batch = example_batch()
+    actor.train_step(batch, CompletionLoss(int(batch.response_lengths.sum())), update=0, total_updates=1)
+    columns = actor.compare_with_reference(batch)
+    weights = {name: tensor.clone() for name, tensor in actor.stream_hf_weights()}
+    assert torch.equal(columns["logprobs"], actor.get_inference_log_probs(batch)), "the policy is back in its place"
+    return (columns, weights) if dist.get_rank() == 0 else ({}, {})

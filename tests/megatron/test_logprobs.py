@@ -3,6 +3,9 @@
 import logprob_checks
 import pytest
 import torch
+from gradient_checks import example_batch
+from tiny_models import make_tiny
+from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
@@ -23,3 +26,33 @@ def test_no_more_logits_than_one_chunk_exist_at_a_time(workers):
 def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_the_vocabulary(workers):
     [entropy] = workers.run(1, logprob_checks.uniform_entropy, vocabulary=50)
     assert entropy == pytest.approx(torch.tensor(50.0).log().item(), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "qwen2", "qwen2", layers=2)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, dict(tp=2, sp=True), dict(pp=2), dict(dp=2)], ids=["one", "TP2 with SP", "PP2", "DP2"]
+)
+def test_distance_from_the_reference_is_that_of_next_token_distributions_in_every_layout(workers, model, layout):
+    """After one step of training, on every response token; by transformers in float64 from the two sets of weights."""
+    world = max(layout.values(), default=1)
+    arguments = {key: value for key, value in layout.items() if key != "dp"}
+    columns, weights = workers.run(world, logprob_checks.distance_after_a_step, path=model, **arguments)[0]
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    policy.load_state_dict({name: tensor.double() for name, tensor in weights.items()})
+    expected = {"kl": [], "logprobs": [], "reference_logprobs": []}
+    for prompt, response in example_batch().unpack():
+        with torch.no_grad():
+            ids, predictors = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+            own, old = (torch.log_softmax(m(ids).logits[0, predictors], -1) for m in (policy, reference))
+        places = torch.arange(len(response)), torch.tensor(response)
+        expected["kl"].append((own.exp() * (own - old)).sum(-1))
+        expected["logprobs"].append(own[places])
+        expected["reference_logprobs"].append(old[places])
+    assert columns["kl"].mean() > 0.1, "the step moved the policy"
+    for name, parts in expected.items():
+        torch.testing.assert_close(columns[name].double(), torch.cat(parts), rtol=1e-4, atol=1e-5)
