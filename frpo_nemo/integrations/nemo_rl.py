@@ -238,4 +238,7 @@ def frpo_objective(loss_config: Any) -> FRPO:
             "loss_fn.frpo.refresh_importance must be false: NeMo-RL computes advantages once per rollout."
         )
     named = {field: getattr(loss_config, name) for field, name in NAMED_BY_NEMO_RL.items()}
-    return build_objective({"name": "frpo", "refresh_importance": False, **fields, **named})
+    try:
+        return build_objective({"name": "frpo", "refresh_importance": False, **fields, **named})
+    except ConfigError as error:
+        raise ConfigError(f"In NeMo-RL's configuration, where objective is loss_fn.frpo: {error}") from error

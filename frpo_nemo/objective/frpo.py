@@ -42,18 +42,19 @@ class FRPO(Objective):
     As lambda_ grows, lambda_ * A_eff_i tends to r_i - mean(r) (Dr. GRPO), with the jackknife to G / (G-1)
     times that, r_i minus the mean of the others. As lambda_ shrinks, A_eff of a single worst response tends
     to -(2G-2) with the jackknife and to -(G-1) without: watch max_abs_advantage and effective_sample_size.
+
+    All this is with f_divergence="kl"; theory.md (13) has chi_squared. ConfigError for a field out of its range, and
+    unless exactly one of lambda_ and kl_radius is given.
     """
 
-    lambda_: float | None = (
-        None  # temperature, in units of reward: small looks at the worst response, large at the mean
-    )
+    lambda_: float | None = None  # temperature in units of reward: small looks at the worst response, large at the mean
     kl_radius: float | None = None  # or: of the ball, in nats per prompt; each batch finds its lambda_ (for_batch)
     radius_smoothing: float = 0.0  # weight of the last step's log lambda_ in this one's
     f_divergence: str = "kl"  # how the adversary's distance is measured: kl or chi_squared
     jackknife: bool = True
     baseline: bool = True
     scale: str = "paper"  # of the loss: paper is the authors' max(lambda_, 1), objective is lambda_
-    refresh_importance: bool = True  # with several updates per rollout; false: m_i = 1, an approximation
+    refresh_importance: bool = True  # with several updates per rollout; false: m_i = 1, better at large lambda_
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,8 +77,8 @@ class FRPO(Objective):
         require_choice("scale", self.scale, ("paper", "objective"))
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> FRPO:
-        """With kl_radius: itself with the batch's lambda_ instead, smoothed over steps in log lambda_. A batch
-        without differing rewards keeps the last one; its advantages are 0 with any. theory.md (17). See Objective."""
+        """With kl_radius: itself with the batch's lambda_ instead, smoothed over steps in log lambda_. A batch without
+        differing rewards keeps the last one; on-policy its advantages are 0 with any. theory.md (18). See Objective."""
         if self.kl_radius is None:
             return self
         groups = Groups.of(rewards_N, groups_N)
@@ -152,9 +153,9 @@ class FRPO(Objective):
         return torch.exp(log_ratios_R.clamp(max=bound)), clipped_R
 
     def statistics(self, rewards_N: Tensor, groups_N: Tensor, advantages_N: Tensor) -> dict[str, float]:
-        """Also lambda and, averaged over groups: robust_value, what FRPO maximises (with KL the entropic risk,
-        -lambda log mean exp(-r / lambda)); worst_case_divergence, how far the worst policy is; effective_sample_size,
-        (sum g)^2 / sum g^2 out of G, on-policy."""
+        """Also lambda and, averaged over groups, on-policy: robust_value, what FRPO maximises (with KL the entropic
+        risk, -lambda log mean exp(-r / lambda)), and worst_case_divergence, how far the worst policy is, both of the
+        samples as they are, without jackknife; effective_sample_size, (sum g)^2 / sum g^2 out of G."""
         values = super().statistics(rewards_N, groups_N, advantages_N) | {"lambda": self._known_lambda()}
         groups = Groups.of(rewards_N, groups_N)
         if groups.count == 0:

@@ -9,20 +9,20 @@ from torch import Tensor
 from frpo_nemo.objective.divergence import DIVERGENCES
 from frpo_nemo.objective.ragged import Groups
 
-RANGE = 1e6  # lambda is looked for within this factor of the spread of rewards, both ways
+RANGE = 1e6  # lambda is looked for within this factor of the largest |r - mean r|, both ways, and at least up to it
 TOLERANCE = 1e-10  # of log lambda
 
 
 def solve_lambda(groups: Groups, rewards_M: Tensor, radius: float) -> float | None:
-    """argmax over lambda of mean_x[-lambda log mean_i exp(-r_i / lambda)] - lambda * radius, theory.md (15).
+    """argmax over lambda of mean_x[-lambda log mean_i exp(-r_i / lambda)] - lambda * radius, theory.md (16).
 
-    The dual is concave, and its derivative is the mean over prompts of the worst policy's KL, minus the radius: a
+    The dual is concave, and its derivative (17) is the mean over prompts of the worst policy's KL, minus the radius: a
     Newton iteration on log KL against log lambda (a line of slope -2 for large lambda), kept inside a bracket.
     rewards_M: float64 [M]; radius: in nats, >= 0. None if no group has differing rewards: any lambda will do.
 
-    At the ends there is no such lambda. A radius of 0 gives the largest, where lambda * A_eff is GRPO's r_i - mean(r)
-    (with the jackknife G / (G-1) times that); a radius that all the mass on the lowest reward attains, mean_x
-    log(G / number of lowest), gives the smallest, where the dual's value is the mean of the lowest rewards.
+    At the ends there is no such lambda. A radius of 0 gives the largest, where on-policy lambda * A_eff is Dr. GRPO's
+    r_i - mean(r) (with the jackknife G / (G-1) times that). A radius that all the mass on the lowest reward attains,
+    mean_x log(G / number of lowest), gives the smallest, where the dual's value is the mean of the lowest rewards.
     """
     rewards_M = groups.centred(rewards_M)  # differences may be tiny beside the rewards
     spread = rewards_M.abs().max().item() if groups.count else 0.0

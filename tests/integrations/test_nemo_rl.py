@@ -6,7 +6,11 @@ NeMo-RL cannot be installed beside this project; what is asserted of it was reco
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +27,7 @@ from frpo_nemo.integrations.nemo_rl import (
 )
 from frpo_nemo.objective import FRPO
 
+DOC = Path(__file__).parents[2] / "docs" / "integrations" / "nemo_rl.md"
 CLIPPED_PG_LOSS_CONFIG = {  # the fields of ClippedPGLossConfig and their defaults
     "disable_ppo_ratio": False,
     "token_level_loss": True,
@@ -331,7 +336,7 @@ def test_a_kl_radius_solves_lambda_from_each_batch_and_remembers_it():
         ({"frpo": {"lambda_": 0.5, "beta": 0.1}}, "reference_policy_kl_penalty"),
         ({"frpo": {"lambda_": 0.5, "refresh_importance": True}}, "refresh_importance"),
         ({"frpo": 0.5}, "loss_fn.frpo"),
-        ({"frpo": {"lambda_": -1.0}}, "lambda_"),
+        ({"frpo": {"lambda_": -1.0}}, "objective is loss_fn.frpo: objective.lambda_=-1.0"),
     ],
 )
 def test_settings_that_frpo_would_ignore_are_refused_by_name(fields, name):
@@ -339,3 +344,10 @@ def test_settings_that_frpo_would_ignore_are_refused_by_name(fields, name):
         FRPOLossFn(loss_config(**fields))
     with pytest.raises(ConfigError, match=name):
         FRPOAdvantageEstimator(None, loss_config(**fields))
+
+
+def test_the_snippet_of_the_doc_prints_what_the_doc_says():
+    snippet, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", DOC.read_text(), re.S).groups()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(snippet, str(DOC), "exec"), {})
+    assert output.getvalue().split() == printed.split()

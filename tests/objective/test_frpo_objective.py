@@ -180,6 +180,14 @@ def test_groups_of_equal_rewards_get_exactly_zero(f_divergence, jackknife, lambd
         assert objective.effective_advantages(*beside)[:size].eq(0).all()
 
 
+def test_off_policy_a_group_of_equal_rewards_is_driven_from_importance_one():
+    """The slope of log mean m - mean m, which is largest where the mean of m is 1."""
+    rewards, groups = torch.full((4,), 0.3), torch.zeros(4, dtype=torch.int64)
+    importance = torch.tensor([0.8, 0.9, 1.1, 0.7])
+    advantages = FRPO(lambda_=0.5, jackknife=False).effective_advantages(rewards, groups, importance)
+    torch.testing.assert_close(advantages, (1 - 1 / importance.mean()).expand(4))
+
+
 @every_switch
 def test_equal_rewards_in_a_group_get_equal_advantages(switches):
     rewards, groups = torch.tensor([0.1, 0.7, 0.1, 0.7, 0.7, 0.3]), torch.zeros(6, dtype=torch.int64)
@@ -273,6 +281,13 @@ def test_jackknife_at_small_lambda_is_bounded_by_twice_the_group():
     assert statistics["max_abs_advantage"] == pytest.approx(14)
     assert statistics["effective_sample_size"] == pytest.approx(8**2 / (15**2 + 7))
     assert statistics["robust_value"] == pytest.approx(0.01 * math.log(8))  # the worst reward, softened
+
+
+def test_jackknife_at_small_lambda_rewards_the_second_worst_the_most():
+    """It is the worst of the group without the worst."""
+    rewards, groups = torch.arange(8.0), torch.zeros(8, dtype=torch.int64)
+    advantages = FRPO(lambda_=0.01).effective_advantages(rewards, groups)
+    torch.testing.assert_close(advantages, torch.tensor([-14.0, 8.0] + [1.0] * 6))
 
 
 # The sequence loss
