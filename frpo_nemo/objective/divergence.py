@@ -80,16 +80,16 @@ class ChiSquared(Divergence):
     ) -> Tensor:
         """g_i = q_i^2 / 2; with jackknife G q_i^2 / 2 - sum_{j != i} (q_i of the group without j)^2 / 2."""
         sorted_groups = _SortedGroups.of(groups, groups.centred(rewards_M) / lambda_, importance_M)
-        half_squares_KG = sorted_groups.density(sorted_groups.level()).square() / 2
+        half_squares_KG = sorted_groups.density().square() / 2
         if jackknife:
-            without_KGG = sorted_groups.density(sorted_groups.levels_without_each()).square() / 2
-            others_KGG = without_KGG.masked_fill(sorted_groups.itself_or_padding(), 0)
-            half_squares_KG = groups.sizes[:, None] * half_squares_KG - others_KGG.sum(1)
+            half_squares_KG *= groups.sizes[:, None]
+            for j in range(half_squares_KG.shape[1]):  # one array of all groups at a time: it stays in the cache
+                half_squares_KG -= sorted_groups.density_without(j).square() / 2
         return sorted_groups.restore(half_squares_KG)
 
     def worst_case(self, groups: Groups, rewards_M: Tensor, lambda_: float) -> WorstCase:
         sorted_groups = _SortedGroups.of(groups, groups.centred(rewards_M) / lambda_, torch.ones_like(rewards_M))
-        q_M = sorted_groups.restore(sorted_groups.density(sorted_groups.level()))
+        q_M = sorted_groups.restore(sorted_groups.density())
         divergence_K = groups.mean((q_M - 1).square()) / 2
         return WorstCase(q_M, divergence_K, groups.mean(q_M * rewards_M) + lambda_ * divergence_K)
 
@@ -121,42 +121,31 @@ class _SortedGroups:
         importance_KG[groups.ids, columns_M] = importance_M
         return cls(values_KG, importance_KG, groups.sizes, groups.ids, columns_M)
 
-    def level(self) -> Tensor:
-        """nu / lambda of each group, [K, 1]: mean_i m_i max(nu - r_i, 0) / lambda = 1."""
-        return self._level(self.importance_KG, self._finite_values(), self.sizes_K[:, None])
+    def density(self) -> Tensor:
+        """q of every member, [K, G]."""
+        return self._density(self.importance_KG, self.sizes_K[:, None])
 
-    def levels_without_each(self) -> Tensor:
-        """nu / lambda of each group without its member j, [K, j, 1]. Sums are taken anew for each j: subtracting one
-        response from the whole group's sum would cancel where it is most of it."""
-        importance_KGG = self.importance_KG[:, None, :].masked_fill(self._itself(), 0)
-        return self._level(importance_KGG, self._finite_values()[:, None, :], (self.sizes_K - 1)[:, None, None])
-
-    def density(self, levels: Tensor) -> Tensor:
-        """q of every member at these levels: [K, 1] -> [K, G], [K, j, 1] -> [K, j, G]."""
-        values = self.values_KG if levels.dim() == 2 else self.values_KG[:, None, :]
-        return (levels - values).clamp(min=0)
-
-    def itself_or_padding(self) -> Tensor:
-        """True where j is the response itself or none. [K, j, G]"""
-        return self.values_KG.isinf()[:, :, None] | self._itself()
+    def density_without(self, j: int) -> Tensor:
+        """q of every member in its group without the j-th, [K, G]; 0 for the j-th, and where there is no j-th. Sums are
+        taken anew: subtracting one response from the whole group's sum would cancel where it is most of it."""
+        importance_KG = self.importance_KG.clone()
+        importance_KG[:, j] = 0
+        q_KG = self._density(importance_KG, self.sizes_K[:, None] - 1)
+        q_KG[:, j] = 0
+        return q_KG.masked_fill_(self.sizes_K[:, None] <= j, 0)
 
     def restore(self, values_KG: Tensor) -> Tensor:
         """Back to the order of the batch, [M]."""
         return values_KG[self.rows_M, self.columns_M]
 
-    def _itself(self) -> Tensor:
-        return torch.eye(self.values_KG.shape[1], dtype=torch.bool, device=self.values_KG.device)
-
-    def _finite_values(self) -> Tensor:
-        return self.values_KG.masked_fill(self.values_KG.isinf(), 0)
-
-    @staticmethod
-    def _level(importance: Tensor, values: Tensor, sizes: Tensor) -> Tensor:
-        """If the k lowest alone are below the level, it is (G + sum m r) / sum m over them, in units of lambda; and the
-        level is the lowest of these candidates, since max(nu - r, 0) >= nu - r makes each an upper bound."""
-        weights, weighted = torch.cumsum(importance, -1), torch.cumsum(importance * values, -1)
-        candidates = torch.where(weights > 0, (sizes + weighted) / weights, torch.inf)
-        return candidates.amin(-1, keepdim=True)
+    def _density(self, importance_KG: Tensor, sizes_K1: Tensor) -> Tensor:
+        """max(nu - r_i, 0) / lambda where mean_i m_i max(nu - r_i, 0) / lambda = 1. If the k lowest alone are below the
+        level nu / lambda, it is (G + sum m r) / sum m over them, in units of lambda; and the level is the lowest of these
+        candidates (inf where no weight is), since max(nu - r, 0) >= nu - r makes each an upper bound."""
+        values_KG = self.values_KG.masked_fill(self.values_KG.isinf(), 0)
+        weighted_KG = torch.cumsum(importance_KG * values_KG, 1)
+        levels_K1 = ((sizes_K1 + weighted_KG) / torch.cumsum(importance_KG, 1)).amin(1, keepdim=True)
+        return (levels_K1 - self.values_KG).clamp(min=0)
 
 
 def _dominant(groups: Groups, h_M: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def validate_frpo(cfg, world_size: int) -> None:
     _check_choices(cfg, ROLLOUT_CHOICES)
     _check_bounds(cfg, ROLLOUT_AT_LEAST_1, 1)
     _check_bounds(cfg, ("rollout.importance_limit",), 0, strictly=True)
-    _check_objective(cfg.objective)
+    _check_objective(cfg.objective, cfg.trainer.updates_per_rollout)
     if cfg.rollout.group_size < 2:
         raise ConfigError(
             f"rollout.group_size={cfg.rollout.group_size} must be at least 2: responses are compared within their group."
@@ -180,10 +180,15 @@ def _check_layout(cfg, world_size: int) -> None:
         raise ConfigError(f"model.fp8={model.fp8} needs model.precision=bf16, not {model.precision}.")
 
 
-def _check_objective(objective: Any) -> None:
+def _check_objective(objective: Any, updates: int) -> None:
     if not isinstance(objective, dict):
         raise ConfigError(f"objective={objective} must be a mapping, such as {{name: frpo, lambda_: 0.5}}.")
-    build_objective(objective)
+    built = build_objective(objective)
+    if updates > 1 and built.uses_importance and getattr(built, "kl_radius", None) == 0:
+        raise ConfigError(
+            "objective.kl_radius=0 makes lambda so large that refreshed importances decide the advantages; with "
+            f"trainer.updates_per_rollout={updates} set objective.refresh_importance=false (docs/theory.md, section 6)."
+        )
 
 
 def _check_engine_options(cfg, world_size: int) -> None:

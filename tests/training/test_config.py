@@ -229,6 +229,8 @@ BAD_INPUT = [
     (["checkpoint.resume=gone/step_2"], ["checkpoint.resume=gone/step_2", "does not exist"]),
     (["checkpoint.resume=tiny"], ["checkpoint.resume=tiny", "not a checkpoint"]),
     (["checkpoint.resume=earlier/checkpoints/step_00000002"], ["another model", "num_layers=2", "model.path=tiny"]),
+    (["objective.lambda_=null", "objective.kl_radius=0", "trainer.updates_per_rollout=2"],
+     ["objective.kl_radius=0", "objective.refresh_importance=false"]),
     # probes
     (["probe.interval=-1"], ["probe.interval=-1", "at least 0"]),
     (["probe.interval=2"], ["probe.interval=2", "probe.prompts", "empty"]),
