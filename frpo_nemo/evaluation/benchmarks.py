@@ -108,7 +108,10 @@ def check_benchmarks(cfg: EvaluateRun) -> None:
     _check_installed(cfg)
 
 
-def _check_model(cfg: EvaluateRun, model: Path) -> None:
+def check_model(cfg: EvaluateRun) -> Path:
+    """The model's directory. Raises ConfigError for one that cfg.benchmarks cannot measure, and for results in cfg.out of
+    other settings or weights."""
+    model = model_directory(cfg.model.path)
     chatting = [n for n in cfg.benchmarks if BENCHMARKS[n].chat and BENCHMARKS[n].tool == "lm_eval"]
     if chatting and not has_chat_template(model):
         raise ConfigError(
@@ -120,6 +123,7 @@ def _check_model(cfg: EvaluateRun, model: Path) -> None:
         if directory.exists() and not (directory / LOG).is_file():
             raise ConfigError(f"{directory} exists and is not of an earlier start; choose another out, or remove it.")
         finished_scores(cfg, name, model)
+    return model
 
 
 def has_chat_template(model: Path) -> bool:
@@ -137,8 +141,7 @@ def run_benchmarks(cfg: EvaluateRun) -> bool:
     results of other settings.
     """
     check_benchmarks(cfg)
-    model = model_directory(cfg.model.path)
-    _check_model(cfg, model)
+    model = check_model(cfg)
     console, failed = Console(soft_wrap=True, highlight=False, markup=False), []
     for name in cfg.benchmarks:
         directory = Path(cfg.out) / name

@@ -13,6 +13,7 @@ from frpo_nemo.evaluation.benchmarks import (
     PROBE,
     EvaluateRun,
     check_benchmarks,
+    check_model,
     model_directory,
     run_benchmarks,
     weights_stamp,
@@ -37,6 +38,8 @@ def evaluate(cfg: EvaluateRun) -> bool:
         check_reward_probe(cfg.probe, cfg.dtype)
     if (Path(cfg.model.path) / checkpoint_files.RECORD).is_file():
         cfg.model.path = str(exported(Path(cfg.model.path), Path(cfg.out) / "hf"))
+    if cfg.benchmarks:
+        check_model(cfg)
     if cfg.probe.prompts:
         _probe(cfg, model_directory(cfg.model.path))
     return run_benchmarks(cfg) if cfg.benchmarks else True

@@ -27,6 +27,7 @@ from runs import HERE, Job, checkpoints, exported, probes, random_model, steps, 
 
 STEPS, RADIUS = 10, 0.1
 PROBE = ["probe=world", "probe.interval=5", "probe.prompts.0.limit=16"]
+PROBE += ['probe.prompts.0.path="world:prompts?seed=0&heldout=1"']  # of the demo's world
 RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
 
 
