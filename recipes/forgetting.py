@@ -3,7 +3,7 @@
     python recipes/forgetting.py --config-name study/forgetting        # or: make forgetting
     python recipes/forgetting.py --config-name my_study out=runs/study      # options: configs/forgetting.yaml
 
-Started again, it goes on where it stopped. out/report.html is the result; recipes/report.py makes it anew.
+Started again, it goes on where it stopped. Exit code 1: some runs failed. out/report.html is the result; recipes/report.py makes it anew.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def main() -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {problem}")
     print_summary(rows)
     print(f"report: {page}")
+    if any(row["status"] == "failed" for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

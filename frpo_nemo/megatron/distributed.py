@@ -6,7 +6,6 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import socket
 import subprocess
 
 import torch
@@ -29,7 +28,7 @@ def read_world() -> tuple[int, int]:
     if "RANK" not in env:
         env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(_free_port()))
+        env.setdefault("MASTER_PORT", "0")  # any free one, known when start_world listens
     return int(env["RANK"]), int(env["WORLD_SIZE"])
 
 
@@ -39,7 +38,12 @@ def start_world() -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(hours=2))
+    store, timeout = None, datetime.timedelta(hours=2)
+    if world_size == 1:
+        # Listening on a port that the system chooses: one that was only found free could be taken by another run.
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        os.environ["MASTER_PORT"] = str(store.port)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return rank, world_size
 
 
@@ -116,9 +120,3 @@ def _first_slurm_host(nodelist: str) -> str:
     except FileNotFoundError:
         name, bracket = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?", nodelist).groups()
         return name + (re.split("[-,]", bracket)[0] if bracket else "")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
