@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import time
 import traceback
@@ -102,6 +103,9 @@ def _serve(pipe, rank: int) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the range that the system gives to connections: none of them can take it before rank 0 listens."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)):  # nobody listens there
+                return port
