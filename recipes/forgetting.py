@@ -3,7 +3,8 @@
     python recipes/forgetting.py --config-name study/forgetting        # or: make forgetting
     python recipes/forgetting.py --config-name my_study out=runs/study      # options: configs/forgetting.yaml
 
-Started again, it goes on where it stopped. Exit code 1: some runs failed. out/report.html is the result; recipes/report.py makes it anew.
+Started again, it goes on where it stopped. Exit code 1: some runs failed. out/report.html is the result;
+recipes/report.py makes it anew.
 """
 
 from __future__ import annotations
