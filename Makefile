@@ -1,5 +1,7 @@
-# make demo    train a small model with FRPO on this machine's CPU, from nothing         make test    the tests
-# make forgetting  does it last? the study of docs/forgetting.md (SEEDS=1: one seed)    make setup   only the environment
+# make demo        train a small model with FRPO on this machine's CPU, from nothing
+# make forgetting  does it last? the study of docs/forgetting.md (SEEDS=1: one seed)
+# make test        the tests              make lint    ruff
+# make setup       only the environment (.venv)
 
 PYTHON ?= python3.11
 VENV := .venv

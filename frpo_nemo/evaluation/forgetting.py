@@ -231,9 +231,8 @@ def _check(config: StudyConfig) -> None:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1.")
     if config.num_seeds is not None and not 1 <= config.num_seeds <= len(config.seeds):
         raise ConfigError(f"num_seeds={config.num_seeds} must be from 1 to {len(config.seeds)}, the number of seeds.")
-    for arm in config.arms:
-        if "train" in config.tasks or "/" in arm or any("/" in task for task in config.tasks):
-            raise ConfigError("arms and tasks name directories: no '/', and no task called train (that is stage one).")
+    if "train" in config.tasks or any("/" in name for name in (*config.arms, *config.tasks)):
+        raise ConfigError("arms and tasks name directories: no '/', and no task called train (that is stage one).")
     for name, part in {"train": config.train, **{f"tasks.{k}": v for k, v in config.tasks.items()}}.items():
         if part.recipe not in TRAINING_RECIPES:
             raise ConfigError(f"{name}.recipe={part.recipe} must be one of {', '.join(TRAINING_RECIPES)}.")
