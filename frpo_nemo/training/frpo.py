@@ -40,7 +40,7 @@ def train(cfg) -> None:
                 microbatch_tokens=cfg.trainer.microbatch_tokens,
                 temperature=cfg.rollout.temperature,
             )
-            if objective.beta > 0 or held_out or probe:
+            if objective.beta > 0 or cfg.trainer.val_interval or probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with
         held_out_prompts, probe_prompts = held_out and held_out.prompts, probe and probe.scored.prompts
         run.attach(actor, train=training.prompts, validation=held_out_prompts, probe=probe_prompts)
@@ -72,10 +72,11 @@ def train(cfg) -> None:
 
 
 def load_prompts(cfg, worker: RolloutWorker) -> tuple[ScoredPrompts, ScoredPrompts | None]:
-    """(what to train on, what to validate on or None), with the same rewards."""
+    """(what to train on, what to validate on or None), with the same rewards. The second does not depend on
+    val_interval: its fingerprint is in the checkpoints, and a resumed run may begin to validate."""
     rewards = build_rewards(cfg.reward)
     training = ScoredPrompts.load(cfg.data.train, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
-    if not cfg.trainer.val_interval:
+    if not cfg.data.validation:
         return training, None
     return training, ScoredPrompts.load(cfg.data.validation, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
 
