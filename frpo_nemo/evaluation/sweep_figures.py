@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from frpo_nemo.evaluation.figures import Picture, panels, save, style_of, styled
+from frpo_nemo.evaluation.figures import Picture, panels, save, styled
 from frpo_nemo.evaluation.landscape import draw_arms
+from frpo_nemo.evaluation.plots import COLOURS
 from frpo_nemo.evaluation.statistics import Summary
 from frpo_nemo.evaluation.study import Study, reward_label
 from frpo_nemo.evaluation.sweeps import FrontierPoint, Sweep, baselines_of, frontier, frontier_point, kept_rewards
@@ -30,13 +31,14 @@ def draw_frontier(study: Study, sweeps: list[Sweep], task: str, path: Path) -> P
     for axis, panel in zip(axes, contents, strict=True):
         for number, (sweep, points) in enumerate(lines.items()):
             known = [point for point in points if _at(point, panel)]
-            _draw_line(axis, known, panel, linestyle=DASHES[number % len(DASHES)], label=sweep.label)
-            for index, point in enumerate(known):
-                _draw_point(axis, study, point, panel, marker="o", markersize=6)
-                _label(axis, f"{SYMBOLS[sweep.field]} = {point.value:g}", point, panel, above=index % 2 == 0)
+            colour = COLOURS[number % len(COLOURS)]
+            _draw_line(axis, known, panel, colour, linestyle=DASHES[number % len(DASHES)], label=sweep.label)
+            for point in known:
+                _draw_point(axis, point, panel, color=colour, marker="o", markersize=6)
+                _label(axis, f"{SYMBOLS[sweep.field]} = {point.value:g}", point, panel, colour, above=number % 2 == 0)
         for point in singles:
             if _at(point, panel):
-                _draw_point(axis, study, point, panel, marker="X", markersize=8, label=point.arm)
+                _draw_point(axis, point, panel, color="#222222", marker="X", markersize=8, label=point.arm)
         _name_axes(axis, panel, task)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, path, _caption(sweeps[0], task, study.kl_name("train"), bool(singles)))
@@ -62,22 +64,22 @@ def _at(point: FrontierPoint, panel: Panel) -> tuple[Summary, Summary] | None:
     return (x, y) if x and y else None
 
 
-def _draw_line(axis, points: list[FrontierPoint], panel: Panel, **style) -> None:
+def _draw_line(axis, points: list[FrontierPoint], panel: Panel, colour: str, **style) -> None:
     values = [_at(point, panel) for point in points]
     means = [x.mean for x, _ in values], [y.mean for _, y in values]
-    axis.plot(*means, color="#777777", linewidth=1.5, zorder=1, **style)
+    axis.plot(*means, color=colour, linewidth=1.5, zorder=1, **style)
 
 
-def _draw_point(axis, study: Study, point: FrontierPoint, panel: Panel, **style) -> None:
+def _draw_point(axis, point: FrontierPoint, panel: Panel, **style) -> None:
     x, y = _at(point, panel)
     bars = dict(xerr=x.std or 0.0, yerr=y.std or 0.0, linestyle="none", elinewidth=0.9)
-    axis.errorbar(x.mean, y.mean, color=style_of(study, point.arm)["color"], **bars, **style)
+    axis.errorbar(x.mean, y.mean, **bars, **style)
 
 
-def _label(axis, text: str, point: FrontierPoint, panel: Panel, *, above: bool) -> None:
+def _label(axis, text: str, point: FrontierPoint, panel: Panel, colour: str, *, above: bool) -> None:
     x, y = _at(point, panel)
     shift = (7, 7) if above else (7, -14)
-    axis.annotate(text, (x.mean, y.mean), xytext=shift, textcoords="offset points", fontsize=9, color="#222222")
+    axis.annotate(text, (x.mean, y.mean), xytext=shift, textcoords="offset points", fontsize=9, color=colour)
 
 
 def _name_axes(axis, panel: Panel, task: str) -> None:
