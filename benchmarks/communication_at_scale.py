@@ -1,0 +1,144 @@
+"""Bytes that reach a rank in a training step on 64 to 512 GPUs, and the seconds that they need, by formula alone.
+
+    python -m benchmarks.communication_at_scale
+
+The formulas are those that communication.py compares with counts. Nothing here was measured on GPUs; a second is bytes
+over the bandwidth of the slowest link in a group, without latency, contention or overlap with computation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning import communication as formulas
+from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
+
+NVLINK, NETWORK = 400e9, 50e9  # bytes/s per GPU and direction: inside a node; 400 Gb/s between nodes
+HOST = 12.5e9 / 8  # bytes/s per rank for CPU tensors (gloo): 100 Gb/s of Ethernet shared by the ranks of a node
+NODE = 8
+PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 128, 16, 256, 1024
+MICROBATCH_TOKENS, REFIT_BUCKET = 8192, 512 << 20
+
+# The shapes of their public config.json.
+LLAMA = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072)
+MODELS = {
+    "Llama-3.1-70B, TP8 PP4": (
+        dict(LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+        Parallel(tp=8, pp=4, sequence_parallel=True),
+    ),
+    "Llama-3.1-8B, TP4": (
+        dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+        Parallel(tp=4, sequence_parallel=True),
+    ),
+}
+
+
+@dataclass
+class Cost:
+    """Of one phase on one rank. gpu, host: bytes received by GPU and by CPU tensors."""
+
+    calls: int = 0
+    gpu: float = 0.0
+    host: float = 0.0
+    seconds: float = 0.0
+
+
+def step(model: Model, rank: int) -> dict[str, list[Transfer]]:
+    """A step of FRPO with one update and a reference."""
+    parallel, stage = model.parallel, model.parallel.stage(rank)
+    sequence, sequences = PROMPT_TOKENS + RESPONSE_TOKENS, PROMPTS * SAMPLES
+    per_pack = MICROBATCH_TOKENS // sequence
+    packs = [Pack(-(-per_pack * sequence // parallel.tp) * parallel.tp, per_pack * RESPONSE_TOKENS)]
+    packs *= math.ceil(sequences / parallel.dp / per_pack)
+    responses = sequences * RESPONSE_TOKENS
+
+    def one_pass(names: int, backward: bool) -> list[Transfer]:
+        results = formulas.columns(parallel, stage, ["x"] * names, responses)
+        return formulas.model_pass(model, stage, packs, backward=backward) + results
+
+    share = math.ceil(responses / parallel.world * pickled_bytes_per_token())
+    learning = one_pass(4, True)
+    return {
+        "gather of rollouts": formulas.object_gather("rollouts", parallel.world, share),
+        "reference log-probs": one_pass(3, False),
+        "forward, backward": [t for t in learning if t.kind not in ("send", "recv")],
+        "between stages": [t for t in learning if t.kind in ("send", "recv")],
+        "gradients": formulas.gradient_sync(model, stage),
+        "norm, weights": formulas.optimizer_step(model, stage),
+        "refit": formulas.refit(model, rank, REFIT_BUCKET),
+        "checkpoint (when due)": formulas.optimizer_collection(model, stage),
+    }
+
+
+def cost(parallel: Parallel, rank: int, transfers: list[Transfer]) -> Cost:
+    """Sums over the transfers, each at the speed of its group's slowest link."""
+    total = Cost()
+    for transfer in transfers:
+        ranks = parallel.ranks(rank, transfer.group)
+        received = transfer.received(len(ranks))
+        total.calls += transfer.calls
+        if transfer.part in ("rollouts", "agreement"):
+            total.host += received
+            total.seconds += received / HOST
+        else:
+            total.gpu += received
+            inside = {r // NODE for r in (rank, *ranks)} == {rank // NODE}
+            total.seconds += received / (NVLINK if inside else NETWORK)
+    return total
+
+
+def pickled_bytes_per_token() -> float:
+    """Of a response in the gather of rollouts: a token id and a log-prob."""
+    generator = random.Random(0)
+    ids = [generator.randrange(LLAMA["vocab_size"]) for _ in range(RESPONSE_TOKENS)]
+    return len(pickle.dumps((ids, [-generator.random() for _ in ids], False))) / RESPONSE_TOKENS
+
+
+def slowest_ranks(model: Model) -> dict[str, Cost]:
+    """Phase -> its cost on the rank that needs longest: one of the first two of a stage, which differ in refits alone."""
+    parallel = model.parallel
+    stage_ranks = parallel.world // parallel.pp
+    ranks = [stage * stage_ranks + place for stage in range(parallel.pp) for place in (0, 1)]
+    steps = {rank: step(model, rank) for rank in ranks}
+    return {
+        phase: max((cost(parallel, r, steps[r][phase]) for r in ranks), key=lambda c: c.seconds) for phase in steps[0]
+    }
+
+
+def architecture(config: dict) -> Architecture:
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        return Architecture.from_hf(directory)
+
+
+def main() -> None:
+    console = Console(width=140)
+    for name, (config, base) in MODELS.items():
+        arch = architecture(config)
+        worlds = (64, 128, 256, 512)
+        models = {w: Model(arch, replace(base, dp=w // (base.tp * base.pp)), element=2) for w in worlds}
+        table = Table(title=f"{name}, bf16: GB to GPU + host of a rank, and seconds, on the rank that needs longest")
+        table.add_column("phase")
+        for world in worlds:
+            table.add_column(f"{world} GPUs, DP{models[world].parallel.dp}", justify="right")
+        costs = [slowest_ranks(models[world]) for world in worlds]
+        for phase in costs[0]:
+            row = (each[phase] for each in costs)
+            table.add_row(phase, *(f"{c.gpu / 1e9:,.2f} + {c.host / 1e9:.2f} GB {c.seconds:6.2f} s" for c in row))
+        console.print(table)
+        calls = [sum(c.calls for phase, c in each.items() if "due" not in phase) for each in costs]
+        console.print(f"calls a step: {', '.join(f'{c:,}' for c in calls)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""What one rank says to others in a training step: every collective and message, from shapes and layout alone.
+
+Formulas for what frpo_nemo and megatron-core 0.16 call, checked call by call and byte by byte against real process
+groups (tests/planning/test_communication.py); docs/scaling.md has them with symbols. Not here: vLLM's own
+communicators, the rendezvous store, the watchdog's sockets. No tensors: numbers of calls and bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.hf_weights.table import Layout, Weight, weights
+
+FP32, INT64 = 4, 8  # bytes
+SHAPE_BYTES = 3 * INT64  # before every activation between stages: packs differ in length
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes of the groups, and which ranks they hold: ranks are ordered TP fastest, then CP, DP, PP. `first`, `last`:
+    layers of the first and last stage in an uneven split."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    first: int | None = None
+    last: int | None = None
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.cp * self.dp * self.pp
+
+    def stage(self, rank: int) -> int:
+        """The pipeline stage of `rank`."""
+        return rank // (self.tp * self.cp * self.dp)
+
+    def replica(self, rank: int) -> int:
+        """The data-parallel replica of `rank`."""
+        return rank // (self.tp * self.cp) % self.dp
+
+    def ranks(self, rank: int, group: str) -> tuple[int, ...]:
+        """Global ranks of the group of `rank` that is called `group`: world, tp, pp, cp, dp, dp_cp, embedding (first and
+        last stage); of "previous" and "next", the one rank there."""
+        if group == "world":
+            return tuple(range(self.world))
+        inner = self.tp * self.cp  # ranks of one stage of one replica
+        stage_ranks = inner * self.dp
+        same_place = [rank % stage_ranks + stage * stage_ranks for stage in range(self.pp)]
+        if group in ("previous", "next"):
+            return (same_place[self.stage(rank) + (1 if group == "next" else -1)],)
+        if group == "embedding":
+            return (same_place[0], same_place[-1])
+        if group == "pp":
+            return tuple(same_place)
+        if group == "tp":
+            first = rank - rank % self.tp
+            return tuple(range(first, first + self.tp))
+        base = rank - rank % stage_ranks + rank % self.tp
+        context = range(self.cp) if group in ("cp", "dp_cp") else [rank // self.tp % self.cp]
+        data = range(self.dp) if group in ("dp", "dp_cp") else [self.replica(rank)]
+        return tuple(base + inner * d + self.tp * c for d in data for c in context)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`calls` calls of one kind in one group, with `payload` bytes in all.
+
+    The payload of an all-gather or reduce-scatter is the whole vector, of a gather or scatter one rank's part, of all
+    others the tensor. root: this rank is the source of a broadcast or scatter, or the destination of a reduce or gather.
+    """
+
+    part: str  # of the step, in words
+    kind: str  # all_reduce, all_gather, reduce_scatter, broadcast, reduce, gather, scatter, send, recv or barrier
+    group: str  # a name that Parallel.ranks knows
+    payload: int
+    calls: int = 1
+    root: bool = False
+
+    def received(self, size: int) -> float:
+        """Bytes that reach this rank when `size` ranks use the ring algorithms (broadcast and reduce as pipelines)."""
+        if self.kind == "all_reduce":
+            return 2 * (size - 1) / size * self.payload
+        if self.kind in ("all_gather", "reduce_scatter"):
+            return (size - 1) / size * self.payload
+        if self.kind == "gather":
+            return (size - 1) * self.payload if self.root else 0.0
+        if self.kind in ("send", "barrier") or size == 1 and self.kind != "recv":
+            return 0.0
+        return 0.0 if self.root and self.kind in ("broadcast", "scatter") else self.payload
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed microbatch. tokens: of the whole pack with its padding. responses: response tokens that this rank's part
+    predicts (all of the pack's, without CP)."""
+
+    tokens: int
+    responses: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a model decides its traffic. element: bytes of a weight and an activation (2: bf16, 4: fp32)."""
+
+    arch: Architecture
+    parallel: Parallel
+    element: int
+    chunk_tokens: int = 1024  # model.logprob_chunk_tokens
+    recompute: bool = False  # model.recompute=full
+
+    def weights_of(self, stage: int) -> list[Weight]:
+        """The parameters that each rank of `stage` holds."""
+        return [weight for weight in self.weights if weight.stage == stage]
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        """All parameters of all stages, in the order of the refit."""
+        parallel = self.parallel
+        return weights(self.arch, Layout(parallel.tp, parallel.pp, parallel.first, parallel.last))
+
+    def layers_of(self, stage: int) -> int:
+        parallel = self.parallel
+        return len(self.arch.layers_of_stage(stage, parallel.pp, parallel.first, parallel.last))
+
+
+def model_pass(model: Model, stage: int, packs: Sequence[Pack], *, backward: bool) -> list[Transfer]:
+    """Forward passes over a replica's microbatches, and the backward passes where `backward`."""
+    transfers = []
+    for pack in packs:
+        forward = _layers(model, stage, pack, "forward")
+        transfers += _embedding(model, stage, pack, backward) + forward + _head(model, stage, pack, backward)
+        transfers += _between_stages(model, stage, pack, backward)
+        if backward:
+            transfers += _layers(model, stage, pack, "backward") + (forward if model.recompute else [])
+    return transfers
+
+
+def _layers(model: Model, stage: int, pack: Pack, direction: str) -> list[Transfer]:
+    """Tensor and context parallelism inside the layers of one stage."""
+    arch, parallel, count = model.arch, model.parallel, model.layers_of(stage)
+    local = pack.tokens // parallel.cp
+    activations = local * arch.hidden_size * model.element
+    transfers = []
+    if parallel.tp > 1 and parallel.sequence_parallel:
+        # Backward gathers twice for each column-parallel matrix: its input again, and the next one's gradient.
+        gathers = 2 if direction == "forward" else 4
+        for kind, calls in (("all_gather", gathers), ("reduce_scatter", 2)):
+            transfers.append(Transfer(f"layers, {direction}", kind, "tp", calls * count * activations, calls * count))
+    elif parallel.tp > 1:
+        transfers.append(Transfer(f"layers, {direction}", "all_reduce", "tp", 2 * count * activations, 2 * count))
+    if arch.num_kv_heads < parallel.tp:  # a query group's heads are spread over ranks: q, k and v come together first
+        fused = local * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * model.element
+        kind = "all_gather" if direction == "forward" else "reduce_scatter"
+        transfers.append(Transfer(f"layers, {direction}", kind, "tp", count * fused, count))
+    return transfers
+
+
+def _embedding(model: Model, stage: int, pack: Pack, backward: bool) -> list[Transfer]:
+    parallel = model.parallel
+    if stage > 0 or parallel.tp == 1:
+        return []
+    activations = pack.tokens // parallel.cp * model.arch.hidden_size * model.element
+    if not parallel.sequence_parallel:
+        return [Transfer("embedding", "all_reduce", "tp", activations)]
+    transfers = [Transfer("embedding", "reduce_scatter", "tp", activations)]
+    return transfers + ([Transfer("embedding", "all_gather", "tp", activations)] if backward else [])
+
+
+def _head(model: Model, stage: int, pack: Pack, backward: bool) -> list[Transfer]:
+    """From the last hidden states to log-probs and entropy (and with CP, to columns over whole sequences)."""
+    parallel = model.parallel
+    if stage < parallel.pp - 1:
+        return []
+    activations = pack.tokens // parallel.cp * model.arch.hidden_size * model.element
+    transfers = []
+    if parallel.tp > 1 and parallel.sequence_parallel:
+        transfers.append(Transfer("head", "all_gather", "tp", activations))
+        if backward:
+            transfers.append(Transfer("head", "reduce_scatter", "tp", activations))
+    elif parallel.tp > 1 and backward:
+        transfers.append(Transfer("head", "all_reduce", "tp", activations))
+    # Per chunk: the largest logit; then the sums of exponentials and of weighted logits, and the target's logit.
+    chunks = math.ceil(pack.responses / model.chunk_tokens)
+    transfers.append(Transfer("log-probs", "all_reduce", "tp", 4 * FP32 * pack.responses, 2 * chunks))
+    return transfers
+
+
+def _between_stages(model: Model, stage: int, pack: Pack, backward: bool) -> list[Transfer]:
+    parallel = model.parallel
+    split = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    message = SHAPE_BYTES + pack.tokens // split * model.arch.hidden_size * model.element
+    transfers = []
+    for neighbour, kind, there in (("previous", "recv", stage > 0), ("next", "send", stage < parallel.pp - 1)):
+        if there:
+            transfers.append(Transfer("between stages", kind, neighbour, message, 2))
+            if backward:
+                back = "send" if kind == "recv" else "recv"
+                transfers.append(Transfer("between stages", back, neighbour, message, 2))
+    return transfers
+
+
+def distribution_distance(model: Model, stage: int, packs: Sequence[Pack]) -> list[Transfer]:
+    """What an exact KL from the reference adds to a forward pass (logprobs.token_kl)."""
+    if stage < model.parallel.pp - 1:
+        return []
+    chunks = [math.ceil(pack.responses / model.chunk_tokens) for pack in packs]
+    tokens = sum(pack.responses for pack in packs)
+    return [Transfer("log-probs", "all_reduce", "tp", 5 * FP32 * tokens, 5 * sum(chunks))]
+
+
+def columns(parallel: Parallel, stage: int, names: Sequence[str], length: int) -> list[Transfer]:
+    """A pass's results on every rank: fp32 columns `names` of `length` entries of the global batch, by a sum over
+    replicas and one over stages."""
+    transfers, last = [], stage == parallel.pp - 1
+    if parallel.pp > 1:
+        size = INT64 + len(pickle.dumps(list(names)))
+        transfers.append(Transfer("columns", "broadcast", "pp", size, 2, root=last))
+    for group in ("dp", "pp"):
+        if getattr(parallel, group) > 1:
+            transfers.append(Transfer("columns", "all_reduce", group, FP32 * len(names) * length))
+    return transfers
+
+
+def buffer_elements(model: Model, stage: int) -> list[int]:
+    """Elements of each gradient (and weight) bucket of the distributed optimizer, with its padding. Without overlap
+    there is one bucket, and one more for a tied embedding that first and last stage both hold."""
+    held = model.weights_of(stage)
+    tied = [weight for weight in held if _is_shared_embedding(model, weight)]
+    rest = [weight for weight in held if weight not in tied]
+    align = math.lcm(model.parallel.dp * model.parallel.cp, 128)
+    return [_up(sum(_up(weight.shard_numel, 64) for weight in part), align) for part in (rest, tied) if part]
+
+
+def gradient_sync(model: Model, stage: int) -> list[Transfer]:
+    """After the last backward pass: gradients (fp32) over replicas, of norms over TP, of a tied embedding over stages."""
+    parallel, arch = model.parallel, model.arch
+    buckets = buffer_elements(model, stage)
+    transfers = [Transfer("gradients", "reduce_scatter", "dp_cp", FP32 * sum(buckets), len(buckets))]
+    # Under sequence parallelism each rank saw its own tokens; norms of single heads saw this rank's heads always.
+    partial = [
+        weight.shard_numel
+        for weight in model.weights_of(stage)
+        if weight.replicated and (parallel.sequence_parallel or "self_attn" in weight.hugging_face[0][0])
+    ]
+    if parallel.tp > 1 and partial:
+        transfers.append(Transfer("gradients of norms", "all_reduce", "tp", FP32 * sum(partial)))
+    shared = [weight for weight in model.weights_of(stage) if _is_shared_embedding(model, weight)]
+    if shared:
+        size = FP32 * arch.padded_vocab_size(parallel.tp) // parallel.tp * arch.hidden_size
+        transfers.append(Transfer("gradient of the tied embedding", "all_reduce", "embedding", size))
+    return transfers
+
+
+def optimizer_step(model: Model, stage: int) -> list[Transfer]:
+    """The global gradient norm, and the updated weights from the ranks that updated them."""
+    buckets = buffer_elements(model, stage)
+    return [
+        Transfer("gradient norm", "all_reduce", "world", FP32),
+        Transfer("weights", "all_gather", "dp_cp", model.element * sum(buckets), len(buckets)),
+    ]
+
+
+def refit(model: Model, rank: int, bucket_bytes: int) -> list[Transfer]:
+    """The stream of full weights to vLLM, and the verdict of its proof (nothing to report)."""
+    parallel, transfers = model.parallel, []
+    first = rank % parallel.tp == 0  # of its tensor group: replicated weights come and go through this rank
+    for bucket in refit_buckets(model, bucket_bytes):
+        split = model.element * sum(weight.shard_numel for weight in bucket if not weight.replicated)
+        whole = model.element * sum(weight.shard_numel for weight in bucket if weight.replicated)
+        between = split + (whole if first else 0)
+        if parallel.pp > 1 and between:
+            is_source = bucket[0].stage == parallel.stage(rank)
+            transfers.append(Transfer("weights from their stage", "broadcast", "pp", between, root=is_source))
+        if parallel.tp > 1 and split:
+            transfers.append(Transfer("weights from all shards", "all_gather", "tp", parallel.tp * split))
+        if parallel.tp > 1 and whole:
+            transfers.append(Transfer("replicated weights", "broadcast", "tp", whole, root=first))
+    return transfers + agreement(parallel)
+
+
+def refit_buckets(model: Model, bucket_bytes: int) -> list[list[Weight]]:
+    """Consecutive weights of one stage, together at most `bucket_bytes` when whole, or one larger weight."""
+    buckets: list[list[Weight]] = []
+    room = 0
+    for weight in model.weights:
+        if not weight.exported:
+            continue
+        size = model.element * weight.shard_numel * (1 if weight.replicated else model.parallel.tp)
+        if not buckets or size > room or buckets[-1][0].stage != weight.stage:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append(weight)
+        room -= size
+    return buckets
+
+
+def object_gather(part: str, world: int, largest: int) -> list[Transfer]:
+    """all_gather_object over the world, of pickles of at most `largest` bytes: sizes, then all padded to the largest."""
+    return [Transfer(part, "all_gather", "world", world * (INT64 + largest), 2)]
+
+
+def agreement(parallel: Parallel) -> list[Transfer]:
+    """Every rank tells all that it has no problem."""
+    return object_gather("agreement", parallel.world, len(pickle.dumps(None)))
+
+
+def optimizer_collection(model: Model, stage: int) -> list[Transfer]:
+    """For a checkpoint: each parameter's fp32 weight and Adam moments come to one replica. Weights need no traffic."""
+    replicas = model.parallel.dp * model.parallel.cp
+    if replicas == 1:
+        return []
+    held = model.weights_of(stage)
+    size = sum(weight.shard_numel for weight in held)
+    return [Transfer("optimizer state", "reduce", "dp_cp", 3 * FP32 * size, 3 * len(held))]
+
+
+def checkpoint_agreements(parallel: Parallel, rank: int) -> list[Transfer]:
+    """For a checkpoint: which rank writes what, and that all could. Calls alone: the payload is pickles of names and
+    places of the tensors, whose length no formula here gives (0 stands for it)."""
+    first, part = rank == 0, "agreement on files"
+    transfers = [
+        # A name; three times that all is well; the places of all shards; how long each rank's plan and outcome are.
+        Transfer(part, "all_gather", "world", 0, 2 * (1 + 3 + 1) + 2),
+        Transfer(part, "gather", "world", 0, 2, root=first),
+        Transfer(part, "scatter", "world", 0, 2, root=first),
+        Transfer(part, "broadcast", "world", 0, 3, root=first),
+    ]
+    if parallel.dp * parallel.cp > 1:
+        transfers.append(Transfer(part, "all_gather", "dp_cp", 0, 2))
+    return transfers
+
+
+def _is_shared_embedding(model: Model, weight: Weight) -> bool:
+    """Held by the first and by the last stage."""
+    arch = model.arch
+    return arch.tied_embeddings and model.parallel.pp > 1 and weight.hugging_face[0][0] == "model.embed_tokens.weight"
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
