@@ -40,6 +40,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from frpo_nemo import __version__
 from frpo_nemo.errors import ConfigError
@@ -108,7 +109,9 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     """
     record = files.read(checkpoint)
     files.check_matches(checkpoint, actor.arch)
-    check_metadata(checkpoint)
+    if actor.optimizer is not None:
+        files.check_resumable(checkpoint)
+    read_metadata(checkpoint)
     model = _model_state(actor)
     wanted = {"model": model, "optimizer": optimizer_state.to_load(actor.optimizer, model)}
     loaded = _read_tensors(Path(checkpoint), wanted)
@@ -121,7 +124,7 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
         rng.restore(load_file(Path(checkpoint) / _rng_file()))
     else:
         rng.reseed(record["seed"], record["step"])
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and actor.optimizer is not None:
             _LOG.warning(
                 "%s was saved in another layout (%s): weights and optimizer are the same, random number generators "
                 "start from the seed and the step.",
@@ -131,14 +134,20 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     return {**record["state"], "step": record["step"], "rng_restored": restored}
 
 
-def check_metadata(checkpoint: str | Path) -> None:
-    """Raise ConfigError when the index of tensors, the one pickle that is read, is missing or would create anything
-    but descriptions of tensors."""
+def read_metadata(checkpoint: str | Path) -> Metadata:
+    """The index of a checkpoint's tensors, which is the one pickle that is read. Raises ConfigError when it is missing,
+    cut off, or would create anything but descriptions of tensors."""
     path = Path(checkpoint) / ".metadata"
     if not path.is_file():
         raise ConfigError(f"{checkpoint} is not a whole checkpoint: it has no .metadata.")
     with path.open("rb") as file:
-        _DescriptionsOnly(file, path).load()
+        try:
+            metadata = _DescriptionsOnly(file, path).load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ConfigError(f"{checkpoint} is not a whole checkpoint: its .metadata is cut off ({error}).") from error
+    if not isinstance(metadata, Metadata):
+        raise ConfigError(f"{path} holds a {type(metadata).__name__}, not an index of tensors.")
+    return metadata
 
 
 class _DescriptionsOnly(pickle.Unpickler):
@@ -173,7 +182,7 @@ class _DescriptionsOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Writer(torch_checkpoint.FileSystemWriter):
+class Writer(torch_checkpoint.FileSystemWriter):
     """torch's, but a full disk is called a full disk: its zip writer raises another error while it handles that one."""
 
     def write_data(self, plan, planner):
@@ -201,7 +210,7 @@ class _InProcessSave(SaveShardedStrategy):
                 by_key.setdefault(tensor.key, []).append(tensor)
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(by_key),
-            storage_writer=_Writer(checkpoint_dir, thread_count=1, sync_files=True),
+            storage_writer=Writer(checkpoint_dir, thread_count=1, sync_files=True),
             planner=MCoreSavePlanner(flatten_state_dict=False),
         )
 
@@ -212,9 +221,14 @@ def _write_tensors(directory: Path, actor) -> None:
     state, _ = save_preprocess({"model": model, "optimizer": optimizer_state.to_save(actor.optimizer, model)}, False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(_InProcessSave(), replicas).save(state, directory)
-    if dist.get_rank() == 0:  # not for us: with these, other Megatron programs can read the directory
-        files.write(directory / "metadata.json", json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode())
-        torch.save({}, directory / "common.pt")
+    if dist.get_rank() == 0:
+        write_for_megatron(directory)
+
+
+def write_for_megatron(directory: Path) -> None:
+    """The files that we have no use for, and with which other Megatron programs can read the directory."""
+    files.write(directory / "metadata.json", json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode())
+    torch.save({}, directory / "common.pt")
 
 
 def _read_tensors(directory: Path, wanted: dict) -> dict:
@@ -238,7 +252,7 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
         "precision": actor.config.precision,
         "layout": _layout(actor),
         "architecture": files.identity(actor.arch),
-        "versions": {"frpo-nemo": __version__} | {name: v for name in _PACKAGES if (v := _version(name))},
+        "versions": versions(),
         "state": state,
     }
 
@@ -250,6 +264,11 @@ def _layout(actor) -> dict[str, int | None]:
 
 def _rng_file() -> str:
     return f"rng_{dist.get_rank():05d}.safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of the packages that write its files."""
+    return {"frpo-nemo": __version__} | {name: v for name in _PACKAGES if (v := _version(name))}
 
 
 def _version(package: str) -> str | None:

@@ -4,11 +4,13 @@ of itself; loads nothing."""
 from __future__ import annotations
 
 import fnmatch
+import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
@@ -50,6 +52,14 @@ def check_resume(cfg, arch: Architecture | None) -> None:
             f"checkpoint.resume=never, but run_dir={cfg.run_dir} holds {own.name} of an earlier run, which would be lost; "
             "take another run_dir, or delete that one."
         )
+    saved = run_dir / "config.yaml"
+    if saved.is_file() and not _is_failed_start(run_dir):
+        _check_same_run(cfg, saved)
+    if not own and (run_dir / "hf").exists():
+        raise ConfigError(
+            f"run_dir={cfg.run_dir} holds a model (hf/) and no checkpoint to continue from; a new run would overwrite it: "
+            "take another run_dir, or move hf/ away."
+        )
     checkpoint = own or (None if resume in ("auto", "never") else Path(resume))
     if checkpoint is None:
         return
@@ -58,20 +68,25 @@ def check_resume(cfg, arch: Architecture | None) -> None:
             f"checkpoint.resume={resume} does not exist (working directory: {Path.cwd()}); give auto, never or the "
             "path of a checkpoint."
         )
-    saved = run_dir / "config.yaml"
-    if own and saved.is_file():
-        _check_same_run(cfg, saved)
     try:
-        checkpoint_files.read(checkpoint)
+        checkpoint_files.check_resumable(checkpoint)
         if arch:
             checkpoint_files.check_matches(checkpoint, arch)
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={resume}: {error}") from error
 
 
+def _is_failed_start(run_dir: Path) -> bool:
+    """Whether a run began here and ended before its first step: another may take its place."""
+    metrics = run_dir / "metrics.jsonl"
+    if checkpoint_files.newest(run_dir) or not metrics.is_file():
+        return False
+    return not any(json.loads(line)["step"] > 0 for line in metrics.read_text().split("\n")[:-1])
+
+
 def _check_same_run(cfg, saved: Path) -> None:
     before = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
-    now = _flat(OmegaConf.to_container(OmegaConf.structured(cfg)))
+    now = _flat(redact.values(OmegaConf.to_container(OmegaConf.structured(cfg))))  # as it was saved; secrets rotate
     changed = [key for key in before | now if before.get(key) != now.get(key) and not _may_change(key)]
     if changed:
         listed = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed[:8])

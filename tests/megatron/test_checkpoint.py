@@ -103,13 +103,13 @@ class Touch:
 
 
 def test_an_index_that_would_run_code_is_refused_unread(tmp_path):
-    from frpo_nemo.megatron.checkpoint import check_metadata
+    from frpo_nemo.megatron.checkpoint import read_metadata
 
     with pytest.raises(ConfigError, match="is not a whole checkpoint"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
     with pytest.raises(ConfigError, match="refers to .*, which no checkpoint of ours does; do not load it"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

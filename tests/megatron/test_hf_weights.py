@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, make_tiny
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.export import _check_replaceable, _plan_shards
+from frpo_nemo.megatron.hf_weights.export import _plan_shards, check_replaceable
 from frpo_nemo.megatron.hf_weights.load import check_checkpoint
 from frpo_nemo.megatron.hf_weights.table import Layout, check_complete, hf_shapes, weights
 
@@ -145,11 +145,11 @@ def test_shards_keep_order_and_size():
 def test_an_export_replaces_only_an_export(tmp_path):
     source = Path(make_tiny(tmp_path / "source", "llama"))
     other = tmp_path / "other"
-    _check_replaceable(source, other)
+    check_replaceable(source, other)
     other.mkdir()
-    _check_replaceable(source, other)
+    check_replaceable(source, other)
     (other / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not an exported model"):
-        _check_replaceable(source, other)
+        check_replaceable(source, other)
     with pytest.raises(ConfigError, match="would overwrite the model that it came from"):
-        _check_replaceable(source, source)
+        check_replaceable(source, source)

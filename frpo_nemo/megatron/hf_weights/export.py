@@ -45,67 +45,84 @@ def stream_hf_weights(
     """Yield (name, full tensor) for every tensor of the Hugging Face model, the same on every rank of the replica.
 
     The tensors are new, on the model's device, in `dtype` (None: the parameters'). Every rank must exhaust the
-    iterator. Memory beyond the model: up to three times `bucket_bytes`, or the largest weight's bytes if that is more.
+    iterator. No element of a weight comes to a rank twice, and what a rank holds does not enter into it. Memory beyond
+    the model: a bucket, and the larger of a TP-th of it and one tensor, beside the tensor that the caller still has. A
+    bucket is `bucket_bytes`, or the largest weight if that is more.
     """
     bindings = [binding for binding in bind(model, arch) if binding.weight.exported]
     like = next(model.parameters())
     dtype = dtype or like.dtype
     for bucket in _buckets(bindings, bucket_bytes // dtype.itemsize):
         shards = _gather(bucket, torch.empty(0, dtype=dtype, device=like.device))
-        for binding in bucket:
-            numel = binding.weight.shard_numel
-            yield from _assemble(binding.weight, shards[:, :numel])
-            shards = shards[:, numel:]
-        del shards  # the next bucket takes its memory
+        for binding, own_shards in zip(bucket, shards, strict=True):
+            yield from assemble(binding.weight, own_shards)
+        del shards, own_shards  # the next bucket takes their memory
 
 
 def _buckets(bindings: list[Binding], max_numel: int) -> Iterator[list[Binding]]:
     """Consecutive weights of one pipeline stage whose full tensors hold at most `max_numel` elements; at least one."""
     bucket: list[Binding] = []
+    room = 0
     tp = parallel_state.get_tensor_model_parallel_world_size()
     for binding in bindings:
-        numel = tp * sum(member.weight.shard_numel for member in (*bucket, binding))
-        if bucket and (numel > max_numel or bucket[0].weight.stage != binding.weight.stage):
+        numel = binding.weight.shard_numel * (1 if binding.weight.replicated else tp)
+        if bucket and (numel > room or bucket[0].weight.stage != binding.weight.stage):
             yield bucket
             bucket = []
+        if not bucket:
+            room = max_numel
         bucket.append(binding)
+        room -= numel
     if bucket:
         yield bucket
 
 
-def _gather(bucket: list[Binding], like: Tensor) -> Tensor:
-    """[tp, shard elements of the whole bucket] in the dtype and on the device of `like`, on every rank.
+def _gather(bucket: list[Binding], like: Tensor) -> list[Tensor]:
+    """Of each weight in the bucket all its shards, [tp, elements], or [1, elements] if it is replicated; in the dtype
+    and on the device of `like`, on every rank.
 
     The owning stage's shards go to the other stages first, while they are small, and then round each tensor group.
+    Replicated weights, which all ranks of the stage have, go the way of the first rank's shards and from there to its
+    tensor group: no byte travels twice, and all ranks get the same bits.
     """
     pipeline, tensor = (
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_tensor_model_parallel_group(),
     )
-    numel = sum(binding.weight.shard_numel for binding in bucket)
-    own = like.new_empty(numel)
+    in_order = sorted(bucket, key=lambda binding: binding.weight.replicated)  # what is gathered, then what is not
+    sizes = [binding.weight.shard_numel for binding in in_order]
+    split = sum(binding.weight.shard_numel for binding in bucket if not binding.weight.replicated)
+    own = like.new_empty(sum(sizes))
     if bucket[0].parameter is not None:
-        torch.cat([binding.parameter.to(like.dtype).flatten() for binding in bucket], out=own)
-    if pipeline.size() > 1:
-        dist.broadcast(own, src=dist.get_global_rank(pipeline, bucket[0].weight.stage), group=pipeline)
-    if tensor.size() == 1:
-        return own[None]
-    shards = like.new_empty(tensor.size() * numel)  # flat: gloo takes no other shape
-    dist.all_gather_into_tensor(shards, own, group=tensor)
-    return shards.view(tensor.size(), numel)
+        for part, binding in zip(own.split(sizes), in_order, strict=True):
+            part.copy_(binding.parameter.flatten())
+    mine = own if tensor.rank() == 0 else own[:split]
+    if pipeline.size() > 1 and mine.numel():
+        dist.broadcast(mine, src=dist.get_global_rank(pipeline, bucket[0].weight.stage), group=pipeline)
+    shards, replicated = own[None, :split], own[None, split:]
+    if tensor.size() > 1 and split:
+        gathered = like.new_empty(tensor.size() * split)  # flat: gloo takes no other shape
+        dist.all_gather_into_tensor(gathered, own[:split], group=tensor)
+        shards, replicated = gathered.view(tensor.size(), split), replicated.clone()  # own's memory goes
+    if tensor.size() > 1 and replicated.numel():
+        dist.broadcast(replicated, src=dist.get_global_rank(tensor, 0), group=tensor)
+    count = sum(not binding.weight.replicated for binding in bucket)
+    parts = [*shards.split(sizes[:count], dim=1), *replicated.split(sizes[count:], dim=1)]
+    places = {id(binding): part for binding, part in zip(in_order, parts, strict=True)}
+    return [places[id(binding)] for binding in bucket]
 
 
-def _assemble(weight: Weight, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of one weight, from its shards [tp, elements]."""
-    tensors = [shards.new_empty(shape) for _, shape in weight.hugging_face]
-    for run in weight.runs:
-        if run.source is None or (weight.replicated and run.rank > 0):
-            continue
-        shard = shards[run.rank].view(weight.shard_shape)
-        target = tensors[run.source].narrow(weight.dim, run.start, run.length)
-        target.copy_(shard.narrow(weight.dim, run.offset, run.length))
-    for (name, _), tensor in zip(weight.hugging_face, tensors, strict=True):
+def assemble(weight: Weight, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of one weight, one after the other, from its shards [tp, elements]."""
+    for source, (name, shape) in enumerate(weight.hugging_face):
+        tensor = shards.new_empty(shape)
+        for run in weight.runs:
+            if run.source != source or (weight.replicated and run.rank > 0):
+                continue
+            shard = shards[run.rank].view(weight.shard_shape)
+            tensor.narrow(weight.dim, run.start, run.length).copy_(shard.narrow(weight.dim, run.offset, run.length))
         yield name, tensor
+        del tensor  # the caller may be done with it before the next is made
 
 
 def save_hf(
@@ -127,7 +144,7 @@ def save_hf(
     """
     source, out = Path(source_path), Path(out_path)
     dtype = dtype or (getattr(torch, arch.dtype) if arch.dtype else next(model.parameters()).dtype)
-    _check_replaceable(source, out)
+    check_replaceable(source, out)
     dist.barrier()  # every rank has looked before one of them writes
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         stream = stream_hf_weights(model, arch, dtype=dtype, bucket_bytes=bucket_bytes)
@@ -140,20 +157,39 @@ def save_hf(
 
 
 def _write(stream: Iterator, arch: Architecture, source: Path, out: Path, dtype: torch.dtype, max_bytes: float) -> None:
+    temporary = begin_export(out)
+    write_files(stream, arch, source, temporary, dtype, max_bytes)
+    publish_export(temporary, out)
+
+
+def begin_export(out: Path) -> Path:
+    """The new and empty directory in which an export is written before it becomes `out`."""
     temporary = out.with_name(out.name + ".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write_shards(stream, arch, temporary, dtype, max_bytes)
-    for pattern in _COMPANIONS:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, temporary / file.name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", temporary / "additional_chat_templates")
-    dtype_key = "torch_dtype" if "torch_dtype" in arch.hf_config else "dtype"  # transformers 4 or 5
-    config = {**arch.hf_config, dtype_key: str(dtype).removeprefix("torch.")}
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return temporary
+
+
+def publish_export(temporary: Path, out: Path) -> None:
+    """Give a complete export its name."""
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
+
+
+def write_files(
+    stream: Iterator, arch: Architecture, source: Path, directory: Path, dtype: torch.dtype, max_shard_bytes: float
+) -> None:
+    """Write the tensors of `stream` (as `stream_hf_weights` yields them, in `dtype`) to `directory`, one shard in memory
+    at a time, with configuration and tokenizer from `source`."""
+    _write_shards(stream, arch, directory, dtype, max_shard_bytes)
+    for pattern in _COMPANIONS:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(file, directory / file.name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", directory / "additional_chat_templates")
+    dtype_key = "torch_dtype" if "torch_dtype" in arch.hf_config else "dtype"  # transformers 4 or 5
+    config = {**arch.hf_config, dtype_key: str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_shards(stream: Iterator, arch: Architecture, directory: Path, dtype: torch.dtype, max_bytes: float) -> None:
@@ -188,7 +224,7 @@ def _plan_shards(sizes: dict[str, int], max_bytes: float) -> list[list[str]]:
     return shards
 
 
-def _check_replaceable(source: Path, out: Path) -> None:
+def check_replaceable(source: Path, out: Path) -> None:
     if out.exists() and out.resolve() == source.resolve():
         raise ConfigError(
             f"The export would overwrite the model that it came from, {source}; choose another directory."

@@ -61,6 +61,17 @@ def check_checkpoint(arch: Architecture, path: str | Path) -> dict[str, Path]:
     return files
 
 
+def read_weight(weight: Weight, files: dict[str, Path], dtype: torch.dtype) -> torch.Tensor:
+    """A weight of the table without tensor parallelism, read from `files` (of `check_checkpoint`) into a new tensor.
+
+    The files are closed again: what is read of a mapped file counts as this process's memory for as long as it is open.
+    """
+    whole = torch.empty(weight.shard_shape, dtype=dtype)
+    with _open_files() as open_file:
+        _fill(whole, weight, 0, [open_file(files[name]).get_slice(name) for name, _ in weight.hugging_face])
+    return whole
+
+
 def _fill(parameter: torch.Tensor, weight: Weight, rank: int, sources: list) -> None:
     for run in weight.runs:
         if run.rank != rank:

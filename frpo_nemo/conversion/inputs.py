@@ -1,0 +1,132 @@
+"""What a conversion is asked for, what its input is, and what can be wrong with both. Nothing here imports torch, so a
+mistake is told at once."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from frpo_nemo.conversion.model_card import trained_from
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.memory import parameters, readable
+from frpo_nemo.training.cli import started_world
+from frpo_nemo.training.config import required
+from frpo_nemo.training.hub import is_hub_name, local_model
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SLACK = 64 << 20  # bytes of disk for what is no weight: tokenizers, indices, the headers of chunks
+
+
+@dataclass
+class ConvertRun:
+    """recipes/convert.py"""
+
+    input: str = required("runs/first")  # checkpoint or run directory (to Hugging Face), or Hugging Face directory
+    out: str = required("runs/first/hf_best")
+    checkpoint: str = "newest"  # which of a run directory: newest or best
+    base: str | None = None  # configuration and tokenizer; None: what the checkpoint was trained from
+    dtype: str | None = None  # of the weights; None: what config.json names
+    max_shard_gb: float = 5.0  # of 10^9 bytes
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a ConvertRun comes to. checkpoint: the input, or None when `model` is. model: the directory in Hugging Face
+    format that is converted, or that gives configuration and tokenizer."""
+
+    checkpoint: Path | None
+    model: Path
+    arch: Architecture
+    dtype: str
+    out: Path
+
+    @property
+    def weight_bytes(self) -> int:
+        return parameters(self.arch) * ITEM_BYTES[self.dtype]
+
+
+def check_conversion(cfg: ConvertRun) -> Conversion:
+    """Raises ConfigError for what is wrong with options, input, base, `out` or the disk, as far as that can be seen without
+    a look into files of weights. Downloads what is a hub name."""
+    _check_options(cfg)
+    checkpoint = _checkpoint(cfg)
+    model = Path(local_model(cfg.input, download=True) if checkpoint is None else _base(cfg, checkpoint))
+    arch = Architecture.from_hf(model)
+    if checkpoint is None:
+        _check_replaceable_checkpoint(cfg.out)
+    elif differing := checkpoint_files.differences(checkpoint, arch):
+        raise ConfigError(
+            f"{checkpoint} is of another model than base={model}: {', '.join(differing)}; give the one that it was "
+            "trained from."
+        )
+    conversion = Conversion(checkpoint, model, arch, cfg.dtype or arch.dtype or "float32", Path(cfg.out))
+    _check_disk(conversion)
+    return conversion
+
+
+def _check_options(cfg: ConvertRun) -> None:
+    if started_world()[1] > 1:
+        raise ConfigError(f"{started_world()[1]} processes were started; conversion is the work of one.")
+    if cfg.checkpoint not in ("newest", "best"):
+        raise ConfigError(f"checkpoint={cfg.checkpoint} must be newest or best.")
+    if cfg.dtype is not None and cfg.dtype not in ITEM_BYTES:
+        raise ConfigError(f"dtype={cfg.dtype} must be {', '.join(ITEM_BYTES)} or null.")
+    if not cfg.max_shard_gb > 0:
+        raise ConfigError(f"max_shard_gb={cfg.max_shard_gb} must be above 0.")
+
+
+def _checkpoint(cfg: ConvertRun) -> Path | None:
+    """The checkpoint that `cfg.input` means; None when it is a model in Hugging Face format."""
+    path = Path(cfg.input)
+    if (path / checkpoint_files.RECORD).is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        found = checkpoint_files.newest(path) if cfg.checkpoint == "newest" else checkpoint_files.best(path)
+        if found is None:
+            lacking = "complete checkpoint" if cfg.checkpoint == "newest" else "checkpoint that was validated"
+            raise ConfigError(f"input={cfg.input} is a run directory without a {lacking}.")
+        return found
+    if (path / "config.json").is_file() or is_hub_name(cfg.input):
+        return None
+    raise ConfigError(
+        f"input={cfg.input} is neither a checkpoint ({checkpoint_files.RECORD}), nor a run directory (checkpoints/), nor "
+        f"a model in Hugging Face format (config.json); the working directory is {Path.cwd()}."
+    )
+
+
+def _base(cfg: ConvertRun, checkpoint: Path) -> str:
+    base = cfg.base or trained_from(checkpoint)
+    if base is None:
+        raise ConfigError(f"{checkpoint} does not say which model it was trained from; name it by base=.")
+    if not Path(base).is_dir() and not is_hub_name(base):
+        named = f"base={base}" if cfg.base else f"{base}, which {checkpoint} was trained from,"
+        raise ConfigError(
+            f"{named} is no directory (working directory: {Path.cwd()}); name by base= the model that gives configuration "
+            "and tokenizer."
+        )
+    return local_model(base, download=True)
+
+
+def _check_replaceable_checkpoint(out: str) -> None:
+    """An earlier conversion may be replaced; what was trained, or is something else, may not."""
+    path = Path(out)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    converted = (path / checkpoint_files.RECORD).is_file() and checkpoint_files.read(path)["adam_step"] is None
+    if not converted:
+        raise ConfigError(f"out={out} exists and is not an earlier conversion; choose another directory or remove it.")
+
+
+def _check_disk(conversion: Conversion) -> None:
+    """What an earlier conversion takes does not count: it goes when the new one is complete."""
+    out, needed = conversion.out.absolute(), conversion.weight_bytes + _SLACK
+    existing = next(parent for parent in (out, *out.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"out={conversion.out} needs {readable(needed)} of disk; {existing} has {readable(free)} free."
+        )

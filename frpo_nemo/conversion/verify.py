@@ -1,0 +1,89 @@
+"""Do a Hugging Face directory and a checkpoint compute the same? transformers' log-probs against Megatron's.
+
+One model after the other is in memory, each of them whole: what converts in a few GB may be too large for this.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.megatron import checkpoint as checkpoints
+from frpo_nemo.megatron import distributed
+from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.rollout.verify import GAP_LIMITS, logprob_gap
+from frpo_nemo.training.config import ModelConfig
+
+LENGTHS = (2, 17, 64, 256)  # tokens of the sequences
+
+
+class VerificationError(RuntimeError):
+    """What was converted does not compute what the input computes."""
+
+
+def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
+    """Compare the log-probs of random tokens under `model` (Hugging Face) and `checkpoint`, and print the difference.
+    Raises VerificationError when it is larger than rounding explains (GAP_LIMITS).
+
+    dtype: bfloat16 computes in bfloat16, everything else in float32.
+    """
+    arch = Architecture.from_hf(model)
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    generator = torch.Generator().manual_seed(0)
+    longest = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
+    lengths = [min(length, longest) for length in LENGTHS]
+    sequences = [torch.randint(arch.vocab_size, (length,), generator=generator) for length in lengths]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries', of their own calls
+        expected = _transformers(model, sequences, precision)
+        found = _megatron(model, checkpoint, sequences, precision)
+    mean, largest = logprob_gap(found, expected)
+    statistic, limit = GAP_LIMITS[precision]
+    value = mean if statistic == "mean" else largest
+    line = (
+        f"log-probs of {len(found)} tokens: transformers and Megatron differ by {largest:.2e} at most and {mean:.2e} on "
+        f"average ({precision}: the {statistic} may be {limit:g})"
+    )
+    if not value <= limit:
+        raise VerificationError(f"{line}: the conversion is wrong. What there is of it: {model} and {checkpoint}.")
+    Console(soft_wrap=True, highlight=False, markup=False).print(line)
+
+
+@torch.no_grad()
+def _transformers(model: Path, sequences: list[torch.Tensor], precision: str) -> torch.Tensor:
+    """Log-probs fp32 of all tokens but the first of each sequence."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False).eval()
+    out = []
+    for tokens in sequences:
+        logprobs = reference(tokens[None]).logits[0, :-1].float().log_softmax(-1)
+        out.append(logprobs.gather(-1, tokens[1:, None]).squeeze(-1))
+    return torch.cat(out)
+
+
+def _megatron(model: Path, checkpoint: Path, sequences: list[torch.Tensor], precision: str) -> torch.Tensor:
+    """The same from the checkpoint, by the actor that trains."""
+    config = ModelConfig(path=str(model), precision=precision)
+    distributed.start_world()
+    distributed.start_model_parallel(config, seed=1)
+    actor = PolicyActor(config, None, microbatch_tokens=sum(map(len, sequences)))
+    with torch.no_grad():
+        for parameter in actor.gpt.parameters():
+            parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
+    checkpoints.load(checkpoint, actor)
+    lists = [tokens.tolist() for tokens in sequences]
+    batch = SequenceBatch.from_lists([tokens[:1] for tokens in lists], [tokens[1:] for tokens in lists])
+    logprobs = actor.get_inference_log_probs(batch)
+    distributed.stop_model_parallel()
+    dist.destroy_process_group()
+    return logprobs

@@ -1,0 +1,44 @@
+"""Convert a checkpoint of a run to the Hugging Face format, or a model in that format to a checkpoint.
+
+    python recipes/convert.py input=runs/first checkpoint=best out=runs/first/hf_best
+    python recipes/convert.py input=runs/first/checkpoints/step_00000100 out=runs/first/hf_100 --verify
+    python recipes/convert.py input=Qwen/Qwen2.5-7B-Instruct out=runs/qwen/megatron
+
+Which way follows from the input. Options: configs/convert.yaml; --verify is verify=true. One process on a CPU, which
+holds one output shard at a time. A mistake in the options is exit code 2, a failed verification 1.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+
+def main() -> None:
+    from frpo_nemo.conversion.inputs import ConvertRun, check_conversion
+    from frpo_nemo.errors import ConfigError
+    from frpo_nemo.training.cli import from_command_line
+
+    sys.argv = ["verify=true" if argument == "--verify" else argument for argument in sys.argv]
+    name = Path(sys.argv[0]).name
+    try:
+        cfg = from_command_line(ConvertRun, "convert")
+        check_conversion(cfg)  # again in convert: here before seconds of imports
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # megatron-core's, of packages that it does without
+            from frpo_nemo.conversion.convert import convert
+            from frpo_nemo.conversion.verify import VerificationError
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        out = convert(cfg)
+    except (ConfigError, VerificationError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    print(f"{out} is complete")
+
+
+if __name__ == "__main__":
+    main()

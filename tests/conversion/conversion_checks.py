@@ -1,0 +1,123 @@
+"""Checks of conversion in worlds of ranks and in processes of their own (see worlds.py)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
+from safetensors.torch import load_file
+from worlds import use_layout
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import checkpoint
+from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.cpu import megatron_device
+from frpo_nemo.megatron.hf_weights import save_hf
+from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+
+SHARD_BYTES = 300_000
+SCORE = 0.25
+
+
+def actor_of(path: str, *, tp=1, pp=1, precision="fp32", train=False, **model) -> PolicyActor:
+    config = ModelConfig(
+        path=path, precision=precision, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **model
+    )
+    use_layout(config)
+    return PolicyActor(config, OptimizerConfig(lr=1e-3) if train else None, microbatch_tokens=40)
+
+
+def save_both(path: str, run_dir: str, *, step: int = 1, **layout) -> None:
+    """The same weights, which are not those of `path`, as a checkpoint of step `step` and by `save_hf` in run_dir/live."""
+    actor = actor_of(path, **layout)
+    with torch.no_grad():
+        for parameter in actor.gpt.parameters():
+            parameter.mul_(1 + step / 8)  # every copy of a replicated or tied weight alike
+    checkpoint.save(run_dir, actor, {}, step=step, seed=7, score=SCORE - step)
+    save_hf(actor.gpt, actor.arch, path, Path(run_dir) / "live", max_shard_bytes=SHARD_BYTES)
+
+
+@torch.no_grad()
+def check_loads(path: str, converted: str, **layout) -> None:
+    """An actor without optimizer takes the weights of `path` out of its conversion, in any layout."""
+    actor = actor_of(path, **layout)
+    for parameter in actor.gpt.parameters():
+        parameter.fill_(float("nan"))
+    checkpoint.load(converted, actor)
+    source = tensors(Path(path))
+    for name, tensor in actor.stream_hf_weights():
+        assert torch.equal(tensor, source[name]), name
+
+
+def check_training_refuses(path: str, converted: str) -> str:
+    """An actor that trains does not take weights alone for a checkpoint of training; returns the sentence."""
+    actor = actor_of(path, train=True)
+    try:
+        checkpoint.load(converted, actor)
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("weights without an optimizer were resumed")
+
+
+def read_by_megatron(directory: str) -> dict[str, torch.Tensor]:
+    """All tensors, by megatron-core's own reader and without us."""
+    with megatron_device():
+        return load_plain_tensors(directory)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+# -- each of these in a process of its own
+
+
+def die_before_publishing(options: dict) -> None:
+    """Killed when everything is written and only the name is missing."""
+    from frpo_nemo.conversion import convert
+    from frpo_nemo.conversion.inputs import ConvertRun
+
+    convert.publish_export = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    convert.convert(ConvertRun(**options))
+
+
+def verification_errors(model: str, other: str, checkpoint_of_model: str, out: str) -> tuple[str, str]:
+    """(what is said of another model's weights, what a conversion says that does not pass)."""
+    from frpo_nemo.conversion import verify
+    from frpo_nemo.conversion.convert import convert
+    from frpo_nemo.conversion.inputs import ConvertRun
+
+    try:
+        verify.verify(Path(other), Path(checkpoint_of_model), torch.float32)
+    except verify.VerificationError as error:
+        first = str(error)
+    verify.GAP_LIMITS = {"fp32": ("max", 0.0)}  # rounding alone is too much
+    try:
+        convert(ConvertRun(input=checkpoint_of_model, base=model, out=out, verify=True))
+    except verify.VerificationError as error:
+        return first, str(error)
+
+
+def peaks(model: str, checkpoint: str, out: str, warm: str, shard_gb: float) -> list[int]:
+    """Bytes of memory that a conversion to a checkpoint, and one back, need beyond what the process had before.
+
+    VmHWM counts mapped pages of files as well; ru_maxrss would begin with the parent's.
+    """
+    from frpo_nemo.conversion.convert import convert
+    from frpo_nemo.conversion.inputs import ConvertRun
+
+    convert(ConvertRun(input=model, out=warm, max_shard_gb=shard_gb))  # whatever is imported late is there now
+    found = []
+    for source, target in ((model, checkpoint), (checkpoint, out)):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _memory("VmRSS")
+        convert(ConvertRun(input=source, out=target, max_shard_gb=shard_gb))
+        found.append(_memory("VmHWM") - before)
+    return found
+
+
+def _memory(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024

@@ -1,0 +1,361 @@
+"""Conversion: the same bits as from the live model, both ways; little memory; complete or absent; and never code."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import fields
+from pathlib import Path
+
+import conversion_checks as checks
+import pytest
+import torch
+from omegaconf import MISSING
+from tiny_models import make_tiny
+
+from frpo_nemo.conversion import inputs
+from frpo_nemo.conversion.convert import convert
+from frpo_nemo.conversion.inputs import ConvertRun
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.training.cli import CONFIGS
+
+SHARD_GB = checks.SHARD_BYTES / 1e9
+WEIGHT = "decoder.layers.mlp.linear_fc2.weight"
+
+
+def in_own_process(function, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def weights_files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.glob("model*.safetensors*")}
+
+
+# -- the same bits
+
+
+@pytest.mark.parametrize(
+    "family, options, world, layout",
+    [
+        ("qwen2", {}, 4, dict(tp=2, pp=2, train=True)),  # biases of q, k and v
+        ("llama", {}, 4, dict(tp=4)),  # fewer key-value heads than ranks
+        ("qwen3", dict(tied=True), 2, dict(pp=2, num_layers_in_first_pipeline_stage=1)),  # norms of q and k
+        ("llama", dict(tied=True, dtype=torch.bfloat16), 2, dict(pp=2, precision="bf16")),
+        ("mistral", {}, 1, {}),
+        ("qwen3", dict(vocab=200, num_attention_heads=6, num_key_value_heads=3, layers=2), 3, dict(tp=3)),  # 384 rows
+    ],
+)
+def test_a_checkpoint_of_any_layout_gives_the_files_of_the_live_model(
+    workers, tmp_path, family, options, world, layout
+):
+    path = make_tiny(tmp_path / "base", family, **options)
+    workers.run(world, checks.save_both, path=path, run_dir=str(tmp_path / "run"), **layout)
+    out = convert(ConvertRun(input=str(tmp_path / "run"), base=path, out=str(tmp_path / "out"), max_shard_gb=SHARD_GB))
+    expected, found = weights_files(tmp_path / "run/live"), weights_files(out)
+    assert len(expected) > 2 and found == expected
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (out / file).read_bytes() == (tmp_path / "run/live" / file).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("model") / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def converted(model, tmp_path_factory):
+    return convert(ConvertRun(input=model, out=str(tmp_path_factory.mktemp("converted") / "checkpoint")))
+
+
+@pytest.mark.parametrize("options", [{}, dict(tied=True, dtype=torch.bfloat16)])
+def test_to_a_checkpoint_and_back_is_the_identity(tmp_path, options):
+    path = make_tiny(tmp_path / "model", "qwen3", **options)
+    there = convert(ConvertRun(input=path, out=str(tmp_path / "there")))
+    back = convert(ConvertRun(input=str(there), out=str(tmp_path / "back")))
+    expected, found = checks.tensors(Path(path)), checks.tensors(back)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(
+            found[name].view(torch.uint8), tensor.view(torch.uint8)
+        )
+
+
+def test_weights_change_their_dtype_when_asked(model, tmp_path):
+    there = convert(ConvertRun(input=model, out=str(tmp_path / "there"), dtype="bfloat16"))
+    back = convert(ConvertRun(input=str(there), out=str(tmp_path / "back"), dtype="float16"))
+    for name, tensor in checks.tensors(Path(model)).items():
+        assert torch.equal(checks.tensors(back)[name], tensor.bfloat16().half())
+    assert Architecture.from_hf(back).dtype == "float16"
+
+
+# -- what a converted checkpoint is good for
+
+
+@pytest.mark.parametrize("world, layout", [(1, {}), (4, dict(tp=2, pp=2)), (2, dict(tp=2, train=False))])
+def test_a_converted_checkpoint_loads_in_any_layout(workers, model, converted, world, layout):
+    workers.run(world, checks.check_loads, path=model, converted=str(converted), **layout)
+
+
+def test_megatron_core_reads_a_converted_checkpoint(workers, model, converted):
+    found = workers.run(1, checks.read_by_megatron, directory=str(converted))[0]
+    source = checks.tensors(Path(model))
+    down = torch.stack([source[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(4)])
+    assert torch.equal(found[WEIGHT], down)
+    assert torch.equal(found["output_layer.weight"][:131], source["lm_head.weight"])
+
+
+def test_training_does_not_resume_from_weights_alone(workers, model, converted):
+    sentence = workers.run(1, checks.check_training_refuses, path=model, converted=str(converted))[0]
+    assert "holds weights without an optimizer" in sentence and "model.path=" in sentence
+
+
+def test_a_run_that_is_to_resume_from_weights_alone_is_refused_before_anything_loads(model, converted, tmp_path):
+    from frpo_nemo.training.resume import check_resume
+
+    cfg = namedtuple("Cfg", "checkpoint run_dir")(namedtuple("C", "resume")(str(converted)), str(tmp_path))
+    with pytest.raises(ConfigError, match="checkpoint.resume=.*holds weights without an optimizer"):
+        check_resume(cfg, Architecture.from_hf(model))
+
+
+# -- memory
+
+
+def test_memory_stays_below_two_shards(tmp_path):
+    sizes = dict(hidden_size=256, intermediate_size=1024, head_dim=64, layers=24, vocab=1024)
+    model, shard = make_tiny(tmp_path / "model", "llama", **sizes), 16_000_000
+    assert sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) > 5 * shard
+    names = [str(tmp_path / name) for name in ("checkpoint", "out", "warm")]
+    there, back = in_own_process(checks.peaks, model, *names, shard / 1e9)
+    assert there < 2 * shard and back < 2 * shard, (there, back)
+
+
+# -- the model card
+
+
+def test_the_model_card_has_configuration_figures_and_versions_but_no_secrets(workers, model, tmp_path):
+    run_dir = tmp_path / "run"
+    workers.run(1, checks.save_both, path=model, run_dir=str(run_dir), step=2)
+    config = {
+        "model": {"path": model},
+        "objective": {"name": "frpo", "lambda_": 0.5},
+        "reward": {"judge": {"target": "judge", "args": {"api_key": "s3cr3t-value", "max_tokens": 7}}},
+        "trainer": {"max_steps": 5},
+    }
+    (run_dir / "config.yaml").write_text(json.dumps(config))
+    rows = [
+        {"step": 0, "validation/reward/mean": 0.125},
+        {"step": 2, "reward/mean": 0.5, "kl/reference": None},
+        {
+            "step": 2,
+            "validation/reward/mean": 0.625,
+            "validation/kl/reference": 0.0625,
+            "validation/share/truncated": 0,
+        },
+        {"step": 3, "validation/reward/mean": 0.875},
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "environment.jsonl").write_text(json.dumps({"commit": "abc123", "packages": {"vllm": "9.9"}}) + "\n")
+    out = convert(ConvertRun(input=str(run_dir), out=str(tmp_path / "out")))  # the base is the run's
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "objective frpo (lambda_=0.5), for 2 of 5 steps" in card
+    assert "| validation/reward/mean | 0.1250 (step 0) | 0.6250 (step 2) |" in card
+    assert "| validation/kl/reference | 0.0625 (step 2) |" in card
+    assert "| reward/mean | 0.5000 (step 2) |" in card
+    assert "- commit: abc123" in card and "- vllm: 9.9" in card and "- megatron-core: " in card
+    assert "max_tokens: 7" in card and "s3cr3t-value" not in card
+    for later_or_other in ("0.8750", "truncated", "| kl/reference"):
+        assert later_or_other not in card
+
+
+# -- what is given
+
+
+def test_of_a_run_directory_the_newest_or_the_best_is_converted(workers, model, tmp_path):
+    for step in (1, 2):  # the score falls with the step
+        workers.run(1, checks.save_both, path=model, run_dir=str(tmp_path / "run"), step=step)
+        newest = ConvertRun(input=str(tmp_path / "run"), base=model, out=str(tmp_path / f"newest_{step}"))
+        convert(newest)
+    best = convert(ConvertRun(input=str(tmp_path / "run"), checkpoint="best", base=model, out=str(tmp_path / "best")))
+    first, last = (weights_files(tmp_path / f"newest_{step}") for step in (1, 2))
+    assert weights_files(best) == first != last
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(input="{tmp}/nothing"), "is neither a checkpoint .state.json., nor a run directory"),
+        (dict(input="{tmp}/empty_run"), "is a run directory without a complete checkpoint"),
+        (dict(input="{converted}", base="{other}"), r"another model than base=.*: num_layers=4 \(here 2\)"),
+        (dict(input="{converted}", base="{tmp}/absent/model"), "base=.*/absent/model is no directory"),
+        (dict(input="{converted}", checkpoint="last"), "checkpoint=last must be newest or best"),
+        (dict(input="{converted}", dtype="int8"), "dtype=int8 must be float32, bfloat16, float16 or null"),
+        (dict(input="{converted}", max_shard_gb=0.0), "max_shard_gb=0.0 must be above 0"),
+        (dict(input="{converted}", out="{tmp}/notes"), "exists and is not an exported model"),
+        (dict(input="{converted}", out="{model}"), "would overwrite the model that it came from"),
+        (dict(input="{model}", out="{tmp}/notes"), "exists and is not an earlier conversion"),
+        (dict(input="{model}", out="{model}"), "exists and is not an earlier conversion"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_written(model, converted, tmp_path, options, sentence):
+    (tmp_path / "empty_run/checkpoints").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").write_text("mine")
+    other = make_tiny(tmp_path / "other", "qwen2", layers=2)
+    places = dict(tmp=tmp_path, model=model, converted=converted, other=other)
+    options = {"out": str(tmp_path / "out")} | {
+        key: value.format(**places) if isinstance(value, str) else value for key, value in options.items()
+    }
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=sentence):
+        convert(ConvertRun(**options))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_of_training_is_not_replaced(workers, model, tmp_path):
+    workers.run(1, checks.save_both, path=model, run_dir=str(tmp_path / "run"))
+    trained = checkpoint_files.newest(tmp_path / "run")
+    with pytest.raises(ConfigError, match="exists and is not an earlier conversion"):
+        convert(ConvertRun(input=model, out=str(trained)))
+
+
+def test_an_earlier_conversion_is_replaced(model, converted, tmp_path):
+    for source in (model, converted):
+        out = tmp_path / f"out_{Path(source).name}"
+        convert(ConvertRun(input=str(source), out=str(out)))
+        (out / "leftover").touch()
+        convert(ConvertRun(input=str(source), out=str(out)))
+        assert not (out / "leftover").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused(model, converted, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: usage)
+    for source in (model, converted):
+        with pytest.raises(ConfigError, match=r"needs .* MiB of disk; .* has 1e\+03 bytes free"):
+            convert(ConvertRun(input=str(source), out=str(tmp_path / "a/b/out")))
+    assert not list(tmp_path.iterdir())
+
+
+# -- half of it, and worse
+
+
+def rewrite_index(checkpoint: Path, change) -> None:
+    index = checkpoint / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    change(metadata)
+    index.write_bytes(pickle.dumps(metadata))
+
+
+def drop_chunk(metadata) -> None:
+    del metadata.state_dict_metadata[WEIGHT].chunks[2]
+
+
+def elsewhere(metadata) -> None:
+    place = next(place for chunk, place in metadata.storage_data.items() if chunk.fqn == WEIGHT)
+    place.relative_path = "../" + place.relative_path
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda c: (c / ".metadata").unlink(), "is not a whole checkpoint: it has no .metadata"),
+        (lambda c: (c / ".metadata").write_bytes((c / ".metadata").read_bytes()[:-90]), "its .metadata is cut off"),
+        (lambda c: (c / "__0_0.distcp").unlink(), "is not a whole checkpoint: __0_0.distcp is missing"),
+        (lambda c: (c / "__0_0.distcp").write_bytes(b"x"), "__0_0.distcp has 1 of at least [0-9]+ bytes"),
+        (lambda c: rewrite_index(c, lambda m: m.state_dict_metadata.pop(WEIGHT)), f"lacks {WEIGHT}"),
+        (lambda c: rewrite_index(c, drop_chunk), f"it holds a part of {WEIGHT} only"),
+        (lambda c: rewrite_index(c, elsewhere), r"refers to \.\./__0_0.distcp, which is not beside it; do not load it"),
+    ],
+)
+def test_half_a_checkpoint_is_refused_before_anything_is_written(converted, tmp_path, damage, sentence):
+    half = shutil.copytree(converted, tmp_path / "half")
+    damage(half)
+    with pytest.raises(ConfigError, match=sentence):
+        convert(ConvertRun(input=str(half), out=str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == [half]
+
+
+class Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_an_index_that_would_run_code_is_refused(converted, tmp_path):
+    evil = shutil.copytree(converted, tmp_path / "evil")
+    (evil / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    with pytest.raises(ConfigError, match="which no checkpoint of ours does; do not load it"):
+        convert(ConvertRun(input=str(evil), out=str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == [evil]
+
+
+def test_a_chunk_that_would_run_code_is_refused_and_nothing_gets_the_name(converted, tmp_path):
+    evil = shutil.copytree(converted, tmp_path / "evil")
+    torch.save(Touch(tmp_path / "ran"), evil / "evil.distcp")
+
+    def point_to_it(metadata) -> None:
+        place = next(place for chunk, place in metadata.storage_data.items() if chunk.fqn == WEIGHT)
+        place.relative_path, place.offset, place.length = "evil.distcp", 0, (evil / "evil.distcp").stat().st_size
+
+    rewrite_index(evil, point_to_it)
+    run = ConvertRun(input=str(evil), out=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=f"has a chunk of {WEIGHT} that is no plain tensor"):
+        convert(run)
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+    run.input = str(converted)
+    convert(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil", "out"]  # the remains have gone
+
+
+def test_a_conversion_that_is_killed_leaves_nothing_under_its_name(model, tmp_path):
+    options = dict(input=model, out=str(tmp_path / "out"))
+    process = multiprocessing.get_context("spawn").Process(target=checks.die_before_publishing, args=(options,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.incomplete"]
+    convert(ConvertRun(**options))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("option", fields(ConvertRun), ids=lambda option: option.name)
+def test_every_option_is_documented_with_its_default(option):
+    default = "???" if option.default is MISSING else json.dumps(option.default).strip('"')
+    lines = (CONFIGS / "convert.yaml").read_text().splitlines()
+    assert any(re.fullmatch(rf"# {option.name}: {re.escape(default)} +# [A-Z].*\.", line) for line in lines)
+
+
+# -- verification, and the command line
+
+
+def test_a_verified_conversion_from_the_command_line(model, converted, tmp_path):
+    recipe = CONFIGS.parent / "recipes/convert.py"
+    command = [sys.executable, str(recipe), f"input={converted}", f"out={tmp_path / 'out'}", "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "transformers and Megatron differ by" in done.stdout and done.stderr == ""
+    assert checks.tensors(tmp_path / "out").keys() == checks.tensors(Path(model)).keys()
+
+
+def test_what_does_not_pass_verification_gets_no_name(model, converted, tmp_path):
+    other = make_tiny(tmp_path / "other", "qwen2", seed=1)
+    arguments = (model, other, str(converted), str(tmp_path / "out"))
+    of_another, of_conversion = in_own_process(checks.verification_errors, *arguments)
+    assert "fp32: the max may be 0.0001): the conversion is wrong" in of_another
+    assert "the conversion is wrong" in of_conversion
+    assert not (tmp_path / "out").exists()
