@@ -108,7 +108,8 @@ class Architecture:
         """
         import torch
 
-        frequencies = 1.0 / self.rope_theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim)
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")  # also under torch.device("meta")
+        frequencies = 1.0 / self.rope_theta ** (steps / self.head_dim)
         scaling = self.rope_scaling
         if scaling is None:
             return frequencies

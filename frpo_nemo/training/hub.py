@@ -8,6 +8,7 @@ from pathlib import Path
 from frpo_nemo.errors import ConfigError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # weights as safetensors only
+CONFIG_ONLY = ["config.json"]
 
 
 def is_hub_name(path: str) -> bool:
@@ -15,8 +16,8 @@ def is_hub_name(path: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(Path(path).parts[0]).exists()
 
 
-def local_model(path: str, *, download: bool) -> str:
-    """The directory of model `path`. download: fetch a hub name's files that are not in the cache yet.
+def local_model(path: str, *, download: bool, files: list[str] = FILES) -> str:
+    """The directory of model `path`. download: fetch a hub name's `files` that are not in the cache yet.
 
     Raises ConfigError when there is no such directory and the hub cannot give it.
     """
@@ -26,7 +27,7 @@ def local_model(path: str, *, download: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return snapshot_download(path, allow_patterns=FILES, local_files_only=not download)
+        return snapshot_download(path, allow_patterns=files, local_files_only=not download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -1,17 +1,28 @@
-"""Will the disk and the GPUs be large enough? Arithmetic on the architecture, before anything is loaded."""
+"""Will the disk, the GPUs or the host's memory be large enough? Asked before anything is loaded, with the arithmetic of
+planning/memory.py. Neither torch (but to ask for a GPU) nor megatron-core is imported."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.memory import Engine, Layout, Phase, cache_room, checkpoint_bytes, kv_bytes, phases, readable
+from frpo_nemo.planning.report import summary
 
-WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two moments in fp32, and main weights where the weights are not
-GRADIENT_BYTES = 4
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+# What to change when most of a phase's memory is the key.
+_REMEDIES = {
+    "activations": "lower trainer.microbatch_tokens={tokens}, or set model.recompute=full",
+    "logits": "lower model.logprob_chunk_tokens={chunk}",
+    "vLLM weights": "raise rollout.tensor_model_parallel_size={engine_tp}",
+    "vLLM KV cache": "lower rollout.gpu_memory_utilization={utilization}",
+    "refit buckets": "lower rollout.refit_bucket_mb={bucket_mb}",
+}
+_SPREAD = (
+    "raise model.tensor_model_parallel_size={tp} or model.pipeline_model_parallel_size={pp}, or start more processes"
+)
 
 
 def check_disk(cfg, arch: Architecture, directory: Path) -> None:
@@ -29,52 +40,72 @@ def check_disk(cfg, arch: Architecture, directory: Path) -> None:
         )
 
 
-def check_gpu_memory(cfg, arch: Architecture, world_size: int) -> None:
-    """Raise ConfigError when weights, gradients and optimizer, or vLLM's weights, cannot fit a GPU. Activations and
-    the KV cache come on top and are not counted. Checks nothing without a GPU."""
-    memory, model = gpu_memory(), cfg.model
-    if memory is None:
-        return
-    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    needed = training_bytes_per_rank(arch, model.precision, ranks, world_size // ranks)
-    if needed > memory:
+def check_memory(cfg, arch: Architecture, world_size: int) -> None:
+    """Raise ConfigError when a phase of a step cannot fit a GPU, or a CPU's process its share of the host's memory."""
+    layout = layout_of(cfg, world_size, gpu=gpu_memory() is not None)
+    limit = memory_limit(cfg)
+    if layout.engine and layout.gpu:
+        _check_engine_share(arch, layout, limit)
+    worst = max(phases(arch, layout, limit), key=lambda phase: phase.total)
+    if worst.total > limit:
+        raise ConfigError(_too_large(cfg, layout, worst, limit))
+
+
+def describe_plan(cfg, world_size: int) -> str:
+    """The plan that a run prints before it loads anything: layout, memory by part, expected peak."""
+    gpu = gpu_memory() is not None
+    arch, layout, limit = Architecture.from_hf(cfg.model.path), layout_of(cfg, world_size, gpu=gpu), memory_limit(cfg)
+    return summary(layout, phases(arch, layout, limit), limit, "GPU" if gpu else "process on the CPU")
+
+
+def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
+    """What of a typed FRPORun or SFTRun, started in `world_size` processes, decides its memory."""
+    model, trainer, is_rl = cfg.model, cfg.trainer, hasattr(cfg, "objective")
+    ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    replicas, rest = divmod(world_size, ranks)
+    if rest:
         raise ConfigError(
-            f"Weights, gradients and optimizer need {readable(needed)} on each GPU, which has {readable(memory)}; "
-            f"raise model.tensor_model_parallel_size={model.tensor_model_parallel_size} or "
-            f"model.pipeline_model_parallel_size={model.pipeline_model_parallel_size}, or start more processes."
+            f"model.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = {ranks} does "
+            f"not divide trainer.num_nodes x trainer.devices = {world_size}."
         )
-    if not hasattr(cfg, "objective") and not cfg.probe.interval:
-        return  # no engine
-    rollout = cfg.rollout
-    weights = parameters(arch) * WEIGHT_BYTES[model.precision] // rollout.tensor_model_parallel_size
-    allowed = int(memory * rollout.gpu_memory_utilization)
-    if weights > allowed:
-        raise ConfigError(
-            f"vLLM's weights need {readable(weights)} on each GPU, more than the {readable(allowed)} of "
-            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}; raise it, or "
-            f"rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size}."
+    probe = cfg.data.max_prompt_tokens + cfg.probe.max_response_tokens if cfg.probe.interval else 0
+    if is_rl:
+        longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
+        sequences = cfg.rollout.prompts_per_step * cfg.rollout.group_size // trainer.updates_per_rollout
+    else:
+        longest, sequences = cfg.data.max_tokens, cfg.data.sequences_per_step
+    engine = None
+    if is_rl or probe:
+        rollout = cfg.rollout
+        engine = Engine(
+            tp=rollout.tensor_model_parallel_size,
+            utilization=rollout.gpu_memory_utilization,
+            max_num_seqs=rollout.max_num_seqs,
+            longest=max(longest, probe) if is_rl else probe,
+            bucket_bytes=rollout.refit_bucket_mb << 20,
         )
+    return Layout(
+        tp=model.tensor_model_parallel_size,
+        pp=model.pipeline_model_parallel_size,
+        cp=model.context_parallel_size,
+        dp=replicas,
+        first=model.num_layers_in_first_pipeline_stage,
+        last=model.num_layers_in_last_pipeline_stage,
+        sequence_parallel=model.sequence_parallel,
+        precision=model.precision,
+        recompute=model.recompute,
+        microbatch_tokens=min(trainer.microbatch_tokens, -(-sequences // replicas) * longest),
+        logprob_chunk_tokens=model.logprob_chunk_tokens,
+        engine=engine,
+        reference=bool(probe) or (is_rl and (_beta(cfg) > 0 or trainer.val_interval > 0)),
+        gpu=gpu,
+        transformer_engine=gpu and importlib.util.find_spec("transformer_engine") is not None,
+    )
 
 
-def parameters(arch: Architecture) -> int:
-    """Number of parameters, without the padding of the vocabulary."""
-    attention = arch.hidden_size * arch.head_dim * 2 * (arch.num_heads + arch.num_kv_heads)
-    biases = arch.head_dim * (arch.num_heads + 2 * arch.num_kv_heads) if arch.qkv_bias else 0
-    norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
-    per_layer = attention + biases + norms + 3 * arch.hidden_size * arch.ffn_hidden_size
-    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    return arch.num_layers * per_layer + embeddings + arch.hidden_size
-
-
-def checkpoint_bytes(arch: Architecture, precision: str) -> int:
-    """Of one checkpoint: weights and optimizer."""
-    return parameters(arch) * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
-
-
-def training_bytes_per_rank(arch: Architecture, precision: str, ranks: int, replicas: int) -> int:
-    """Weights and gradients split over the `ranks` of a model, and the optimizer over its `replicas` as well."""
-    per_parameter = WEIGHT_BYTES[precision] + GRADIENT_BYTES + OPTIMIZER_BYTES[precision] / replicas
-    return int(parameters(arch) / ranks * per_parameter)
+def memory_limit(cfg) -> int:
+    """Bytes of a GPU, or a process's share of the host's memory."""
+    return gpu_memory() or host_memory() // cfg.trainer.devices
 
 
 def gpu_memory() -> int | None:
@@ -84,15 +115,50 @@ def gpu_memory() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def readable(size: float) -> str:
-    """`size` bytes in the largest unit that leaves at least 1."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"
+def host_memory() -> int:
+    """Bytes of this machine's memory, or what the control group (a container, a Slurm step) allows of it."""
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    allowed = [file.read_text().strip() for file in map(Path, _CGROUP_LIMITS) if file.is_file()]
+    return min([total, *(int(text) for text in allowed if text.isdigit())])
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its data sheet; None for one that is not listed."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _beta(cfg) -> float:
+    from frpo_nemo.objective import build_objective
+
+    return build_objective(cfg.objective).beta
+
+
+def _check_engine_share(arch: Architecture, layout: Layout, limit: int) -> None:
+    engine, one = layout.engine, layout.engine.longest * kv_bytes(arch, layout)
+    allowed, room = int(limit * engine.utilization), cache_room(arch, layout, limit)
+    if room < one:
+        raise ConfigError(
+            f"vLLM's weights and activations need {readable(allowed - room)} on each GPU, and keys and values of one "
+            f"sequence {readable(one)}, more than the {readable(allowed)} of rollout.gpu_memory_utilization="
+            f"{engine.utilization}; raise it, or rollout.tensor_model_parallel_size={engine.tp}."
+        )
+
+
+def _too_large(cfg, layout: Layout, phase: Phase, limit: int) -> str:
+    where = "each GPU, which has" if layout.gpu else "this host for each process, which has"
+    if not layout.gpu and cfg.trainer.devices > 1:
+        where = f"this host for each of trainer.devices={cfg.trainer.devices} processes, whose share is"
+    changeable = {name: size for name, size in phase.parts.items() if name != "reserve"}
+    largest = max(changeable, key=changeable.get)
+    remedy = _REMEDIES.get(largest, _SPREAD).format(
+        tokens=cfg.trainer.microbatch_tokens,
+        chunk=layout.logprob_chunk_tokens,
+        tp=layout.tp,
+        pp=layout.pp,
+        engine_tp=layout.engine and layout.engine.tp,
+        utilization=layout.engine and layout.engine.utilization,
+        bucket_mb=layout.engine and layout.engine.bucket_bytes >> 20,
+    )
+    parts = ", ".join(f"{name} {readable(size)}" for name, size in phase.parts.items())
+    stage = f" (pipeline stage {phase.stage})" if layout.pp > 1 else ""
+    return (
+        f"The phase {phase.name}{stage} needs {readable(phase.total)} on {where} {readable(limit)}: {parts}; {remedy}."
+    )

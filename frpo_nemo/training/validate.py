@@ -388,7 +388,7 @@ def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:
     if arch is None:
         return
     resources.check_disk(cfg, arch, existing)
-    resources.check_gpu_memory(cfg, arch, world_size)
+    resources.check_memory(cfg, arch, world_size)
 
 
 def _model_parallel(model) -> int:

@@ -17,6 +17,7 @@ from tiny_models import make_tiny
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.memory import parameters
 from frpo_nemo.training import resources, validate
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.config import FRPORun, SFTRun
@@ -101,6 +102,7 @@ def _write_earlier_run(root: Path) -> None:
     checkpoint.mkdir(parents=True)
     record = {
         "format": checkpoint_files.FORMAT,
+        "adam_step": 2,
         "architecture": checkpoint_files.identity(Architecture.from_hf(root / "other")),
     }
     (checkpoint / checkpoint_files.RECORD).write_text(json.dumps(record))
@@ -308,12 +310,34 @@ def test_full_disk_is_told_before_training(files, monkeypatch):
 
 def test_too_little_gpu_memory_is_told_before_training(files, monkeypatch):
     monkeypatch.chdir(files)
-    monkeypatch.setattr(resources, "gpu_memory", lambda: 2**20)
-    with pytest.raises(ConfigError, match="optimizer need .* MiB on each GPU, which has 1 MiB"):
-        check(files, [])
-    monkeypatch.setattr(resources, "gpu_memory", lambda: 2**24)
-    with pytest.raises(ConfigError, match="rollout.gpu_memory_utilization=0.01"):
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 3 * 2**30)
+    with pytest.raises(ConfigError, match="phase train needs 3.* GiB on each GPU, which has 3 GiB: .*optimizer .* MiB"):
+        check(files, [], "good_sft")
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 2**34)
+    with pytest.raises(ConfigError, match="vLLM's weights .* rollout.gpu_memory_utilization=0.01"):
         check(files, ["rollout.gpu_memory_utilization=0.01"])
+    check(files, [])
+
+
+def test_too_little_host_memory_is_told_before_training(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(resources, "gpu_memory", lambda: None)
+    monkeypatch.setattr(resources, "host_memory", lambda: 3 * 2**30)
+    check(files, ["parallel=tp2"], world=2)
+    long = ["data.max_prompt_tokens=480", "rollout.prompts_per_step=1024", "rollout.max_response_tokens=32"]
+    with pytest.raises(ConfigError, match="each of trainer.devices=2 .*lower trainer.microbatch_tokens=200000.*full"):
+        check(files, ["parallel=tp2", *long, "trainer.microbatch_tokens=200000"], world=2)
+    check(files, ["parallel=tp2", *long, "trainer.microbatch_tokens=4096"], world=2)
+
+
+def test_a_run_prints_layout_memory_and_peak(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(resources, "gpu_memory", lambda: None)
+    cfg = load(FRPORun, compose("good", ["parallel=tp2_pp2"], str(files)))
+    text = resources.describe_plan(cfg, 4)
+    assert text.startswith("plan: TP2 PP2 DP1, vLLM TP1, fp32")
+    for part in ("weights", "gradients", "optimizer", "activations", "vLLM KV cache", "expected peak of each process"):
+        assert part in text, text
 
 
 def test_parameters_are_counted_exactly(tmp_path):
@@ -322,7 +346,7 @@ def test_parameters_are_counted_exactly(tmp_path):
     for family, tied in (("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)):
         make_tiny(tmp_path / family, family, tied=tied)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / family)
-        assert resources.parameters(Architecture.from_hf(tmp_path / family)) == model.num_parameters()
+        assert parameters(Architecture.from_hf(tmp_path / family)) == model.num_parameters()
 
 
 # The real command.

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective import FRPO, GRPO, DrGRPO, build_objective
+from frpo_nemo.planning.plan import PlanRun
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.config import FRPORun, SFTRun
 from frpo_nemo.training.schema import documented_keys, load
@@ -35,7 +36,10 @@ def default_of(option: dataclasses.Field) -> Any:
     return option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
 
 
-@pytest.mark.parametrize("schema, pages", [(FRPORun, ["frpo.yaml"]), (SFTRun, ["frpo.yaml", "sft.yaml"])])
+@pytest.mark.parametrize(
+    "schema, pages",
+    [(FRPORun, ["frpo.yaml"]), (SFTRun, ["frpo.yaml", "sft.yaml"]), (PlanRun, ["plan.yaml"])],
+)
 def test_every_option_is_documented_with_its_default(schema, pages):
     options = {k: v for page in pages for k, v in documented(page).items()}
     for key, option in documented_keys(schema):
@@ -52,6 +56,7 @@ def test_every_option_is_documented_with_its_default(schema, pages):
 
 def test_documentation_has_no_option_that_does_not_exist():
     assert set(documented("frpo.yaml")) <= {key for key, _ in documented_keys(FRPORun)}
+    assert set(documented("plan.yaml")) <= {key for key, _ in documented_keys(PlanRun)}
     assert set(documented("sft.yaml")) <= {key for key, _ in documented_keys(SFTRun)}
 
 

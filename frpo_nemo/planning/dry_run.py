@@ -1,0 +1,96 @@
+"""The real model of every pipeline stage without memory or processes: on the meta device, in a fake process group as
+large as the job. Compares it with the table of weights, with transformers' own model, and with memory.py's arithmetic.
+For a process of its own without GPUs: megatron-core would put weights on one, whatever the default device is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.hf_weights.binding import bind
+from frpo_nemo.megatron.hf_weights.table import hf_shapes
+from frpo_nemo.megatron.model import build_model
+from frpo_nemo.planning.memory import Layout, rank_parameters
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every rank of a pipeline stage holds: bytes of its parameters, and what memory.py says."""
+
+    number: int
+    layers: range
+    parameters: int
+    bytes: int
+    estimate: int
+
+
+def dry_run(model, layout: Layout) -> list[Stage]:
+    """Build one rank of each stage (tensor-parallel ranks have equal shapes) and check it. `model`: a ModelConfig;
+    `layout`: its sizes. Raises ValueError that names what differs."""
+    arch = Architecture.from_hf(model.path)
+    arch.check_parallel(layout.tp, layout.pp, layout.first, layout.last)
+    check_against_transformers(arch)
+    # Neither changes a parameter, and both need Transformer Engine; context-parallel ranks count as replicas.
+    model = replace(model, fp8=None, context_parallel_size=1)
+    stages = [_stage(arch, model, layout, number) for number in range(layout.pp)]
+    wrong = [stage for stage in stages if stage.bytes != stage.estimate]
+    if wrong:
+        raise ValueError(
+            f"Stage {wrong[0].number} holds {wrong[0].bytes} bytes of parameters; planning/memory.py says "
+            f"{wrong[0].estimate}."
+        )
+    return stages
+
+
+def check_against_transformers(arch: Architecture) -> int:
+    """Names and shapes that the table expects of the Hugging Face model, against transformers' model of the same
+    config.json. Returns the number of tensors; raises ValueError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arch.source, trust_remote_code=False))
+    found = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+    expected = hf_shapes(arch)
+    for name in found.keys() | expected.keys():
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{name} of {arch.source} has shape {found.get(name)} in transformers and {expected.get(name)} here."
+            )
+    return len(found)
+
+
+def _stage(arch: Architecture, model, layout: Layout, number: int) -> Stage:
+    replicas = layout.dp * layout.cp
+    with _fake_world(layout, rank=number * layout.tp * replicas), torch.device("meta"):
+        gpt = build_model(arch, model)
+        bind(gpt, arch)  # against the table of weights
+    held = list(gpt.parameters())
+    if any(not parameter.is_meta for parameter in held):
+        raise ValueError("A parameter is not on the meta device; hide the GPUs (CUDA_VISIBLE_DEVICES=).")
+    return Stage(
+        number=number,
+        layers=arch.layers_of_stage(number, layout.pp, layout.first, layout.last),
+        parameters=sum(parameter.numel() for parameter in held),
+        bytes=sum(parameter.numel() * parameter.element_size() for parameter in held),
+        estimate=rank_parameters(arch, layout, number) * layout.element,
+    )
+
+
+@contextmanager
+def _fake_world(layout: Layout, rank: int) -> Iterator[None]:
+    size = layout.tp * layout.pp * layout.cp * layout.dp
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(layout.tp, layout.pp, create_gloo_process_groups=False)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

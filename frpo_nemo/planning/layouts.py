@@ -1,0 +1,138 @@
+"""Which layouts of a model fit a cluster, how fast each would be, and why the others do not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.cluster import Cluster
+from frpo_nemo.planning.memory import GIB, Engine, Layout, Phase, cache_room, host_bytes, kv_bytes, phases
+from frpo_nemo.planning.timing import Workload, seconds
+
+ALIKE = 1.03  # steps that differ by less are not told apart by estimates
+MICROBATCH_TOKENS = (2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits: its phases' memory and seconds."""
+
+    layout: Layout
+    phases: list[Phase]
+    seconds: dict[str, float]
+
+    @property
+    def peak(self) -> int:
+        return max(phase.total for phase in self.phases)
+
+    @property
+    def step(self) -> float:
+        return sum(self.seconds.values())
+
+
+def find_layouts(
+    arch: Architecture, cluster: Cluster, work: Workload, base: Layout, head_room: float
+) -> tuple[list[Candidate], Counter[str]]:
+    """(the layouts that fit, best first; how many were rejected for which reason). Of those that are as good as the
+    fastest, fewer pipeline stages come first, then less memory; the others follow by time. `base` has what is not
+    searched: precision, reference, the engine's other settings. head_room: share of GPU memory that must stay free."""
+    arch.check_sequence_length(work.longest)
+    found, rejected = [], Counter()
+    for layout in enumerate_layouts(arch, cluster, work, base, rejected):
+        fits = phases(arch, layout, cluster.gpu_memory)
+        reason = _too_large(arch, cluster, layout, fits, head_room)
+        if reason:
+            rejected[reason] += 1
+            continue
+        cache = next(phase.parts["vLLM KV cache"] for phase in fits if phase.name == "generate")
+        found.append(Candidate(layout, fits, seconds(arch, layout, cluster, work, cache)))
+    found.sort(key=lambda candidate: (candidate.step, candidate.peak))
+    alike = [candidate for candidate in found if candidate.step <= ALIKE * found[0].step]
+    alike.sort(key=lambda candidate: (candidate.layout.pp, candidate.peak, candidate.step))
+    return alike + found[len(alike) :], rejected
+
+
+def enumerate_layouts(
+    arch: Architecture, cluster: Cluster, work: Workload, base: Layout, rejected: Counter[str]
+) -> Iterator[Layout]:
+    """Every layout that divides model, GPUs and batch. TP and vLLM's TP stay inside a node: their collectives wait for
+    the slowest link in every layer."""
+    world = cluster.world_size
+    sizes = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    splits = [(tp, pp) for tp in sizes for pp in range(1, arch.num_layers + 1) if world % (tp * pp) == 0]
+    for tp, pp in splits:
+        dp = world // (tp * pp)
+        reason = _indivisible(arch, tp, pp) or _too_few(work, dp)
+        if reason:
+            rejected[reason] += 1
+            continue
+        for engine_tp in sizes:
+            if reason := _indivisible(arch, engine_tp, 1):
+                rejected[f"vLLM: {reason}"] += 1
+                continue
+            engine = replace(base.engine, tp=engine_tp, longest=work.longest)
+            yield from _choices(replace(base, tp=tp, pp=pp, dp=dp, engine=engine, sequence_parallel=tp > 1), work)
+
+
+def _choices(layout: Layout, work: Workload) -> Iterator[Layout]:
+    """Microbatch sizes and recomputation. None smaller than the longest sequence, none larger than a replica's share."""
+    share = work.sequences * work.longest // work.updates_per_rollout // layout.dp
+    tokens = [size for size in MICROBATCH_TOKENS if work.longest <= size <= share] or [work.longest]
+    for size in tokens:
+        for recompute in ("none", "full"):  # selective keeps as much as none where attention is fused
+            yield replace(layout, microbatch_tokens=size, recompute=recompute)
+
+
+def _indivisible(arch: Architecture, tp: int, pp: int) -> str | None:
+    try:
+        arch.check_parallel(tp, pp)
+    except ConfigError:
+        if arch.num_layers % pp:
+            return f"PP={pp} does not divide the {arch.num_layers} layers"
+        return f"TP={tp} does not divide heads, key-value heads or feed-forward size"
+    return None
+
+
+def _too_few(work: Workload, dp: int) -> str | None:
+    sequences = work.prompts_per_step // work.updates_per_rollout * work.group_size
+    return f"DP={dp} replicas for {sequences} sequences of an update" if sequences < dp else None
+
+
+def _too_large(arch: Architecture, cluster: Cluster, layout: Layout, fits: list[Phase], head_room: float) -> str | None:
+    if cache_room(arch, layout, cluster.gpu_memory) < layout.engine.longest * kv_bytes(arch, layout):
+        return f"vLLM TP={layout.engine.tp}: weights leave no KV cache of gpu_memory_utilization"
+    allowed = cluster.gpu_memory * (1 - head_room)
+    worst = max(fits, key=lambda phase: phase.total)
+    if worst.total > allowed:
+        part = max(worst.parts, key=worst.parts.get)
+        return f"memory of {worst.name}, most of it {part}"
+    if cluster.gpus_per_node * host_bytes(arch, layout) > cluster.host_memory_gib * GIB:
+        return "host memory"
+    return None
+
+
+def overrides(layout: Layout, cluster: Cluster) -> str:
+    """The options of recipes/frpo.py that choose `layout`."""
+    values = {
+        "trainer.num_nodes": cluster.num_nodes,
+        "trainer.devices": cluster.gpus_per_node,
+        "model.tensor_model_parallel_size": layout.tp,
+        "model.pipeline_model_parallel_size": layout.pp,
+        "model.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "model.recompute": layout.recompute,
+        "trainer.microbatch_tokens": layout.microbatch_tokens,
+        "rollout.tensor_model_parallel_size": layout.engine.tp,
+    }
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def default_base(precision: str, reference: bool, utilization: float, max_num_seqs: int) -> Layout:
+    """What find_layouts does not search, on GPUs with Transformer Engine."""
+    return Layout(
+        precision=precision,
+        reference=reference,
+        engine=Engine(utilization=utilization, max_num_seqs=max_num_seqs),
+    )

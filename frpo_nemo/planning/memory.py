@@ -1,0 +1,290 @@
+"""Bytes per GPU (or per process on a CPU), by part and by phase, before anything is loaded: pure arithmetic on an
+Architecture, neither torch nor megatron-core. Weights, gradients and optimizer are exact; activations follow what the
+layers save for the backward pass; docs/planning.md has the formulas. What happens to the figures is not decided here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from frpo_nemo.megatron.architecture import Architecture
+
+GIB = 2**30
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two moments in fp32, and main weights where the weights are not
+GRADIENT_BYTES = 4
+GPU_RESERVE = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers, what a sleeping vLLM keeps
+CPU_RESERVE = GIB  # libraries; measured: 0.6 GiB with megatron-core, 1.0 GiB with vLLM as well
+VLLM_RESERVE = 2 * GIB  # of vLLM's share: activations of its largest batch, CUDA graphs
+CPU_KV_CACHE = GIB  # rollout/engine.py's limit for an engine rank
+ATTENTION_PADDING = 4 / 3  # of the local attention's rectangles, lengths spread evenly over a power of two
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The part of vLLM in it. `utilization`: its share of GPU memory. `longest`: tokens of prompt and response."""
+
+    tp: int = 1
+    utilization: float = 0.6
+    max_num_seqs: int = 256
+    longest: int = 2048
+    bucket_bytes: int = 512 << 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides the memory of a training run. `first`, `last`: layers of those stages, if uneven. `gpu`: else a CPU,
+    where nothing sleeps or is offloaded. `transformer_engine`: its layers, else the local ones of megatron/layers.py.
+    `microbatch_tokens`: that a pack really holds. `reference`: a copy of the first weights in host memory."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    first: int | None = None
+    last: int | None = None
+    sequence_parallel: bool = False
+    precision: str = "bf16"
+    recompute: str = "none"
+    microbatch_tokens: int = 8192
+    logprob_chunk_tokens: int = 1024
+    engine: Engine | None = None
+    reference: bool = False
+    gpu: bool = True
+    transformer_engine: bool = True
+    attention_padding: float = ATTENTION_PADDING
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return WEIGHT_BYTES[self.precision]
+
+    @property
+    def tokens(self) -> float:
+        """Of a microbatch, on one context-parallel rank."""
+        return self.microbatch_tokens / self.cp
+
+    def __str__(self) -> str:
+        engine = f", vLLM TP{self.engine.tp}" if self.engine else ""
+        cp = f" CP{self.cp}" if self.cp > 1 else ""
+        return f"TP{self.tp} PP{self.pp}{cp} DP{self.dp}{engine}"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase on the ranks of the pipeline stage that needs most of it. `parts`: bytes by name."""
+
+    name: str
+    stage: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def parameters(arch: Architecture) -> int:
+    """Number of parameters, without the padding of the vocabulary."""
+    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    return arch.num_layers * layer_parameters(arch, 1) + embeddings + arch.hidden_size
+
+
+def layer_parameters(arch: Architecture, tp: int) -> int:
+    """Of one layer on one tensor-parallel rank."""
+    heads = arch.num_heads + 2 * arch.num_kv_heads
+    attention = (arch.hidden_size * (heads + arch.num_heads) + (heads if arch.qkv_bias else 0)) * arch.head_dim
+    norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
+    return (attention + 3 * arch.hidden_size * arch.ffn_hidden_size) // tp + norms
+
+
+def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
+    """Of one rank of pipeline stage `stage`, padding of the vocabulary included; tensor-parallel ranks are equal."""
+    layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+    vocabulary = arch.padded_vocab_size(layout.tp) // layout.tp * arch.hidden_size
+    own_output = not arch.tied_embeddings or layout.pp > 1  # a tied embedding has a copy on the last of several stages
+    last = stage == layout.pp - 1
+    return (
+        layers * layer_parameters(arch, layout.tp)
+        + (vocabulary if stage == 0 else 0)
+        + (arch.hidden_size + (vocabulary if own_output else 0) if last else 0)
+    )
+
+
+def checkpoint_bytes(arch: Architecture, precision: str) -> int:
+    """Of one checkpoint: weights and optimizer."""
+    return parameters(arch) * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
+
+
+def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
+    """Weights and gradients of a rank, and its share of the optimizer, which is sharded over DP and CP."""
+    count = rank_parameters(arch, layout, stage)
+    return {
+        "weights": count * layout.element,
+        "gradients": count * GRADIENT_BYTES,
+        "optimizer": math.ceil(count * OPTIMIZER_BYTES[layout.precision] / (layout.dp * layout.cp)),
+    }
+
+
+def phases(arch: Architecture, layout: Layout, limit: int) -> list[Phase]:
+    """The phases of a step, each for its worst stage: generate and refit with an engine, log-probs, train. `limit`: bytes
+    that a rank may use, of which vLLM takes its share on a GPU."""
+    found = []
+    for name in ("generate", "log-probs", "train", "refit"):
+        if layout.engine is None and name in ("generate", "refit"):
+            continue
+        stages = [Phase(name, s, _parts(name, arch, layout, s, limit)) for s in range(layout.pp)]
+        found.append(max(stages, key=lambda phase: phase.total))
+    return found
+
+
+def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int) -> dict[str, int]:
+    state = state_bytes(arch, layout, stage)
+    if name in ("generate", "refit") and layout.gpu and layout.precision != "fp32":
+        state = {"weights": state["weights"]}  # the optimizer is in host memory, the gradients are released
+    parts = {"reserve": GPU_RESERVE if layout.gpu else CPU_RESERVE} | state
+    if layout.reference and not layout.gpu:
+        parts["reference"] = state["weights"]
+    if layout.engine and (name in ("generate", "refit") or not layout.gpu):
+        parts |= engine_bytes(arch, layout, limit, kv_cache=name != "refit" or not layout.gpu)
+    if name == "log-probs":
+        parts |= forward_bytes(arch, layout, stage)
+    if name == "train":
+        parts |= training_peak(arch, layout, stage)
+    if name == "refit":
+        bucket = max(layout.engine.bucket_bytes, _largest_weight(arch) * layout.element)
+        parts["refit buckets"] = 3 * min(bucket, parameters(arch) * layout.element)
+    return parts
+
+
+def engine_bytes(arch: Architecture, layout: Layout, limit: int, *, kv_cache: bool) -> dict[str, int]:
+    """vLLM's weights, and its KV cache: on a GPU all that is left of its share."""
+    engine = layout.engine
+    parts = {"vLLM weights": math.ceil(parameters(arch) * layout.element / engine.tp)}
+    if kv_cache and layout.gpu:
+        parts |= {"vLLM KV cache": max(cache_room(arch, layout, limit), 0), "vLLM activations": VLLM_RESERVE}
+    elif kv_cache:
+        used = engine.max_num_seqs * engine.longest * kv_bytes(arch, layout)
+        parts["vLLM KV cache"] = min(CPU_KV_CACHE, used)
+    return parts
+
+
+def cache_room(arch: Architecture, layout: Layout, limit: int) -> int:
+    """Bytes that a GPU's share for vLLM leaves to its KV cache; negative if the weights alone are too much. At least one
+    sequence of the engine's `longest` must fit."""
+    weights = math.ceil(parameters(arch) * layout.element / layout.engine.tp)
+    return int(limit * layout.engine.utilization) - weights - VLLM_RESERVE
+
+
+def kv_bytes(arch: Architecture, layout: Layout) -> int:
+    """Keys and values of one token on one rank of an engine."""
+    heads = max(arch.num_kv_heads / layout.engine.tp, 1)
+    return int(2 * arch.num_layers * heads * arch.head_dim * layout.element)
+
+
+def host_bytes(arch: Architecture, layout: Layout) -> int:
+    """Host memory of one GPU's process: the sleeping vLLM's weights, the offloaded optimizer, the reference."""
+    state = max((state_bytes(arch, layout, s) for s in range(layout.pp)), key=lambda parts: parts["weights"])
+    asleep = engine_bytes(arch, layout, 0, kv_cache=False)["vLLM weights"] if layout.engine else 0
+    offloaded = state["optimizer"] if layout.engine and layout.precision != "fp32" else 0
+    return CPU_RESERVE + asleep + offloaded + (state["weights"] if layout.reference else 0)
+
+
+# What a microbatch leaves for the backward pass.
+
+
+def saved_per_token(arch: Architecture, layout: Layout) -> float:
+    """Bytes that one layer keeps of one token between the forward and the backward pass, without recomputation."""
+    e, h = layout.element, arch.hidden_size / _sequence_split(layout)
+    queries, keys, ffn = (size / layout.tp for size in _widths(arch))
+    # Each of two norms keeps its input and its output; not fused, the input and the normalised one in fp32 instead.
+    norms = 2 * (2 * e if layout.gpu else 8 + e) * h
+    if layout.transformer_engine:
+        attention = 3 * e * (queries + keys)  # v keeps the fused qkv alive; q and k after the rotation; the output
+    else:
+        padded = layout.attention_padding * 2 * (queries + keys)  # rectangles of q, k, v and the output
+        attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
+    if layout.recompute == "selective" and not layout.transformer_engine:
+        attention = e * (3 * (queries + keys) + 4 * arch.head_dim)
+    return norms + attention + 5 * e * ffn  # gate and up together, silu(gate), a copy of up, their product
+
+
+def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
+    """Activations and logits of a stage where they peak in a training step: when the last stage begins its backward pass
+    with the logits, or any stage that of a layer. On a CPU, gloo's copy of the gradients may be more than both."""
+    e, tokens = layout.element, layout.tokens
+    layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+    input_bytes = e * arch.hidden_size / _sequence_split(layout)
+    layer = saved_per_token(arch, layout)
+    in_flight = layout.pp - stage  # of the 1F1B schedule
+    full = layout.recompute == "full"
+    saved = tokens * in_flight * layers * (input_bytes if full else layer)
+    ffn, ffn_weight = arch.ffn_hidden_size / layout.tp, arch.hidden_size * arch.ffn_hidden_size / layout.tp
+    # Backward of the second projection: gradients of output and input, and of the weight before it is added to the buffer.
+    backward = tokens * (layer if full else 0) + tokens * (input_bytes + e * ffn) + e * ffn_weight
+    peaks = [{"activations": saved + backward}]
+    if stage == layout.pp - 1:
+        peaks.append({"activations": saved + _head_activations(arch, layout), "logits": logits_backward(arch, layout)})
+    count = rank_parameters(arch, layout, stage)
+    if not layout.gpu:
+        peaks.append({"gradient reduction": count * GRADIENT_BYTES})
+    elif not layout.transformer_engine:
+        peaks.append({"optimizer step": count * 4 / (layout.dp * layout.cp)})  # one temporary of torch's AdamW
+    return _whole(max(peaks, key=lambda parts: sum(parts.values())))
+
+
+def forward_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
+    """Peak of a pass without gradient: inside one feed-forward layer, or at the logits."""
+    e, tokens, h = layout.element, layout.tokens, arch.hidden_size / _sequence_split(layout)
+    layer = {"activations": tokens * e * (2 * h + 5 * arch.ffn_hidden_size / layout.tp)}
+    if stage < layout.pp - 1:
+        return _whole(layer)
+    head = {"activations": tokens * e * (h + 2 * arch.hidden_size), "logits": 16 * _chunk(arch, layout)}
+    return _whole(max(layer, head, key=lambda parts: sum(parts.values())))
+
+
+def logits_backward(arch: Architecture, layout: Layout) -> float:
+    """Of megatron/logprobs.py, where it peaks: a chunk of fp32 logits, their gradient, and the gradient of the output
+    weight, in fp32 and as a product that is added to it."""
+    e, chunk = layout.element, _chunk(arch, layout)
+    weight = arch.padded_vocab_size(layout.tp) // layout.tp * arch.hidden_size
+    added = e * weight + (4 * weight if e == 2 and not layout.gpu else 0)  # a CPU converts the product before adding
+    return 4 * weight + max((12 + e) * chunk, (4 + e) * chunk + added)
+
+
+def _head_activations(arch: Architecture, layout: Layout) -> float:
+    """Behind the layers: the final norm, the hidden states gathered over TP, and those of responses with gradient."""
+    e, h = layout.element, arch.hidden_size / _sequence_split(layout)
+    norm = 2 * e * h if layout.gpu else 8 * h
+    gathered = e * arch.hidden_size if layout.sequence_parallel else 0
+    return layout.tokens * (norm + gathered + 2 * e * arch.hidden_size)
+
+
+def _chunk(arch: Architecture, layout: Layout) -> float:
+    """Elements of the logits that exist at one time."""
+    return min(layout.logprob_chunk_tokens, layout.tokens) * arch.padded_vocab_size(layout.tp) / layout.tp
+
+
+def _widths(arch: Architecture) -> tuple[int, int, int]:
+    return arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim, arch.ffn_hidden_size
+
+
+def _largest_weight(arch: Architecture) -> int:
+    return arch.hidden_size * max(arch.vocab_size, 2 * arch.ffn_hidden_size)
+
+
+def _sequence_split(layout: Layout) -> int:
+    return layout.tp if layout.sequence_parallel else 1
+
+
+def _whole(parts: dict[str, float]) -> dict[str, int]:
+    return {name: math.ceil(size) for name, size in parts.items()}
+
+
+def readable(size: float) -> str:
+    """`size` bytes in the largest unit that leaves at least 1."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"

@@ -1,0 +1,95 @@
+"""Plans as tables and sentences for a terminal. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from frpo_nemo.planning.cluster import Cluster
+from frpo_nemo.planning.layouts import Candidate, overrides
+from frpo_nemo.planning.memory import GIB, Layout, Phase, readable
+
+
+def print_layouts(console: Console, found: list[Candidate], show: int) -> None:
+    """The best layouts, one row each, at most one row for every combination of TP, PP and vLLM's TP."""
+    table = Table(
+        box=box.SIMPLE, title=f"{len(found)} layouts fit; the best of each split, best first", title_justify="left"
+    )
+    names = list(found[0].seconds)
+    for column in ("TP", "PP", "DP", "vLLM TP", "tokens", "recompute", "peak GiB", "in", *names, "step s"):
+        table.add_column(column, justify="right")
+    best: dict[tuple, Candidate] = {}
+    for candidate in found:
+        layout = candidate.layout
+        best.setdefault((layout.tp, layout.pp, layout.engine.tp), candidate)
+    for candidate in list(best.values())[:show]:
+        layout = candidate.layout
+        worst = max(candidate.phases, key=lambda phase: phase.total)
+        table.add_row(
+            *map(str, (layout.tp, layout.pp, layout.dp, layout.engine.tp, layout.microbatch_tokens, layout.recompute)),
+            f"{candidate.peak / GIB:.1f}",
+            worst.name,
+            *(f"{candidate.seconds[name]:.1f}" for name in names),
+            f"{candidate.step:.1f}",
+        )
+    console.print(table)
+
+
+def memory_table(phases: list[Phase], title: str) -> Table:
+    """Parts by phase, of the pipeline stage that needs most."""
+    table = Table("GiB", box=box.SIMPLE, title=title, title_justify="left")
+    for phase in phases:
+        table.add_column(f"{phase.name} (stage {phase.stage})", justify="right")
+    for part in dict.fromkeys(name for phase in phases for name in phase.parts):
+        row = (f"{phase.parts[part] / GIB:.1f}" if part in phase.parts else "" for phase in phases)
+        table.add_row(part, *row)
+    table.add_row("together", *(f"{phase.total / GIB:.1f}" for phase in phases), style="bold")
+    return table
+
+
+def print_choice(console: Console, choice: Candidate, cluster: Cluster) -> None:
+    """Memory and seconds of the chosen layout, and the options that choose it."""
+    title = f"{choice.layout}: memory of a GPU, of {cluster.gpu_memory_gib:g} GiB"
+    console.print(memory_table(choice.phases, title))
+    spent = ", ".join(f"{name} {value:.1f} s" for name, value in choice.seconds.items())
+    console.print(f"Estimated step of {choice.step:.0f} s: {spent}.")
+    console.print("Choose it with:")
+    console.print(overrides(choice.layout, cluster), soft_wrap=True, highlight=False, markup=False)
+
+
+def print_rejected(console: Console, rejected: Counter[str], show: int = 8) -> None:
+    """Why others do not fit, the most frequent reasons first."""
+    if rejected:
+        console.print(f"\n{sum(rejected.values())} others do not fit:")
+    for reason, count in rejected.most_common(show):
+        console.print(f"  {count:5d}  {reason}", highlight=False, markup=False)
+    if len(rejected) > show:
+        console.print(f"  {sum(rejected.values()) - sum(n for _, n in rejected.most_common(show)):5d}  other reasons")
+
+
+def print_dry_run(layout: Layout, stages: list) -> None:
+    """What dry_run.py built, one row per pipeline stage."""
+    table = Table("stage", "layers", "parameters of a rank", "GiB", "by the arithmetic", title=f"{layout}: built")
+    for stage in stages:
+        layers = f"{stage.layers.start}-{stage.layers.stop - 1}"
+        size, same = f"{stage.bytes / GIB:.3f}", "equal" if stage.bytes == stage.estimate else "different"
+        table.add_row(str(stage.number), layers, f"{stage.parameters:,}", size, same)
+    console = Console()
+    console.print(table)
+    console.print("Names and shapes: as in the table of weights and in transformers' model.", highlight=False)
+
+
+def summary(layout: Layout, phases: list[Phase], limit: int, where: str) -> str:
+    """The plan of a run: its layout, the expected peak, and the memory of each phase by part."""
+    worst = max(phases, key=lambda phase: phase.total)
+    lines = [
+        f"plan: {layout}, {layout.precision}, microbatches of {layout.microbatch_tokens} tokens, "
+        f"recompute={layout.recompute}; expected peak of each {where}: {readable(worst.total)} of {readable(limit)}"
+    ]
+    for phase in phases:
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in phase.parts.items() if size)
+        lines.append(f"  {phase.name:10} {readable(phase.total)}: {parts}")
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Estimated seconds of the phases of a step, from FLOPs and bytes over the data sheet's rates times an efficiency each.
+Estimates, for comparing layouts: docs/planning.md says where the efficiencies come from and how far off published runs
+are. No measurement of this project is in them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.cluster import Cluster
+from frpo_nemo.planning.memory import Layout, kv_bytes, parameters, rank_parameters
+
+# Share of the data sheet's rate that is reached.
+MATRIX_EFFICIENCY = 0.5  # products of training and log-probs, in large microbatches
+SMALL_BATCH_TOKENS = 256  # tokens per microbatch at which products reach half of that: small ones starve the GPU
+MEMORY_EFFICIENCY = 0.7  # reading weights and KV cache while decoding
+LINK_EFFICIENCY = 0.6  # NVLink, network and host link, in collectives and copies of hundreds of MB
+# Seconds.
+DECODE_OVERHEAD = 0.004  # vLLM's scheduler, sampler and kernel launches, per decoded token
+ALL_REDUCE_LATENCY = 12e-6  # of a small message over NVLink
+TENSOR_OVERHEAD = 0.001  # of a refit, per Hugging Face tensor: reload and two fingerprints
+
+
+@dataclass
+class Workload:
+    """One step. Lengths are means, but for max_response_tokens, which the longest response of a step is taken to reach.
+    `logprob_passes`: forward passes over the batch besides training (reference, old policy)."""
+
+    prompts_per_step: int = 64
+    group_size: int = 8
+    prompt_tokens: int = 256
+    response_tokens: int = 512
+    max_prompt_tokens: int = 1024
+    max_response_tokens: int = 3072
+    updates_per_rollout: int = 1
+    logprob_passes: int = 1
+
+    @property
+    def sequences(self) -> int:
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * (self.prompt_tokens + self.response_tokens)
+
+    @property
+    def longest(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+
+def seconds(
+    arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, kv_cache: int | None = None
+) -> dict[str, float]:
+    """By phase: generation (if there is an engine; kv_cache: bytes of it), log-probs, training, refit."""
+    found = {}
+    if layout.engine:
+        found["generation"] = generation(arch, layout, cluster, work, kv_cache)
+    if work.logprob_passes:
+        found["log-probs"] = logprobs(arch, layout, cluster, work)
+    found["training"] = training(arch, layout, cluster, work)
+    if layout.engine:
+        found["refit"] = refit(arch, layout, cluster)
+    return found
+
+
+def generation(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, kv_cache: int | None) -> float:
+    """A full batch while requests wait, then a tail in which ever fewer responses go on to the longest. Lengths are
+    taken to be exponential around the mean."""
+    tp, mean = layout.engine.tp, work.response_tokens
+    engines = layout.tp * layout.pp * layout.cp * layout.dp // tp
+    waiting = math.ceil(work.prompts_per_step / engines) * work.group_size
+    room = kv_cache // (kv_bytes(arch, layout) * (work.prompt_tokens + mean)) if kv_cache else waiting
+    batch = max(min(waiting, layout.engine.max_num_seqs, room), 1)
+    context = work.prompt_tokens + mean / 2
+
+    total = (waiting - batch) * mean / batch * _decode(arch, layout, cluster, batch, context)
+    slices = 32
+    for number in range(slices):
+        done = (number + 0.5) / slices * work.max_response_tokens
+        alive = max(batch * math.exp(-done / mean), 1)
+        each = _decode(arch, layout, cluster, alive, work.prompt_tokens + done)
+        total += work.max_response_tokens / slices * each
+    prompts = work.prompts_per_step / engines * work.prompt_tokens  # of a group, once: the prefix cache has the rest
+    return total + 2 * parameters(arch) * prompts / (tp * cluster.peak_tflops * 1e12 * MATRIX_EFFICIENCY)
+
+
+def _decode(arch: Architecture, layout: Layout, cluster: Cluster, batch: float, context: float) -> float:
+    """One token for each of `batch` sequences of `context` tokens."""
+    tp, memory = layout.engine.tp, cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY
+    weights = parameters(arch) * layout.element / tp / memory
+    products = 2 * parameters(arch) * batch / tp / (cluster.peak_tflops * 1e12 * MATRIX_EFFICIENCY)
+    cache = batch * context * kv_bytes(arch, layout) / memory
+    exchange = 2 * arch.num_layers * ALL_REDUCE_LATENCY if tp > 1 else 0
+    return max(weights, products) + cache + exchange + DECODE_OVERHEAD
+
+
+def logprobs(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
+    """Forward passes, and the reference's weights in and out of the GPU."""
+    swap = 4 * rank_parameters(arch, layout, 0) * layout.element / _link(cluster.host_gb_per_s)
+    passes = _passes(arch, layout, cluster, work, flops=2, exchanges=4)
+    return work.logprob_passes * passes + (swap if layout.reference else 0)
+
+
+def training(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
+    """Forward and backward, once more forward under recomputation, and for each update the gradient's reduction, the
+    weights' gather and Adam; the optimizer comes back from host memory and goes again."""
+    again = layout.recompute == "full"
+    compute = _passes(arch, layout, cluster, work, flops=8 if again else 6, exchanges=14 if again else 10)
+    if layout.recompute == "selective":
+        compute *= 1.03
+    replicas, count = layout.dp * layout.cp, max(rank_parameters(arch, layout, s) for s in (0, layout.pp - 1))
+    inside = layout.tp * replicas <= cluster.gpus_per_node
+    link = _link(cluster.nvlink_gb_per_s if inside else cluster.network_gb_per_s)
+    reduction = count * (4 + layout.element) * (replicas - 1) / replicas / link
+    adam = 32 * count / replicas / (cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY)
+    moves = 2 * 12 * count / replicas / _link(cluster.host_gb_per_s) if layout.engine else 0
+    return compute + work.updates_per_rollout * (reduction + adam) + moves
+
+
+def _passes(
+    arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, *, flops: int, exchanges: int
+) -> float:
+    """All microbatches through all stages. flops: per parameter and token. exchanges: all-gathers and reduce-scatters
+    over TP, per layer and microbatch."""
+    e, rows = layout.element, min(layout.microbatch_tokens, work.tokens / work.updates_per_rollout / layout.dp)
+    microbatches = math.ceil(work.tokens / work.updates_per_rollout / layout.dp / rows)
+    efficiency = MATRIX_EFFICIENCY * rows / (rows + SMALL_BATCH_TOKENS)
+    length = work.prompt_tokens + work.response_tokens
+    attention = arch.num_layers * arch.num_heads * arch.head_dim * length  # causal; as many FLOPs per token as this
+    products = flops * rows * (parameters(arch) + attention) / (layout.tp * layout.pp * layout.cp)
+    busy = products / (cluster.peak_tflops * 1e12 * efficiency)
+    layers, moved = arch.num_layers / layout.pp, rows / layout.cp * arch.hidden_size * e
+    busy += layers * exchanges * moved * (layout.tp - 1) / layout.tp / _link(cluster.nvlink_gb_per_s)
+    if layout.pp > 1:
+        busy += (1 if flops == 2 else 2) * moved / _sequence(layout) / _link(cluster.network_gb_per_s)
+    return work.updates_per_rollout * (microbatches + layout.pp - 1) * busy
+
+
+def refit(arch: Architecture, layout: Layout, cluster: Cluster) -> float:
+    """The stream: a broadcast over stages, an all-gather over TP, copies into full tensors and into vLLM's, which first
+    brings its sleeping weights back."""
+    size = parameters(arch) * layout.element
+    gather = size * (layout.tp - 1) / layout.tp / _link(cluster.nvlink_gb_per_s)
+    inside = layout.tp * layout.pp * layout.dp * layout.cp <= cluster.gpus_per_node
+    link = _link(cluster.nvlink_gb_per_s if inside else cluster.network_gb_per_s)
+    broadcast = size / layout.tp / link if layout.pp > 1 else 0
+    copies = 4 * size / (cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY)
+    wake = 2 * size / layout.engine.tp / _link(cluster.host_gb_per_s)
+    return gather + broadcast + copies + wake + TENSOR_OVERHEAD * (9 * arch.num_layers + 3)
+
+
+def _link(gb_per_s: float) -> float:
+    return gb_per_s * 1e9 * LINK_EFFICIENCY
+
+
+def _sequence(layout: Layout) -> int:
+    return layout.tp if layout.sequence_parallel else 1

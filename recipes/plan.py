@@ -1,0 +1,66 @@
+"""Which parallel layout for which model on which GPUs? And does a configuration's layout build? Neither needs a GPU.
+
+    python recipes/plan.py model.path=meta-llama/Llama-3.1-70B-Instruct cluster=h100 cluster.num_nodes=8
+    python recipes/plan.py --dry-run --config-name experiment/gsm8k_frpo parallel=tp2_pp2
+
+The first lists the layouts that fit, best first (options: configs/plan.yaml). The second builds the model of every rank
+of a training configuration without memory, and checks its names, shapes and sizes. docs/planning.md explains both.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+def search() -> None:
+    from rich.console import Console
+
+    from frpo_nemo.planning.plan import PlanRun, plan
+    from frpo_nemo.training.cli import from_command_line
+
+    cfg = from_command_line(PlanRun, "plan")
+    cfg.model.path = directory_with_config(cfg.model.path)
+    plan(cfg, Console(width=max(Console().width, 132)))
+
+
+def dry_run_of_config() -> None:
+    from frpo_nemo.training.cli import from_command_line
+    from frpo_nemo.training.config import FRPORun, SFTRun
+    from frpo_nemo.training.resources import layout_of
+
+    cfg = from_command_line(lambda composed: FRPORun if "objective" in composed else SFTRun, "frpo")
+    cfg.model.path = directory_with_config(cfg.model.path)
+    layout = layout_of(cfg, cfg.trainer.num_nodes * cfg.trainer.devices, gpu=True)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the meta device is enough, and megatron-core would take a GPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, of packages that it does without
+        from frpo_nemo.planning.dry_run import dry_run
+        from frpo_nemo.planning.report import print_dry_run
+
+        stages = dry_run(cfg.model, layout)
+    print_dry_run(layout, stages)
+
+
+def directory_with_config(path: str) -> str:
+    from frpo_nemo.training.hub import CONFIG_ONLY, is_hub_name, local_model
+
+    return local_model(path, download=True, files=CONFIG_ONLY) if is_hub_name(path) else path
+
+
+def main() -> None:
+    from frpo_nemo.errors import ConfigError
+
+    dry = "--dry-run" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--dry-run"]
+    try:
+        dry_run_of_config() if dry else search()
+    except ConfigError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

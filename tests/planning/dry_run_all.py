@@ -1,0 +1,51 @@
+"""Every known model at a layout of its own, each pipeline stage, printed as JSON: a process of its own, because the
+fake process group and the meta device are no company for other tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from known_models import MODELS, write_config
+
+from frpo_nemo.planning.dry_run import dry_run
+from frpo_nemo.planning.memory import Layout
+from frpo_nemo.training.config import ModelConfig
+
+# name -> TP, PP, DP[, layers of the first stage, of the last]
+LAYOUTS = {
+    "Mistral-7B-Instruct-v0.1": (4, 1, 2),
+    "Qwen2.5-0.5B-Instruct": (2, 2, 2),  # tied: the last stage has a copy
+    "Qwen2.5-7B-Instruct": (4, 2, 1),
+    "Qwen2.5-14B-Instruct": (4, 2, 2),
+    "Qwen2.5-32B-Instruct": (8, 2, 2),
+    "Qwen2.5-72B-Instruct": (8, 4, 2),
+    "Qwen3-8B": (2, 4, 1, 8, 8),
+    "Llama-3.1-8B-Instruct": (8, 3, 1, 12, None),
+    "Llama-3.1-70B-Instruct": (8, 4, 2, None, 17),
+}
+
+
+def main() -> None:
+    assert LAYOUTS.keys() == MODELS.keys()
+    with tempfile.TemporaryDirectory() as directory:
+        for name, (tp, pp, dp, *uneven) in LAYOUTS.items():
+            first, last = uneven or (None, None)
+            path = str(write_config(name, Path(directory)))
+            model = ModelConfig(
+                path=path,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                sequence_parallel=tp > 1,
+                num_layers_in_first_pipeline_stage=first,
+                num_layers_in_last_pipeline_stage=last,
+            )
+            stages = dry_run(model, Layout(tp=tp, pp=pp, dp=dp, first=first, last=last))
+            rows = [(len(stage.layers), stage.bytes, stage.estimate) for stage in stages]
+            print(json.dumps({"name": name, "tp": tp, "stages": rows}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

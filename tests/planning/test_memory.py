@@ -1,0 +1,75 @@
+"""Estimated memory against what a training step really takes on this CPU, and how it moves with the options."""
+
+from dataclasses import replace
+
+import pytest
+from measure_memory import CHUNK, LAYERS, LENGTHS, SHAPE, VOCABULARY
+from scripts import printed_by
+from tiny_models import make_tiny
+
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.memory import GIB, Engine, Layout, phases, state_bytes, training_peak
+
+PACK = sum(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, str], dict[str, int]]:
+    rows = printed_by("measure_memory.py", "none", "full", MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
+    return {(row["precision"], row["recompute"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Architecture:
+    path = tmp_path_factory.mktemp("small")
+    return Architecture.from_hf(make_tiny(path, "llama", layers=LAYERS, vocab=VOCABULARY, **SHAPE))
+
+
+def on_cpu(precision: str, recompute: str) -> Layout:
+    return Layout(
+        precision=precision,
+        recompute=recompute,
+        microbatch_tokens=PACK,
+        logprob_chunk_tokens=CHUNK,
+        gpu=False,
+        transformer_engine=False,
+        attention_padding=(3 * 512 + 640) / PACK,
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_estimate_is_within_a_tenth_of_measured_memory(precision, recompute, measured, small):
+    layout, row = on_cpu(precision, recompute), measured[precision, recompute]
+    assert sum(state_bytes(small, layout, 0).values()) == pytest.approx(row["state"], rel=0.1)
+    assert sum(training_peak(small, layout, 0).values()) == pytest.approx(row["peak"], rel=0.1)
+
+
+def total(arch: Architecture, layout: Layout, phase: str, limit: int = 79 * GIB) -> int:
+    return next(found.total for found in phases(arch, layout, limit) if found.name == phase)
+
+
+def test_every_kind_of_splitting_lowers_the_memory_of_training(known):
+    arch = Architecture.from_hf(known["Llama-3.1-70B-Instruct"])
+    base = Layout(tp=4, pp=2, dp=2, sequence_parallel=True)
+    needed = total(arch, base, "train")
+    for change in (
+        {"tp": 8},
+        {"dp": 4},
+        {"pp": 4},
+        {"recompute": "full"},
+        {"microbatch_tokens": 4096},
+    ):
+        assert total(arch, replace(base, **change), "train") < needed, change
+    assert total(arch, replace(base, sequence_parallel=False), "train") > needed
+
+
+def test_a_gpu_holds_no_optimizer_while_it_generates_but_a_cpu_does(known):
+    arch = Architecture.from_hf(known["Qwen2.5-7B-Instruct"])
+    layout = Layout(tp=4, dp=2, engine=Engine(tp=2))
+    for gpu, precision, stays in ((True, "bf16", False), (True, "fp32", True), (False, "bf16", True)):
+        found = phases(arch, replace(layout, gpu=gpu, transformer_engine=gpu, precision=precision), 79 * GIB)
+        generate = next(phase.parts for phase in found if phase.name == "generate")
+        assert ("optimizer" in generate) is stays and "vLLM KV cache" in generate
+        train = next(phase.parts for phase in found if phase.name == "train")
+        assert ("vLLM weights" in train) is not gpu  # asleep on a GPU
