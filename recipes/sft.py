@@ -7,10 +7,10 @@ A mistake in the configuration is told before anything heavy is imported, so not
 """
 
 
-def run(cfg) -> None:
+def run(cfg) -> bool:
     from frpo_nemo.training.sft import train
 
-    train(cfg)
+    return train(cfg)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 # FRPO on a 70B model, 8 nodes of 8 GPUs:  sbatch slurm/frpo_70b.sh [override ...]
 #   sbatch slurm/frpo_70b.sh objective.lambda_=0.5 trainer.max_steps=200
 #   sbatch --nodes=16 slurm/frpo_70b.sh --config-name experiment/mine
+# bash slurm/frpo_70b.sh [override ...] checks the configuration on the login node first, and then submits it.
 #SBATCH --job-name=frpo_70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

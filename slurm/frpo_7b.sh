@@ -2,6 +2,7 @@
 # FRPO on a 7B model, one node of 8 GPUs:  sbatch slurm/frpo_7b.sh [override ...]
 #   sbatch slurm/frpo_7b.sh objective.lambda_=0.5 trainer.max_steps=200
 #   sbatch --nodes=2 slurm/frpo_7b.sh --config-name experiment/mine parallel=tp4_dp2
+# bash slurm/frpo_7b.sh [override ...] checks the configuration on the login node first, and then submits it.
 #SBATCH --job-name=frpo_7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,4 +1,4 @@
-# What the job scripts share; a script sources it inside its allocation. Nothing here knows of an algorithm.
+# What the job scripts share; they source it from the top of the checkout. Nothing here knows of an algorithm.
 #
 # From the environment of sbatch:
 #   FRPO_CONTAINER     image for enroot/pyxis (srun --container-image); without it, a virtual environment
@@ -7,20 +7,15 @@
 #   FRPO_GRACE         seconds that a step may still take after the signal, which comes 300 s before the limit (default 240)
 #   FRPO_MAX_FAILURES  give up after so many failed starts without a new checkpoint (default 3)
 #
-# How a job ends. By itself with 0: done. With 2: the configuration is wrong, starting again is no use. Any other end, a
-# dead node or rank, a hang that the watchdog found, a full disk, an exception: the job requeues itself under its id, and
-# the recipe continues from the newest checkpoint in its run_dir. Slurm requeues by itself when a node is lost.
+# How a job ends. By itself with 0: done. A wrong configuration ends it before anything starts (exit code 2). After any
+# other end, a dead rank, a hang that the watchdog found, a full disk, an exception, the job requeues itself under its id,
+# and the recipe continues from the newest checkpoint in its run_dir. Slurm requeues by itself when a node is lost.
 
 set -uo pipefail
 
 FRPO_VENV=${FRPO_VENV:-$PWD/.venv}
 FRPO_MAX_FAILURES=${FRPO_MAX_FAILURES:-3}
 FRPO_GRACE=${FRPO_GRACE:-240}
-
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-  echo "${BASH_SOURCE[1]}: this is a job; submit it from the top of the checkout: sbatch ${BASH_SOURCE[1]} [override ...]" >&2
-  exit 2
-fi
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
@@ -93,11 +88,21 @@ frpo_preflight() {
     frpo_retry "preflight failed" "$(cat "$reports/bad_nodes" 2>/dev/null)"
 }
 
+# On a login node: check the configuration for the nodes that the script asks for, then submit it.
+frpo_submit() { # recipe configuration [override ...]
+  local nodes ranks
+  nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0") ranks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
+  "$FRPO_VENV/bin/python" "recipes/$1" --check --config-name "$2" "trainer.num_nodes=$nodes" "trainer.devices=$ranks" \
+    run_dir=runs/checked "${@:3}" && exec sbatch "$0" "${@:3}"
+}
+
 # frpo_train recipe configuration [override ...]
 frpo_train() {
-  local recipe=$1 config=$2 script step code signalled=0 deadline=0
+  [ -n "${SLURM_JOB_ID:-}" ] || { frpo_submit "$@"; exit; }
+  local recipe=$1 config=$2 script arguments step code signalled=0 deadline=0
   shift 2
   RUN_DIR=$(frpo_run_dir "$@")
+  arguments=("trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "run_dir=$RUN_DIR" "$@")
   export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) CUDA_DEVICE_MAX_CONNECTIONS=1
   export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # a line per rank where addresses have no names
   export FRPO_HOSTS FRPO_RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
@@ -108,10 +113,11 @@ frpo_train() {
   export FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q} run_dir=${RUN_DIR@Q}"
   trap 'signalled=1' USR1
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR, newest checkpoint: $(frpo_newest_checkpoint | grep . || echo none)"
+  frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python "recipes/$recipe" --check --config-name "$config" "${arguments[@]}"
+  [ $? = 2 ] && { say "the configuration is wrong, see above; nothing was started"; exit 2; }
   frpo_preflight
   # In the background, because a shell runs no trap before its foreground command has ended.
-  frpo_srun -- python "recipes/$recipe" --config-name "$config" \
-    "trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "run_dir=$RUN_DIR" "$@" &
+  frpo_srun -- python "recipes/$recipe" --config-name "$config" "${arguments[@]}" &
   step=$!
   while kill -0 "$step" 2>/dev/null; do
     if [ "$signalled" = 1 ]; then

@@ -32,7 +32,7 @@ STAGES = ("started", "met the others", "reduced in its node", "reduced in the wo
 def nodes(directory: Path) -> None:
     """This node's report: what it has; then, when the others have written theirs, whom it sees and reaches."""
     name, expected = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_JOB_NUM_NODES"])
-    with socket.create_server(("", 0), backlog=expected) as server:
+    with socket.create_server((address(), 0), backlog=expected) as server:
         write(directory / f"{name}.here", {"address": address(), "port": server.getsockname()[1], **facts(directory)})
         others = wait_for(directory, ".here", expected)
         reached = [other for other, report in others.items() if connects(report["address"], report["port"])]
@@ -90,10 +90,9 @@ def allreduce(directory: Path) -> None:
     if cuda:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1, world, rank == 0, datetime.timedelta(seconds=60)
-    )
-    limit = datetime.timedelta(seconds=60)
+    limit, host, port = datetime.timedelta(seconds=60), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
+    listener = socket.create_server((address(), port), backlog=world).detach() if rank == 0 else None
+    store = dist.TCPStore(host, port, world, rank == 0, limit, master_listen_fd=listener)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     write(report, {"stage": 1})
     names = [None] * world

@@ -2,6 +2,7 @@
 # Supervised fine-tuning of a 70B model, 8 nodes of 8 GPUs:  sbatch slurm/sft_70b.sh [override ...]
 #   sbatch slurm/sft_70b.sh model.path=runs/mine/hf optim.lr=1e-6
 #   sbatch --nodes=16 slurm/sft_70b.sh --config-name experiment/mine
+# bash slurm/sft_70b.sh [override ...] checks the configuration on the login node first, and then submits it.
 #SBATCH --job-name=sft_70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

@@ -2,6 +2,7 @@
 # Supervised fine-tuning of a 7B model, one node of 8 GPUs:  sbatch slurm/sft_7b.sh [override ...]
 #   sbatch slurm/sft_7b.sh model.path=runs/mine/hf optim.lr=1e-6
 #   sbatch --nodes=2 slurm/sft_7b.sh --config-name experiment/mine parallel=tp4_dp2
+# bash slurm/sft_7b.sh [override ...] checks the configuration on the login node first, and then submits it.
 #SBATCH --job-name=sft_7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -23,8 +23,9 @@ from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics
 
 
-def train(cfg) -> None:
-    """Run the job that `cfg` (FRPORun, validated) describes, in every process of the world."""
+def train(cfg) -> bool:
+    """Run the job that `cfg` (FRPORun, validated) describes, in every process of the world. False if a signal
+    ended it early."""
     with Run(cfg) as run:
         objective = build_objective(cfg.objective)
         with run.phases("load"):
@@ -69,6 +70,7 @@ def train(cfg) -> None:
         if probe:
             probe.close()
         worker.close()
+    return run.finished
 
 
 def load_prompts(cfg, worker: RolloutWorker) -> tuple[ScoredPrompts, ScoredPrompts | None]:

@@ -15,8 +15,9 @@ from frpo_nemo.training.rollouts import RolloutWorker
 from frpo_nemo.training.run import Run
 
 
-def train(cfg) -> None:
-    """Run the job that `cfg` (SFTRun, validated) describes, in every process of the world."""
+def train(cfg) -> bool:
+    """Run the job that `cfg` (SFTRun, validated) describes, in every process of the world. False if a signal
+    ended it early."""
     with Run(cfg) as run:
         with run.phases("load"):
             examples, held_out = load_data(cfg)
@@ -50,6 +51,7 @@ def train(cfg) -> None:
         if probe:
             probe.close()
             worker.close()
+    return run.finished
 
 
 def learn(run: Run, actor: PolicyActor, batch: SequenceBatch, step: int) -> StepResult:
@@ -74,7 +76,7 @@ def measure(run: Run, actor: PolicyActor, held_out: SFTSet | None, probe: Probe 
 
 def load_data(cfg) -> tuple[SFTSet, SFTSet | None]:
     """(training examples, held-out examples or None)."""
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path, trust_remote_code=False)
     limits = dict(max_prompt_tokens=cfg.data.max_prompt_tokens, max_tokens=cfg.data.max_tokens)
     examples = load_examples(cfg.data.train, tokenizer, **limits)
     held_out = load_examples(cfg.data.validation, tokenizer, **limits) if cfg.data.validation else None

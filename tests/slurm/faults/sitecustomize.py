@@ -3,8 +3,8 @@
 FRPO_FAULTS names a directory of JSON files, one per fault: {"rank": 1, "step": 3, "where": "package.module:Class.method",
 "action": "kill", "delay": 0.02}. When that rank calls that function in that step, the action happens `delay` seconds
 later, in a thread, while the function goes on. The file becomes NAME.happened just before, so it happens once.
-actions: kill (SIGKILL to itself), stop (SIGSTOP), hang (the function never returns), mark (only the file and 10 seconds:
-somebody outside does the rest). The code under test knows nothing of this.
+actions: kill (SIGKILL to itself), stop (SIGSTOP), hang (the function never begins), mark (it begins when there is a file
+NAME.released: somebody outside does something before). The code under test knows nothing of this.
 """
 
 import functools
@@ -40,7 +40,8 @@ def with_fault(function, fault: Path, plan: dict):
         if fault.exists() and current["step"] == plan["step"] and rank() == plan["rank"]:
             if plan["action"] in ("hang", "mark"):
                 act(fault, plan["action"], plan["delay"])
-                time.sleep(10 if plan["action"] == "mark" else 1e6)
+                while plan["action"] == "hang" or not fault.with_suffix(".released").exists():
+                    time.sleep(0.05)
             else:
                 threading.Thread(target=act, args=(fault, plan["action"], plan["delay"]), daemon=True).start()
         return function(*args, **kwargs)

@@ -1,0 +1,147 @@
+"""The job scripts on a real Slurm cluster of three nodes, as a user submits them. Nodes have no GPUs here, and processes
+meet with gloo; everything else is what happens on a cluster. All faults: fault_matrix.py, docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import ROOT, Faults
+
+from runs import Job, checkpoints, exported, random_model, steps, without_times
+
+STEPS = 5
+ENGINE = "frpo_nemo.rollout.engine:RolloutEngine"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return random_model(tmp_path_factory.mktemp("model") / "base")
+
+
+def frpo_overrides(model: str) -> list[str]:
+    return [
+        "--config-name=experiment/demo",
+        f"model.path={model}",
+        f"reward.variety.target={ROOT / 'tests' / 'training' / 'picky_reward.py'}:variety",
+        "rollout.prompts_per_step=16",
+        "rollout.group_size=4",
+        "rollout.enforce_eager=true",
+        f"trainer.max_steps={STEPS}",
+        "trainer.val_interval=0",
+        "trainer.save_interval=1",
+    ]
+
+
+@pytest.mark.parametrize("script", ["frpo_7b", "frpo_70b", "sft_7b", "sft_70b", "convert"])
+def test_slurm_accepts_each_script(cluster, script):
+    """Its options are valid, and the cluster could run it on the two nodes that we offer."""
+    nodes = [] if script == "convert" else ["--nodes=2"]
+    done = cluster.cluster("exec", "sbatch", "--test-only", *nodes, f"slurm/{script}.sh", check=False)
+    assert done.returncode == 0, done.stderr
+    assert "to start at" in done.stderr
+
+
+def test_a_wrong_override_ends_the_job_before_anything_starts(cluster, model, tmp_path):
+    job = cluster.submit("slurm/sft_7b.sh", f"model.path={model}", "trainer.max_stepz=3", log=tmp_path / "log")
+    assert job.wait() == ("FAILED", 0)
+    assert job.show()["ExitCode"] == "2:0"
+    assert "Unknown key trainer.max_stepz=3; the nearest valid key is trainer.max_steps" in job.output
+    assert "preflight" not in job.output
+
+
+def test_nodes_without_their_gpus_are_named_and_the_job_gives_up(cluster, model, tmp_path):
+    """All nodes lack them, so none is excluded. A failed start is tried again, but not for ever."""
+    overrides = [
+        "--config-name=experiment/demo_sft",
+        f"model.path={model}",
+        "parallel=dp2",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    gpus = ["--gpus-per-node=2"]
+    job = cluster.submit(
+        "slurm/sft_7b.sh", *overrides, log=tmp_path / "log", ranks=1, options=gpus, FRPO_MAX_FAILURES=1
+    )
+    assert job.wait() == ("FAILED", 0)
+    for node in ("node1", "node2"):
+        assert f"preflight: {node}: shows 0 GPUs, 2 were asked for" in job.output
+    assert "giving up after 1 failed starts without a new checkpoint" in job.output
+
+
+def test_a_node_that_does_not_share_the_disk_is_excluded(cluster, model, tmp_path):
+    """node2 has a disk of its own where the others have run_dir. The job goes to node1 and node3, and ends there."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    hidden = ["mount", "-t", "tmpfs", "tmpfs", str(run_dir)]
+    cluster.cluster("node-exec", "2", *hidden)
+    overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", "trainer.max_steps=2"]
+    try:
+        options = ["--nodelist=node1,node2"]
+        job = cluster.submit(
+            "slurm/sft_7b.sh", *overrides, f"run_dir={run_dir}", log=tmp_path / "log", ranks=1, options=options
+        )
+        job.wait_until(lambda: job.restarts == 1)
+        cluster.slurm("scontrol", "update", f"JobId={job.number}", "ReqNodeList=")
+        assert job.succeed() == 1
+    finally:
+        cluster.cluster("node-exec", "2", "umount", str(run_dir))
+    assert re.search(r"preflight: node2: no report in \d+ s", job.output)
+    assert job.show()["ExcNodeList"] == "node2"
+    assert "restart 1 on node[1,3]" in job.output
+    assert [row["step"] for row in steps(run_dir)] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory) -> Path:
+    """The same run without Slurm: two ranks of torchrun."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    return Job("frpo.py", frpo_overrides(model), run_dir, ranks=2).succeed().run_dir
+
+
+def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cluster, model, undisturbed, tmp_path):
+    """Rank 1 is killed in generation of step 2; its node, silently, in step 3; Slurm's signal comes in step 4. Each time the
+    job requeues itself, or Slurm does, and the run goes on from the newest checkpoint."""
+    run_dir, faults = tmp_path / "run", Faults(tmp_path / "faults")
+    faults.add("kill", step=2, where=f"{ENGINE}.generate", delay=0.02)
+    faults.add("node", step=3, where=f"{ENGINE}.generate", action="mark")
+    faults.add("signal", step=4, where=f"{ENGINE}.generate", action="mark")
+    overrides = [*frpo_overrides(model), f"run_dir={run_dir}"]
+    job = cluster.submit("slurm/frpo_7b.sh", *overrides, log=tmp_path / "log", ranks=1, **faults.environment)
+    job.wait_until(lambda: faults.happened("node"))
+    node = cluster.slurm("scontrol", "show", "hostnames", job.show()["NodeList"]).split()[1]
+    cluster.cluster("kill-node", node, "--silent")
+    job.wait_until(lambda: faults.happened("signal"))
+    cluster.slurm("scancel", "--batch", "--signal=USR1", job.number)  # what --signal=B:USR1@300 does
+    job.wait_until(lambda: "the time limit is near" in job.output)
+    faults.release("signal")
+    assert job.succeed() == 3
+    cluster.up()
+
+    said = job.output
+    assert re.search(r'watchdog: rank 1 \(host node\d, pid \d+\) died in phase "generate" at step 2', said)
+    assert "stopped by a signal after step 4" in said
+    resumed = re.findall(r"restart (\d) on .*newest checkpoint: (\S+)", said)
+    assert resumed == [("0", "none"), ("1", "step_00000001"), ("2", "step_00000002"), ("3", "step_00000004")]
+    assert checkpoints(run_dir)[-1] == f"step_{STEPS:08d}"
+    weights, wanted = exported(run_dir), exported(undisturbed)
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    last = {row["step"]: without_times(row) for row in steps(run_dir)}
+    assert last == {row["step"]: without_times(row) for row in steps(undisturbed)}
+    starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text().splitlines()]
+    assert [start["restart"] for start in starts] == [0, 1, 2, 3]
+    assert all(start["resume"].startswith(f"cd {ROOT} && sbatch --nodes=2") for start in starts)
+
+
+def test_the_login_node_checks_before_it_submits(cluster, model, tmp_path):
+    """`bash slurm/frpo_7b.sh ...` refuses a wrong configuration without a job."""
+    environment = f"PATH={cluster.directory / 'bin'}:/usr/bin:/bin"
+    command = ["env", environment, "bash", "slurm/frpo_7b.sh", f"model.path={model}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "tensor_model_parallel_size=4 does not divide num_attention_heads=2" in done.stderr
+    assert cluster.slurm("squeue", "-h") == ""
