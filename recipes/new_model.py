@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -53,9 +55,14 @@ def make_tokenizer(config: NewModel):
 def main() -> None:
     try:
         config: NewModel = OmegaConf.to_object(OmegaConf.merge(NewModel, OmegaConf.from_cli()))
+        out = Path(config.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"out={config.out} exists and is not empty; choose another directory, or remove it.")
+        temporary = out.with_name(out.name + ".incomplete")
+        shutil.rmtree(temporary, ignore_errors=True)
         tokenizer = make_tokenizer(config)
         new_model(
-            config.out,
+            temporary,
             tokenizer=tokenizer,
             family=config.family,
             hidden_size=config.hidden_size,
@@ -67,6 +74,7 @@ def main() -> None:
             tie=config.tie,
             seed=config.seed,
         )
+        temporary.rename(out)
     except (ConfigError, OmegaConfBaseException) as problem:
         sys.exit(f"{problem}")
     print(f"{config.out}: a random {config.family} model, {len(tokenizer)} tokens")

@@ -46,7 +46,9 @@ frpo_newest_checkpoint() { ls "$RUN_DIR/checkpoints" 2>/dev/null | grep -x 'step
 
 # The requeued job keeps its id, its log and its run_dir. Held first, because only a pending job's exclusions can be set.
 frpo_requeue() { # [nodes to exclude]
-  local nodes=${1:-} before
+  local nodes=${1:-} before state
+  state=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
+  [ "$state" = RUNNING ] || { say "not requeued: the job is $state"; exit 1; } # Slurm would revive a cancelled one
   trap '' TERM
   if [ -z "$nodes" ]; then
     scontrol requeue "$SLURM_JOB_ID"
@@ -83,9 +85,14 @@ frpo_preflight() {
   mkdir -p "$reports" || { say "run_dir=$RUN_DIR cannot be made here"; exit 2; }
   frpo_srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=2 \
     -- python slurm/preflight.py nodes "$reports"
+  frpo_judge "$reports"
   frpo_srun --kill-on-bad-exit=0 --time=3 -- python slurm/preflight.py allreduce "$reports"
-  frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python slurm/preflight.py judge "$reports" ||
-    frpo_retry "preflight failed" "$(cat "$reports/bad_nodes" 2>/dev/null)"
+  frpo_judge "$reports"
+}
+
+frpo_judge() { # reports
+  frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python slurm/preflight.py judge "$1" ||
+    frpo_retry "preflight failed" "$(cat "$1/bad_nodes" 2>/dev/null)"
 }
 
 # On a login node: check the configuration for the nodes that the script asks for, then submit it.
@@ -110,7 +117,9 @@ frpo_train() {
   MASTER_ADDR=${FRPO_HOSTS%%,*}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   script=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
-  export FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q} run_dir=${RUN_DIR@Q}"
+  FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q}"
+  case " $*" in *" run_dir="*) ;; *) FRPO_RESUME_COMMAND+=" run_dir=$RUN_DIR" ;; esac
+  export FRPO_RESUME_COMMAND
   trap 'signalled=1' USR1
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR, newest checkpoint: $(frpo_newest_checkpoint | grep . || echo none)"
   frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python "recipes/$recipe" --check --config-name "$config" "${arguments[@]}"

@@ -2,7 +2,9 @@
 
     srun --ntasks-per-node=1 python slurm/preflight.py nodes DIR       each node reports, sees and reaches the others
     srun python slurm/preflight.py allreduce DIR                       each rank reduces, in its node, then in the world
-    python slurm/preflight.py judge DIR                                names the bad nodes; exit code 1 if it fails
+    python slurm/preflight.py judge DIR                                names the bad nodes; exit code 1 if there are any
+
+judge is asked after each of the others, and looks at what there is.
 
 DIR is on the shared file system: that all see each other's reports there is one of the checks.
 """
@@ -37,7 +39,7 @@ def nodes(directory: Path) -> None:
         others = wait_for(directory, ".here", expected)
         reached = [other for other, report in others.items() if connects(report["address"], report["port"])]
         write(directory / f"{name}.seen", {"seen": sorted(others), "reached": sorted(reached)})
-        wait_for(directory, ".seen", expected)  # the others connect to the open port
+        wait_for(directory, ".seen", len(others))  # they connect to the open port
 
 
 def facts(directory: Path) -> dict:
@@ -120,15 +122,16 @@ def allreduce(directory: Path) -> None:
 def judge(directory: Path) -> int:
     """Print what is wrong with which node, and write the bad ones to DIR/bad_nodes for sbatch --exclude."""
     names = os.environ["FRPO_HOSTS"].split(",")
-    problems = node_problems(directory, names) or rank_problems(directory, names)
+    ranks = rank_reports(directory)
+    problems = rank_problems(ranks, names) if ranks else node_problems(directory, names)
     bad = sorted({name for name, _ in problems if name})
     # Where all are bad, the job is: no other nodes would do better.
     (directory / "bad_nodes").write_text(",".join(bad) if len(bad) < len(names) else "")
     for name, text in problems:
         print(f"preflight: {name + ': ' if name else ''}{text}", flush=True)
-    if not problems:
-        speed = [report["gb_per_second"] for _, report in rank_reports(directory)]
-        print(f"preflight: {len(names)} nodes and {len(speed)} ranks are well; all-reduce at {min(speed):.3g} GB/s")
+    if ranks and not problems:
+        speed = min(report["gb_per_second"] for _, report in ranks)
+        print(f"preflight: {len(names)} nodes and {len(ranks)} ranks are well; all-reduce at {speed:.3g} GB/s")
     return 1 if problems else 0
 
 
@@ -170,11 +173,11 @@ def connection_problems(here: dict, seen: dict, missing: list[str]) -> list[tupl
     return problems
 
 
-def rank_problems(directory: Path, names: list[str]) -> list[tuple[str, str]]:
+def rank_problems(ranks: list[tuple[str, dict]], names: list[str]) -> list[tuple[str, str]]:
     """The nodes whose ranks came less far than the others'."""
     each = int(os.environ["FRPO_RANKS_PER_NODE"])
     reached: dict[str, list[int]] = {name: [] for name in names}
-    for name, report in rank_reports(directory):
+    for name, report in ranks:
         reached[name].append(report["stage"])
     least = {name: min(stages) if len(stages) == each else -1 for name, stages in reached.items()}
     if all(stage == len(STAGES) - 1 for stage in least.values()):

@@ -115,7 +115,7 @@ def _check_tokenizer_survives(path: str | Path, tokenizer, family: str) -> None:
     from transformers import AutoTokenizer
 
     sample = tokenizer.decode(list(range(len(tokenizer))))
-    loaded = AutoTokenizer.from_pretrained(path)
+    loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if loaded.encode(sample) != tokenizer.encode(sample) or loaded.decode(loaded.encode(sample)) != sample:
         raise ConfigError(
             f"transformers loads the tokenizer of a {family} model as "

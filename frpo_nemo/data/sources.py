@@ -84,7 +84,7 @@ def _failures_as_sentences(path: str) -> Iterator[None]:
     """Around opening and reading, because a stream fails only when it is asked for rows."""
     try:
         yield
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as problem:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as problem:
         raise ConfigError(
             f"data source '{path}' cannot be read: {problem.__cause__ or problem}. A source is a file "
             f"({', '.join(FILE_TYPES)}), a directory of them, the name of a data set on the hub ('owner/name' or "

@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig
 from frpo_nemo.training.cli import started_world
@@ -91,6 +92,10 @@ def model_directory(path: str) -> Path:
     directory = Path(local_model(path, download=True)).resolve()
     for candidate in (directory, directory / "hf"):
         if (candidate / "config.json").is_file():
+            if not any(candidate.glob("*.safetensors")):
+                raise ConfigError(
+                    f"model.path={path} has no .safetensors file; other formats can run code when read, so convert it first."
+                )
             return candidate
     is_run = (directory / "checkpoints").is_dir()
     problem = "is a run directory without hf/, which a run writes at its end" if is_run else "has no config.json"
@@ -165,7 +170,7 @@ def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
     command = command_line(cfg, name, model)
     log = directory / LOG
     with log.open("w") as file:
-        print(f"$ {shlex.join(command)}", file=file, flush=True)
+        print(f"$ {shlex.join(redact.arguments(command))}", file=file, flush=True)
         environment = _environment(cfg, name)
         code = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT

@@ -112,7 +112,9 @@ def _load_with_transformers(path: Path):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False), AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False
+    )
 
 
 @torch.no_grad()

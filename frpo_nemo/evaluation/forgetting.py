@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.results import Row, read_results, row_of_run
 
@@ -72,6 +73,11 @@ class Part:
     @property
     def title(self) -> str:
         return " ".join(str(word) for word in (f"seed {self.seed}", self.arm, self.task or self.stage) if word)
+
+    @property
+    def recorded(self) -> list[str]:
+        """The arguments as they are written down and compared: without secrets."""
+        return redact.arguments(self.arguments)
 
     @property
     def row_fields(self) -> dict[str, Any]:
@@ -134,13 +140,13 @@ class ForgettingStudy:
     def _prepare(self, seed: int) -> bool:
         for part in self.preparation(seed):
             done = part.directory.with_suffix(".done")
-            if done.exists() and json.loads(done.read_text()) == part.arguments:
+            if done.exists() and json.loads(done.read_text()) == part.recorded:
                 continue
             error = self._start(part)
             if error:
                 self._say(f"{part.title}: FAILED\n{error}")
                 return False
-            done.write_text(json.dumps(part.arguments))
+            done.write_text(json.dumps(part.recorded))
         return True
 
     def _run_chain(self, seed: int, arm: str) -> None:
@@ -149,7 +155,7 @@ class ForgettingStudy:
             if row and row["status"] == "finished":
                 continue
             error = self._start(part)
-            row = row_of_run(part.directory, error=error, **part.row_fields) | {"arguments": part.arguments}
+            row = row_of_run(part.directory, error=error, **part.row_fields) | {"arguments": part.recorded}
             self._record(row)
             if error and part.task is None:
                 return  # there is nothing to fine-tune
@@ -160,7 +166,7 @@ class ForgettingStudy:
         log.parent.mkdir(parents=True, exist_ok=True)
         command, started = self._command(part), time.monotonic()
         with log.open("a") as file:
-            print(f"$ {shlex.join(command)}", file=file, flush=True)
+            print(f"$ {shlex.join(redact.arguments(command))}", file=file, flush=True)
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=self._environment()).returncode
         if code == 0:
             self._say(f"{part.title}: {time.monotonic() - started:.0f} s")
@@ -212,8 +218,8 @@ class ForgettingStudy:
     def _check_same_settings(self) -> None:
         for part in self.parts(self.config.seeds):
             row = self._rows.get(_key(part.arm, part.seed, part.task))
-            if row and row["status"] == "finished" and row["arguments"] != part.arguments:
-                before, now = set(row["arguments"]) - set(part.arguments), set(part.arguments) - set(row["arguments"])
+            if row and row["status"] == "finished" and row["arguments"] != part.recorded:
+                before, now = set(row["arguments"]) - set(part.recorded), set(part.recorded) - set(row["arguments"])
                 raise ConfigError(
                     f"{self.out} has {part.title} with other settings: {' '.join(sorted(before)) or 'none'} then, "
                     f"{' '.join(sorted(now)) or 'none'} now; name the arm or task anew, or take another out."

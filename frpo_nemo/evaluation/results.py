@@ -1,7 +1,7 @@
 """Rows of a study, one for each run: of stage one ("train") or of a later fine-tuning ("finetune").
 
 Reading and checking results.jsonl, and making a row from a run's directory (config.yaml, metrics.jsonl,
-environment.json). Nothing of the run needs to be alive. What rows mean together is in study.py.
+environment.jsonl). Nothing of the run needs to be alive. What rows mean together is in study.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.training.record import starts
 
 Row = dict[str, Any]
 SECTIONS = ("objective", "optim", "data", "rollout", "reward")  # of config.yaml: what can make two arms differ
@@ -141,6 +142,6 @@ def _settings(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def _environment(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "environment.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    """Of the run's last start."""
+    found = next(reversed(starts(run_dir)), {})
     return {name: found[name] for name in ("commit", "packages", "world_size") if name in found}

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from frpo_nemo import redact
 from frpo_nemo.data.sources import check_source
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
@@ -72,7 +73,7 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
         Phases(),
         seed=probe.seed,
         max_model_len=probe.max_prompt_tokens + probe.max_response_tokens,
-        load_format="auto",
+        load_format="safetensors",
     )
     scored = ScoredPrompts.load(probe.prompts, build_rewards(probe.reward), worker.tokenizer, probe.max_prompt_tokens)
     everything, limit = range(len(scored.prompts)), probe.max_response_tokens
@@ -86,7 +87,7 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
 
 def probe_settings(cfg) -> dict[str, Any]:
     """What makes two results comparable."""
-    return json.loads(json.dumps(asdict(cfg.probe))) | {"dtype": cfg.dtype}
+    return redact.values(json.loads(json.dumps(asdict(cfg.probe)))) | {"dtype": cfg.dtype}
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> None:

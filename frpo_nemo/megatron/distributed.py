@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from frpo_nemo.megatron import addresses
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 
 
@@ -38,11 +39,9 @@ def start_world() -> tuple[int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, timeout = None, datetime.timedelta(hours=2)
-    if world_size == 1:
-        # Listening on a port that the system chooses: one that was only found free could be taken by another run.
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        os.environ["MASTER_PORT"] = str(store.port)
+    timeout = datetime.timedelta(hours=2)
+    _listen_where_needed()
+    store = _own_store(rank, world_size, timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return rank, world_size
 
@@ -111,6 +110,36 @@ def gather_objects(value) -> list:
     out = [None] * dist.get_world_size()
     dist.all_gather_object(out, value)
     return out
+
+
+def _listen_where_needed() -> None:
+    """Libraries that would choose an address by themselves get ours; what the user set stays."""
+    address = addresses.own_address()
+    if address is None:
+        return
+    os.environ.setdefault("VLLM_HOST_IP", address)
+    interface = addresses.interface_of(address)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if interface and addresses.on_one_node():  # between nodes NCCL knows better which of several is fast
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def _own_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store | None:
+    """Where the ranks meet: a TCPStore of rank 0 on one address. torch's own would listen on all of them. None under
+    torchrun, whose agent has one already."""
+    if world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    if addresses.on_one_node():
+        os.environ["MASTER_ADDR"] = addresses.LOOPBACK
+    host, port, address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), addresses.own_address()
+    if rank > 0 or address is None:
+        return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    # Alone, on a port that the system chooses: one that was only found free could be taken by another run.
+    listener = addresses.listen(address, port if world_size > 1 else 0, backlog=max(128, world_size))
+    port = listener.getsockname()[1]
+    os.environ["MASTER_PORT"] = str(port)
+    return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
 
 
 def _first_slurm_host(nodelist: str) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 
 BUILT_IN = {
@@ -70,6 +71,7 @@ def load_target(target: str) -> Callable:
 def bind(target: str, args: dict[str, Any]) -> Callable:
     """`function(prompts, completions, columns) -> values`. A class is instantiated, once, with `args`; a
     function receives them with every call, and they win over columns of the same name."""
+    redact.remember(args)  # what the function says when it fails may quote them
     function = load_target(target)
     if inspect.isclass(function):
         function, args = function(**args), {}
@@ -94,7 +96,7 @@ def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, An
         columns = {name: [value] for name, value in row.items()}
         (value,) = _checked_length(function([prompt], [completion], columns), 1)
     except Exception as problem:  # noqa: BLE001 - a reward may throw anything
-        return Failure("error", f"{type(problem).__name__}: {problem}")
+        return Failure("error", redact.text(f"{type(problem).__name__}: {problem}"))
     return as_outcome(value)
 
 

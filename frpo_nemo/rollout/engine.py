@@ -222,6 +222,7 @@ def _start_vllm(**settings):
     with contextlib.nullcontext() if torch.cuda.is_available() else _cpu_workarounds():
         return LLM(
             distributed_executor_backend="external_launcher",
+            trust_remote_code=False,
             skip_tokenizer_init=True,  # token ids in, token ids out
             generation_config="vllm",  # else the checkpoint's file would add stop tokens and sampling settings
             enable_prefix_caching=True,  # the responses of one group share their prompt

@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,56 +19,71 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser  # as NeMo's runner does: there is no public one
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.training.hub import is_hub_name, local_model
 from frpo_nemo.training.schema import load, one_line
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL, as for a rank that was lost (watchdog.py)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def main(run: Callable[[Any], None], schema: type, config_name: str, check: Callable[[Any, int], None]) -> None:
+def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Callable[[Any, int], None]) -> None:
     """The body of a recipe: compose `config_name` (or --config-name) with the overrides, `check` it against the size of
     the world that was started, let NeMo's hydra_runner compose it as NeMo's recipes do, and call `run` with it, typed.
 
-    A ConfigError, whether from composing, `check` or `run`, is one line on stderr and exit code 2.
+    A ConfigError, whether from composing, `check` or `run`, is one line on stderr and exit code 2. A run that a signal
+    ended before its last step (`run` returns False) has exit code 75: start it again to continue. With --check the
+    configuration is checked for the world that it names, in this one process, and nothing runs.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback
+    sys.excepthook = _print_without_secrets
     composed: list[DictConfig] = []
     try:
-        arguments = _parse_command_line(sys.argv[1:])
+        only_check = "--check" in sys.argv
+        arguments = _parse_command_line([argument for argument in sys.argv[1:] if argument != "--check"])
         name, directory = arguments.config_name or config_name, arguments.config_path or arguments.config_dir
-        local_rank, world_size = started_world()
+        local_rank, world_size = (0, None) if only_check else started_world()
         # One process per node checks. If it ends, the launcher ends the others, which are still importing.
         if local_rank == 0 and not _printing_flags(arguments):
             with _quiet():
-                cfg = load(schema, compose(name, arguments.overrides, directory))
+                cfg = _load(schema, compose(name, arguments.overrides, directory))
                 if is_hub_name(cfg.model.path):
                     cfg.model.path = local_model(cfg.model.path, download=True)
-                check(cfg, world_size)
+                check(cfg, world_size or cfg.trainer.num_nodes * cfg.trainer.devices)
+        if only_check:
+            print(f"the configuration is right for {cfg.trainer.num_nodes} x {cfg.trainer.devices} processes")
+            return
         first, overrides = _for_hydra(arguments.overrides, directory)
         sys.argv[1:] = [f"--config-name={name}", *_printing_flags(arguments), *overrides, "hydra.job.chdir=false"]
         with _quiet():
             hydra_runner = _import_hydra_runner()
         hydra_runner(config_path=first, config_name=name)(composed.append)()
+        warnings.filterwarnings("ignore", message="Apex is not installed")  # megatron-core's, at import, in every rank
         if composed:  # not after --help and its like
-            run(load(schema, composed[0]))
+            finished = run(_load(schema, composed[0]))
+            if not finished:
+                raise SystemExit(EXIT_STOPPED)
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def from_command_line(schema: type, config_name: str) -> Any:
-    """The typed configuration of a recipe that starts no training itself. --help prints its options. Raises ConfigError."""
+def from_command_line(schema: type | Callable[[DictConfig], type], config_name: str) -> Any:
+    """The typed configuration of a recipe that starts no training itself; `schema`: a dataclass, or a function that finds
+    it for what was composed. --help prints its options. Raises ConfigError."""
     arguments = _parse_command_line(sys.argv[1:])
     if arguments.help:
         print((CONFIGS / f"{config_name}.yaml").read_text(), end="")
         raise SystemExit(0)
     name, directory = arguments.config_name or config_name, arguments.config_path or arguments.config_dir
+    sys.excepthook = _print_without_secrets
     with _quiet():
-        return load(schema, compose(name, arguments.overrides, directory))
+        composed = compose(name, arguments.overrides, directory)
+        return _load(schema if isinstance(schema, type) else schema(composed), composed)
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
@@ -89,6 +105,18 @@ def started_world() -> tuple[int, int]:
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         return int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"])
     return 0, 1
+
+
+def _load(schema: type, composed: DictConfig) -> Any:
+    cfg = load(schema, composed)
+    redact.remember(OmegaConf.to_container(OmegaConf.structured(cfg)))
+    return cfg
+
+
+def _print_without_secrets(kind, error, where) -> None:
+    """An exception that nobody caught, as Python prints it."""
+    lines = "".join(traceback.format_exception(kind, error, where))
+    print(redact.text(lines, assignments=False), end="", file=sys.stderr, flush=True)
 
 
 def _import_hydra_runner() -> Callable:

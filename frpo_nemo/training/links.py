@@ -11,6 +11,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from frpo_nemo.megatron import addresses
+
 
 class Link:
     """A connection to `rank` that carries JSON objects, one a line, and what was last heard of that rank."""
@@ -19,7 +21,7 @@ class Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(1.0)
         self.rank, self.socket = rank, connection
-        self.state: dict[str, Any] = {"host": "unknown", "pid": 0, "phase": ("start", 0)}
+        self.state: dict[str, Any] = {"host": "unknown", "pid": 0, "phase": ("start", 0), "entered": 0}
         self.silence = 0.0  # seconds since the last message
         self.closed = False  # by the peer
         self._buffer = b""
@@ -53,11 +55,10 @@ def accept_ranks(store, key: str, world_size: int, timeout: float) -> dict[int, 
     deadline = time.monotonic() + timeout
     token = secrets.token_hex(16)  # whoever else finds the port is not one of us
     links: dict[int, Link] = {}
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", 0), family=family, backlog=world_size, dualstack_ipv6=dual) as server:
-        address = {"hosts": _own_addresses(), "port": server.getsockname()[1], "token": token}
-        store.set(key, json.dumps(address))
+    own = addresses.own_address()
+    with addresses.listen(own, 0, world_size) if own else _listen_everywhere(world_size) as server:
+        hosts = [own] if own else [os.environ["MASTER_ADDR"], socket.gethostname()]
+        store.set(key, json.dumps({"hosts": hosts, "port": server.getsockname()[1], "token": token}))
         while len(links) < world_size - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
@@ -95,13 +96,11 @@ def connect_to_rank_0(store, key: str, rank: int, timeout: float) -> Link:
     )
 
 
-def _own_addresses() -> list[str]:
-    """Where other ranks may reach this one, most likely first. MASTER_ADDR alone may be another node's."""
-    addresses = [os.environ.get("MASTER_ADDR", "localhost"), socket.gethostname()]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((addresses[0], 9))  # sends nothing: asks the routing table for our side of that way
-        addresses.append(probe.getsockname()[0])
-    return addresses
+def _listen_everywhere(backlog: int) -> socket.socket:
+    """For a host that knows no address of its own by which others reach it."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
 
 
 def _read_line(connection: socket.socket) -> str:

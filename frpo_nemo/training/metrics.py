@@ -145,6 +145,8 @@ class _Wandb:
             dir=str(run_dir),
             id=id_file.read_text(),
             resume="allow",
+            # W&B would add the command line, the git remote and the console's text, in all of which secrets may stand.
+            settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
         )
         # W&B's own step may only grow, and a resumed run repeats steps: let a metric of ours be the axis.
         self.run.define_metric("*", step_metric="step")

@@ -78,7 +78,7 @@ class RolloutWorker:
         max_model_len: of the longest prompt and response together, in tokens. load_format: "dummy" waits for the weights
         of a refit, "auto" reads them from model.path."""
         self.model, self.rollout, self.phases, self.seed = model, rollout, phases, seed
-        self.tokenizer = AutoTokenizer.from_pretrained(model.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
         self.stop_token_ids = stop_token_ids(model.path, self.tokenizer)
         self.engine = RolloutEngine(
             model.path,

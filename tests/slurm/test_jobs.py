@@ -54,6 +54,20 @@ def test_a_wrong_override_ends_the_job_before_anything_starts(cluster, model, tm
     assert "preflight" not in job.output
 
 
+def test_a_cancelled_job_stays_cancelled(cluster, model, tmp_path):
+    """Its processes end as if they had failed, and a failed job would requeue itself."""
+    overrides = [
+        "--config-name=experiment/demo_sft",
+        f"model.path={model}",
+        "parallel=dp2",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    job = cluster.submit("slurm/sft_7b.sh", *overrides, log=tmp_path / "log", ranks=1)
+    job.wait_until(lambda: "preflight: 2 nodes and 2 ranks are well" in job.output)
+    job.cancel()
+    assert job.wait() == ("CANCELLED", 0)
+
+
 def test_nodes_without_their_gpus_are_named_and_the_job_gives_up(cluster, model, tmp_path):
     """All nodes lack them, so none is excluded. A failed start is tried again, but not for ever."""
     overrides = [
@@ -134,7 +148,7 @@ def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cl
     assert last == {row["step"]: without_times(row) for row in steps(undisturbed)}
     starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text().splitlines()]
     assert [start["restart"] for start in starts] == [0, 1, 2, 3]
-    assert all(start["resume"].startswith(f"cd {ROOT} && sbatch --nodes=2") for start in starts)
+    assert all(start["resume"].startswith(f"cd '{ROOT}' && sbatch --nodes=2") for start in starts)
 
 
 def test_the_login_node_checks_before_it_submits(cluster, model, tmp_path):

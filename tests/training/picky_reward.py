@@ -3,8 +3,8 @@
 UNBEARABLE = {"7", "8", "9"}
 
 
-def variety(prompts, completions, **columns):
-    """Share of different words; throws at an unbearable one."""
+def variety(prompts, completions, api_key=None, judge=None, **columns):
+    """Share of different words; throws at an unbearable one. The secrets that it is given are of no use to it."""
     return [_variety(completion.split()) for completion in completions]
 
 

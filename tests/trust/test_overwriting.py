@@ -1,0 +1,92 @@
+"""What exists is not overwritten silently. (Exports: tests/megatron/test_hf_weights.py; results of an evaluation:
+tests/evaluation/test_evaluate.py; a study's rows: tests/evaluation/test_forgetting.py.)"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from frpo_nemo import redact
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.training.config import FRPORun
+from frpo_nemo.training.resume import check_resume
+from frpo_nemo.training.schema import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def configuration(run_dir, **optim) -> FRPORun:
+    sizes = {"prompts_per_step": 1, "max_response_tokens": 4}
+    reward = {"judge": {"target": "length", "args": {"api_key": "first-secret"}}}
+    return load(
+        FRPORun,
+        {
+            "run_dir": str(run_dir),
+            "model": {"path": "model"},
+            "objective": {"name": "grpo"},
+            "optim": {"lr": 1e-3} | optim,
+            "data": {"train": [{"path": "world:prompts"}]},
+            "rollout": sizes,
+            "reward": reward,
+            "trainer": {"max_steps": 9},
+        },
+    )
+
+
+@pytest.fixture
+def a_run(tmp_path) -> Path:
+    """The directory of a run that died after its second step, before its first checkpoint."""
+    saved = redact.values(OmegaConf.to_container(OmegaConf.structured(configuration(tmp_path))))
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(saved))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')
+    return tmp_path
+
+
+def test_the_same_configuration_may_begin_again(a_run):
+    check_resume(configuration(a_run), None)
+
+
+def test_another_configuration_does_not_take_the_place_of_a_run_without_checkpoints(a_run):
+    with pytest.raises(ConfigError, match=r"another configuration: optim.lr=0.5 \(was 0.001\); set them back"):
+        check_resume(configuration(a_run, lr=0.5), None)
+
+
+def test_a_start_that_made_no_step_leaves_its_place_to_another(a_run):
+    (a_run / "metrics.jsonl").write_text('{"step": 0}\n')
+    check_resume(configuration(a_run, lr=0.5), None)
+
+
+def test_somebody_elses_config_yaml_is_not_overwritten(a_run):
+    (a_run / "metrics.jsonl").unlink()
+    (a_run / "config.yaml").write_text("server: {port: 80}\n")
+    with pytest.raises(ConfigError, match="another configuration"):
+        check_resume(configuration(a_run), None)
+
+
+def test_a_secret_may_change_and_nothing_else_beside_it(a_run):
+    cfg = configuration(a_run)
+    cfg.reward["judge"].args = {"api_key": "second-secret"}
+    check_resume(cfg, None)
+    cfg.reward["judge"].args["limit"] = 5
+    with pytest.raises(ConfigError, match="reward.judge.args.limit=5") as caught:
+        check_resume(cfg, None)
+    assert "second-secret" not in str(caught.value) and "api_key" not in str(caught.value)
+
+
+def test_a_model_without_its_checkpoints_is_not_overwritten(a_run):
+    (a_run / "hf").mkdir()
+    with pytest.raises(ConfigError, match=r"holds a model \(hf/\) and no checkpoint to continue from"):
+        check_resume(configuration(a_run), None)
+
+
+def test_a_new_model_takes_no_directory_that_holds_something(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"precious": True}))
+    sizes = ["hidden_size=32", "num_layers=1", "num_heads=1"]
+    command = [sys.executable, ROOT / "recipes/new_model.py", f"out={tmp_path}", "source=world", *sizes]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "exists and is not empty; choose another directory" in result.stderr
+    assert json.loads((tmp_path / "config.json").read_text()) == {"precious": True}
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]

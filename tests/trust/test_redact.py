@@ -1,0 +1,146 @@
+"""What is taken for a secret, and that none is in messages, commands and results."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from frpo_nemo import redact
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.forgetting import ForgettingStudy, PartConfig, StudyConfig
+from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, probe_settings
+from frpo_nemo.rewards.call import Failure, bind, call_batch
+from frpo_nemo.training.config import FRPORun, RewardConfig, SFTRun
+from frpo_nemo.training.schema import documented_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "s3cr3t-value"
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(redact, "_known", set())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key",
+        "apiKey",
+        "X-Api-Key",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "token",
+        "password",
+        "Authorization",
+        "client_secret",
+    ]
+    + ["reward.judge.args.access_token", "++reward.judge.args.api_key", "AWS_SECRET_ACCESS_KEY", "credentials"],
+)
+def test_a_name_may_say_that_its_value_is_secret(name):
+    assert redact.is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["tokens", "eos_token", "stop_token", "key", "keys", "api_key_env", "secretary", ""])
+def test_not_every_token_and_key_is_secret(name):
+    assert not redact.is_secret(name)
+
+
+@pytest.mark.parametrize("schema", [FRPORun, SFTRun])
+def test_no_option_of_ours_is_taken_for_a_secret(schema):
+    assert [key for key, _ in documented_keys(schema) if redact.is_secret(key)] == []
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("reward.judge.args.api_key=abc is wrong", "reward.judge.args.api_key=REDACTED is wrong"),
+        ("judge.args={'token': 'a b', 'n': 1}", "judge.args={'token': REDACTED, 'n': 1}"),
+        ("Authorization: Bearer abc", "Authorization: REDACTED"),
+        ("cannot read x: password=abc", "cannot read x: password=REDACTED"),
+        ("https://me:abc@host/a@b and ssh://abc@host", "https://REDACTED@host/a@b and ssh://REDACTED@host"),
+        ("GET https://host/?q=1&access_token=abc&n=2", "GET https://host/?q=1&access_token=REDACTED&n=2"),
+        ("hf_abcdefghijklmnopqrst refused", "REDACTED refused"),
+        ("api_key=${oc.env:KEY} token=null", "api_key=${oc.env:KEY} token=null"),
+        ("eos_token=5 max_tokens=7 at https://host/x", "eos_token=5 max_tokens=7 at https://host/x"),
+    ],
+)
+def test_texts(text, shown):
+    assert redact.text(text) == shown
+
+
+def test_values_of_secret_variables_and_options_are_hidden_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "from-the-environment")
+    redact.remember({"judge": {"args": {"password": SECRET, "max_tokens": 123456, "token": True}}})
+    assert redact.text(f"{SECRET} or from-the-environment, 123456") == "REDACTED or REDACTED, 123456"
+
+
+def test_configurations_keep_their_shape():
+    nested = {
+        "args": {"api_key": 12, "headers": {"auth": ["a", "b"]}, "token": None},
+        "path": "s3://u:p@b",
+        "n": [1, 2],
+    }
+    shown = {"api_key": "REDACTED", "headers": {"auth": ["REDACTED", "REDACTED"]}, "token": None}
+    assert redact.values(nested) == {"args": shown, "path": "s3://REDACTED@b", "n": [1, 2]}
+
+
+def test_an_error_sentence_has_no_secret():
+    assert SECRET not in str(ConfigError(f"Unknown key reward.judge.args.api_key={SECRET}"))
+
+
+def test_what_a_reward_says_when_it_fails_has_no_secret():
+    def judge(completions, api_key, **columns):
+        raise PermissionError(f"key {api_key} is not valid")
+
+    sys.modules[__name__].judge = judge
+    reward = bind(f"{__name__}.judge", {"api_key": SECRET})
+    assert call_batch(reward, ["p"], ["c"], {}) == [Failure("error", "PermissionError: key REDACTED is not valid")]
+
+
+def test_the_console_of_a_recipe_that_fails_has_no_secret(tmp_path):
+    """A mistake in the configuration, found after the secret was read; and an exception that nobody caught."""
+    reward = tmp_path / "judge.py"
+    reward.write_text("def judge(completions, api_key, **columns):\n    return [0.0 for _ in completions]\n")
+    options = [f"reward.judge.target={reward}:judge", f"reward.judge.args.api_key={SECRET}", "run_dir=x"]
+    options += ["model.path=there/is/none", "data=world_prompts", "objective=frpo", "objective.lambda_=1", "optim.lr=1"]
+    options += ["rollout.prompts_per_step=1", "rollout.max_response_tokens=4", "trainer.max_steps=1"]
+    for more in (
+        [],
+        [f"reward.judge.args.x.api_key.y={SECRET}", "reward.judge.args.api_keyy=1", "reward.judge.nope=1"],
+    ):
+        command = [sys.executable, ROOT / "recipes/frpo.py", *options, *more]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 2 and result.stderr.startswith("frpo.py: "), result.stderr
+        assert SECRET not in result.stdout + result.stderr
+    uncaught = (
+        "from frpo_nemo import redact; from frpo_nemo.training import cli; import sys\n"
+        f"redact.remember({{'token': {SECRET!r}}}); sys.excepthook = cli._print_without_secrets\n"
+        f"secret = 's3cr3t' + '-value'\nraise RuntimeError(secret)"
+    )
+    result = subprocess.run([sys.executable, "-c", uncaught], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.endswith("RuntimeError: REDACTED\n"), result.stderr
+
+
+def test_a_study_and_an_evaluation_write_no_secret_down(tmp_path):
+    """The part fails at once, because its configuration is wrong: what is written of it is the same."""
+    secret = f"reward.judge.args.api_key={SECRET}"
+    part = PartConfig(recipe="frpo", overrides=[secret, "no.such.key=1"])
+    study = StudyConfig(out=str(tmp_path), arms={"a": []}, tasks={"t": part}, model="none", train=part)
+    rows = ForgettingStudy(study, lambda recipe, arguments: None).run()
+    assert [row["status"] for row in rows] == ["failed"]
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"train.log", "results.jsonl"} <= {file.name for file in files}
+    for file in files:
+        assert SECRET not in file.read_text(), file
+    assert "api_key=REDACTED" in shlex.join(rows[0]["arguments"])
+
+    probe = RewardProbeConfig(reward={"judge": RewardConfig(target="length", args={"api_key": SECRET})})
+    cfg = type("Cfg", (), {"probe": probe, "dtype": "float32"})
+    assert asdict(probe)["reward"]["judge"]["args"]["api_key"] == SECRET
+    assert SECRET not in json.dumps(probe_settings(cfg)) and re.search("REDACTED", json.dumps(probe_settings(cfg)))
