@@ -145,8 +145,6 @@ def _final_norm(transformer_engine: bool):
 def _recompute(mode: str) -> dict:
     if mode == "full":
         return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    if mode == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     return {}
 
 

@@ -82,7 +82,7 @@ def _choices(layout: Layout, work: Workload) -> Iterator[Layout]:
     share = work.sequences * work.longest // work.updates_per_rollout // layout.dp
     tokens = [size for size in MICROBATCH_TOKENS if work.longest <= size <= share] or [work.longest]
     for size in tokens:
-        for recompute in ("none", "full"):  # selective keeps as much as none where attention is fused
+        for recompute in ("none", "full"):
             yield replace(layout, microbatch_tokens=size, recompute=recompute)
 
 

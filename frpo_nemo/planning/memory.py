@@ -204,8 +204,6 @@ def saved_per_token(arch: Architecture, layout: Layout) -> float:
     else:
         padded = layout.attention_padding * 2 * (queries + keys)  # rectangles of q, k, v and the output
         attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
-    if layout.recompute == "selective" and not layout.transformer_engine:
-        attention = e * (3 * (queries + keys) + 4 * arch.head_dim)
     return norms + attention + 5 * e * ffn  # gate and up together, silu(gate), a copy of up, their product
 
 

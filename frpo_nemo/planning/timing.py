@@ -108,8 +108,6 @@ def training(arch: Architecture, layout: Layout, cluster: Cluster, work: Workloa
     weights' gather and Adam; the optimizer comes back from host memory and goes again."""
     again = layout.recompute == "full"
     compute = _passes(arch, layout, cluster, work, flops=8 if again else 6, exchanges=14 if again else 10)
-    if layout.recompute == "selective":
-        compute *= 1.03
     replicas, count = layout.dp * layout.cp, max(rank_parameters(arch, layout, s) for s in (0, layout.pp - 1))
     inside = layout.tp * replicas <= cluster.gpus_per_node
     link = _link(cluster.nvlink_gb_per_s if inside else cluster.network_gb_per_s)

@@ -27,7 +27,7 @@ class ModelConfig:
     sequence_parallel: bool = False
     num_layers_in_first_pipeline_stage: int | None = None  # uneven split; None: even
     num_layers_in_last_pipeline_stage: int | None = None
-    recompute: str = "none"  # none, selective (attention) or full (every layer)
+    recompute: str = "none"  # activations to compute again in the backward pass: none or full (every layer)
     fp8: str | None = None  # None, hybrid or e4m3; needs Transformer Engine
     fp8_recipe: str = "delayed"  # delayed, tensorwise or blockwise
     logprob_chunk_tokens: int = 1024  # tokens whose full-vocabulary fp32 logits exist at one time

@@ -27,7 +27,7 @@ from frpo_nemo.training.resume import check_resume
 
 CHOICES = {
     "model.precision": ("bf16", "fp32"),
-    "model.recompute": ("none", "selective", "full"),
+    "model.recompute": ("none", "full"),
     "model.fp8": (None, "hybrid", "e4m3"),
     "model.fp8_recipe": ("delayed", "tensorwise", "blockwise"),
     "optim.schedule": ("constant", "cosine"),
