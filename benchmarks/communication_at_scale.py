@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import random
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 NVLINK, NETWORK = 400e9, 50e9  # bytes/s per GPU and direction: inside a node; 400 Gb/s between nodes
 HOST = 12.5e9 / 8  # bytes/s per rank for CPU tensors (gloo): 100 Gb/s of Ethernet shared by the ranks of a node
 NODE = 8
+ROLLOUT_TOKEN_BYTES = 8  # of a response in the gather of rollouts: an id and a log-prob
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 128, 16, 256, 1024
 MICROBATCH_TOKENS, REFIT_BUCKET = 8192, 512 << 20
 
@@ -66,7 +65,7 @@ def step(model: Model, rank: int) -> dict[str, list[Transfer]]:
         results = formulas.columns(parallel, stage, ["x"] * names, responses)
         return formulas.model_pass(model, stage, packs, backward=backward) + results
 
-    share = math.ceil(responses / parallel.world * pickled_bytes_per_token())
+    share = math.ceil(responses / parallel.world * ROLLOUT_TOKEN_BYTES)
     learning = one_pass(4, True)
     return {
         "gather of rollouts": formulas.object_gather("rollouts", parallel.world, share),
@@ -95,13 +94,6 @@ def cost(parallel: Parallel, rank: int, transfers: list[Transfer]) -> Cost:
             inside = {r // NODE for r in (rank, *ranks)} == {rank // NODE}
             total.seconds += received / (NVLINK if inside else NETWORK)
     return total
-
-
-def pickled_bytes_per_token() -> float:
-    """Of a response in the gather of rollouts: a token id and a log-prob."""
-    generator = random.Random(0)
-    ids = [generator.randrange(LLAMA["vocab_size"]) for _ in range(RESPONSE_TOKENS)]
-    return len(pickle.dumps((ids, [-generator.random() for _ in ids], False))) / RESPONSE_TOKENS
 
 
 def slowest_ranks(model: Model) -> dict[str, Cost]:

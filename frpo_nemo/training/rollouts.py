@@ -148,24 +148,30 @@ class RolloutWorker:
     def _gather(self, examples, samples, mine, completions, scores, tasks) -> Rollouts:
         """All ranks' responses in the order of the prompts."""
         flat = [c for group in completions for c in group]
+        responses = (  # as tensors: pickled in bulk
+            torch.tensor([len(c.token_ids) for c in flat], dtype=torch.int64),
+            torch.tensor([token for c in flat for token in c.token_ids], dtype=torch.int32),
+            torch.tensor([logprob for c in flat for logprob in c.logprobs], dtype=torch.float32),
+            torch.tensor([c.truncated for c in flat], dtype=torch.bool),
+        )
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
-        own = (mine, [(c.token_ids, c.logprobs, c.truncated) for c in flat], tensors, scores.failures, scores.messages)
+        own = (mine, responses, tensors, scores.failures, scores.messages)
         everything = distributed.gather_objects(own)
         places = torch.tensor(
             [p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64
         )
-        responses = [r for _, rows, *_ in everything for r in rows]
+        lengths, tokens, logprobs, truncated = map(torch.cat, zip(*[r for _, r, *_ in everything], strict=True))
         self._report_failures({name: text for *_, messages in everything for name, text in messages.items()})
         prompts = [examples[p] for p in places.tolist()]
         batch = SequenceBatch.from_lists(
             [p.prompt_ids for p in prompts],
-            [ids for ids, _, _ in responses],
+            [ids.tolist() for ids in tokens.split(lengths.tolist())],
             group=places,
             task=torch.tensor([tasks.index(p.task) for p in prompts]),
-            truncated=torch.tensor([truncated for _, _, truncated in responses]),
+            truncated=truncated,
             **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
         )
-        batch.token_columns["rollout_logprobs"] = torch.tensor([x for _, logprobs, _ in responses for x in logprobs])
+        batch.token_columns["rollout_logprobs"] = logprobs
         failures = _add_counts([f for *_, f, _ in everything])
         return Rollouts(batch.select(torch.argsort(places, stable=True)), tasks, failures)
 
