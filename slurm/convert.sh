@@ -13,4 +13,5 @@
 #SBATCH --output=%x-%j.out
 
 source slurm/lib.sh
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it
 frpo_srun -- python recipes/convert.py "$@"

@@ -2,147 +2,227 @@
 #
 # From the environment of sbatch:
 #   FRPO_CONTAINER     image for enroot/pyxis (srun --container-image); without it, a virtual environment
-#   FRPO_MOUNTS        more --container-mounts; the checkout is always mounted, at its own path
+#   FRPO_MOUNTS        more --container-mounts; checkout and run_dir are mounted at their own paths
 #   FRPO_VENV          the virtual environment (default: .venv of the checkout)
 #   FRPO_GRACE         seconds that a step may still take after the signal, which comes 300 s before the limit (default 240)
 #   FRPO_MAX_FAILURES  give up after so many failed starts without a new checkpoint (default 3)
 #
-# How a job ends. By itself with 0: done. A wrong configuration ends it before anything starts (exit code 2). After any
-# other end, a dead rank, a hang that the watchdog found, a full disk, an exception, the job requeues itself under its id,
-# and the recipe continues from the newest checkpoint in its run_dir. Slurm requeues by itself when a node is lost.
+# How a job ends. By itself with 0: done. A wrong configuration ends it before anything is loaded (exit code 2). After any
+# other end, a dead rank, a hang that the watchdog found, an exception, the job requeues itself under its number, and the
+# recipe continues from the newest checkpoint in its run_dir. Slurm requeues by itself when a node is lost.
 
 set -uo pipefail
 
 FRPO_VENV=${FRPO_VENV:-$PWD/.venv}
 FRPO_MAX_FAILURES=${FRPO_MAX_FAILURES:-3}
 FRPO_GRACE=${FRPO_GRACE:-240}
+signalled=0 training=0 deadline=0
 
 say() { echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }
 
+stop() { # exit code, why
+  say "$2"
+  exit "$1"
+}
+
+# A command that Slurm's controller may refuse while it restarts.
+try() {
+  local attempt
+  for attempt in 1 2 3 4 5 6; do
+    "$@" && return
+    sleep 5
+  done
+  return 1
+}
+
 # srun with the job's environment: frpo_srun [srun options] -- command. A command's `python` is the environment's.
 frpo_srun() {
-  local options=() command
+  local options=() command run_dir
   while [ "$1" != -- ]; do options+=("$1"); shift; done
   shift
   command=("$@")
   if [ -n "${FRPO_CONTAINER:-}" ]; then
-    options+=("--container-image=$FRPO_CONTAINER" "--container-workdir=$PWD" "--container-mounts=$PWD:$PWD${FRPO_MOUNTS:+,$FRPO_MOUNTS}")
+    run_dir=$(realpath -m "${RUN_DIR:-$PWD}")
+    options+=("--container-image=$FRPO_CONTAINER" "--container-workdir=$PWD"
+      "--container-mounts=$PWD:$PWD,$run_dir:$run_dir${FRPO_MOUNTS:+,$FRPO_MOUNTS}")
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, not one that the image has
   else
     [ "$1" = python ] && command[0]=$FRPO_VENV/bin/python
   fi
   srun --export=ALL --overlap --label --kill-on-bad-exit=1 "${options[@]}" "${command[@]}"
 }
 
-# run_dir of the overrides, or one named after the job: the same at every restart.
-frpo_run_dir() {
-  local argument found=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
-  for argument in "$@"; do
-    case "$argument" in run_dir=*) found=${argument#run_dir=} ;; esac
+# frpo_srun in the background, because a shell runs no trap before its foreground command has ended.
+frpo_step() {
+  local step
+  frpo_srun "$@" &
+  step=$!
+  while kill -0 "$step" 2>/dev/null; do
+    frpo_heed_signal
+    sleep 0.5
   done
-  echo "$found"
+  wait "$step"
+}
+
+# Slurm's signal: the time limit is near.
+frpo_heed_signal() {
+  [ "$signalled" = 0 ] && return
+  [ "$training" = 1 ] || frpo_continue "the time limit came before training began"
+  if [ "$signalled" = 1 ]; then
+    signalled=2 deadline=$((SECONDS + FRPO_GRACE))
+    say "the time limit is near: the run saves after this step, then the job goes on by requeue"
+    scancel --signal=USR1 "$SLURM_JOB_ID" # to the steps, not to this shell
+  elif [ "$SECONDS" -ge "$deadline" ]; then
+    frpo_continue "the step did not end in $FRPO_GRACE s"
+  fi
 }
 
 frpo_newest_checkpoint() { ls "$RUN_DIR/checkpoints" 2>/dev/null | grep -x 'step_[0-9]*' | tail -n 1; }
 
-# The requeued job keeps its id, its log and its run_dir. Held first, because only a pending job's exclusions can be set.
-frpo_requeue() { # [nodes to exclude]
-  local nodes=${1:-} before state
-  state=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* JobState=\([^ ]*\).*/\1/p')
-  [ "$state" = RUNNING ] || { say "not requeued: the job is $state"; exit 1; } # Slurm would revive a cancelled one
-  trap '' TERM
-  if [ -z "$nodes" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-  else
-    before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    [ "$before" = "(null)" ] && before=
-    scontrol requeuehold "$SLURM_JOB_ID" &&
-      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=${before:+$before,}$nodes"
-    scontrol release "$SLURM_JOB_ID"
-  fi
-  exit 0
+# After the signal: requeue, which counts as a failed start if this one made no checkpoint.
+frpo_continue() { # what happened
+  local newest
+  newest=$(frpo_newest_checkpoint)
+  [ "$newest" = "$began" ] && frpo_retry "$1"
+  say "$1; requeued from $newest"
+  frpo_requeue
 }
 
 # After a failed start: requeue, unless the last FRPO_MAX_FAILURES starts all failed at the same checkpoint.
-frpo_retry() { # what happened, [nodes to exclude]
-  local newest failures=0 file=$RUN_DIR/slurm_failures
+frpo_retry() { # what happened
+  local newest checkpoint failures=0 file=$RUN_DIR/slurm_failures
   newest=$(frpo_newest_checkpoint)
-  [ -s "$file" ] && read -r failures checkpoint <"$file" && [ "$checkpoint" = "${newest:-none}" ] || failures=0
+  newest=${newest:-none}
+  [ -s "$file" ] && read -r failures checkpoint <"$file" && [ "$checkpoint" = "$newest" ] || failures=0
   failures=$((failures + 1))
-  echo "$failures ${newest:-none}" >"$file"
   if [ "$failures" -ge "$FRPO_MAX_FAILURES" ]; then
-    say "$1; giving up after $failures failed starts without a new checkpoint (newest: ${newest:-none}). The same sbatch command with run_dir=$RUN_DIR continues it."
     rm -f "$file"
-    exit 1
+    stop 1 "$1; giving up after $failures failed starts without a new checkpoint (newest: $newest). To continue: $FRPO_RESUME_COMMAND"
   fi
-  say "$1; requeued (failed start $failures of $FRPO_MAX_FAILURES without a new checkpoint; newest: ${newest:-none})"
-  frpo_requeue "${2:-}"
+  echo "$failures $newest" >"$file" || stop 1 "$1; $file cannot be written. To continue: $FRPO_RESUME_COMMAND"
+  say "$1; requeued (failed start $failures of $FRPO_MAX_FAILURES without a new checkpoint; newest: $newest)"
+  frpo_requeue
+}
+
+# The requeued job keeps its number, its log and its run_dir.
+frpo_requeue() { # [nodes to exclude]
+  local nodes=${1:-} job state before left
+  job=$(try scontrol -o show job "$SLURM_JOB_ID")
+  state=$(sed -n 's/.* JobState=\([^ ]*\).*/\1/p' <<<"$job")
+  [ "$state" = RUNNING ] || stop 1 "not requeued: the job is ${state:-unknown to Slurm}" # Slurm would revive a cancelled one
+  if [ -n "$nodes" ]; then
+    before=$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<<"$job")
+    [ "$before" = "(null)" ] || nodes=$before,$nodes
+    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u | grep -cvxFf <(scontrol show hostnames "$nodes"))
+    if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
+      frpo_retry "without $nodes the partition has $left nodes, too few for this job: none is excluded"
+    fi
+  fi
+  trap '' TERM # Slurm ends this shell now
+  try scontrol requeue "$SLURM_JOB_ID" || stop 1 "Slurm does not requeue this job. To continue: $FRPO_RESUME_COMMAND"
+  # A pending job's nodes can be changed, and Slurm starts it no sooner than some seconds from now.
+  [ -z "$nodes" ] || scontrol update "JobId=$SLURM_JOB_ID" "ReqNodeList=" "ExcNodeList=$nodes"
+  exit 0
 }
 
 # All nodes, in seconds: GPUs, versions, the shared file system, ports, all-reduce. Names the bad ones.
 frpo_preflight() {
-  local reports=$RUN_DIR/preflight/restart_${SLURM_RESTART_COUNT:-0}
+  local reports=$RUN_DIR/preflight/restart_${SLURM_RESTART_COUNT:-0} each=(--ntasks-per-node=1 --kill-on-bad-exit=0)
   rm -rf "$reports"
-  mkdir -p "$reports" || { say "run_dir=$RUN_DIR cannot be made here"; exit 2; }
-  frpo_srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --time=2 \
-    -- python slurm/preflight.py nodes "$reports"
-  frpo_judge "$reports"
-  frpo_srun --kill-on-bad-exit=0 --time=3 -- python slurm/preflight.py allreduce "$reports"
-  frpo_judge "$reports"
+  mkdir -p "$reports" || frpo_exclude "$SLURMD_NODENAME" "$RUN_DIR cannot be made on it"
+  frpo_step "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" "${each[@]}" --time=3 -- python slurm/preflight.py nodes "$reports"
+  frpo_judge nodes "$reports"
+  frpo_step --kill-on-bad-exit=0 --time=4 -- python slurm/preflight.py allreduce "$reports"
+  frpo_judge ranks "$reports"
 }
 
-frpo_judge() { # reports
-  frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python slurm/preflight.py judge "$1" ||
-    frpo_retry "preflight failed" "$(cat "$1/bad_nodes" 2>/dev/null)"
+frpo_judge() { # nodes or ranks, reports
+  local bad
+  frpo_step --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python slurm/preflight.py "judge-$1" "$2" && return
+  bad=$(cat "$2/bad_nodes" 2>/dev/null)
+  [ -z "$bad" ] && frpo_retry "preflight failed"
+  frpo_exclude "$bad" "preflight failed"
 }
 
-# On a login node: check the configuration for the nodes that the script asks for, then submit it.
+# Not a failed start: each time another node is gone, so it ends.
+frpo_exclude() { # nodes, why
+  say "$2; requeued without $1"
+  frpo_requeue "$1"
+}
+
+# The last run_dir of the overrides, or one named after the job: the same at every restart.
+frpo_run_dir() {
+  local argument found=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+  for argument in "$@"; do
+    [[ $argument =~ ^\+{0,2}run_dir=[\"\']?([^\"\']*) ]] && found=${BASH_REMATCH[1]}
+  done
+  echo "$found"
+}
+
+# Two jobs in one run_dir would overwrite each other's checkpoints.
+frpo_own_run_dir() {
+  local other
+  mkdir -p "$RUN_DIR"
+  other=$(cat "$RUN_DIR/slurm_job" 2>/dev/null)
+  if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && [ -n "$(squeue -h -j "$other" 2>/dev/null)" ]; then
+    stop 2 "run_dir=$RUN_DIR belongs to job $other, which is still in the queue; cancel it first, or take another run_dir"
+  fi
+  echo "$SLURM_JOB_ID" >"$RUN_DIR/slurm_job"
+}
+
+# Outside of a job: check the configuration for the nodes that the script asks for, then submit it.
 frpo_submit() { # recipe configuration [override ...]
   local nodes ranks
   nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0") ranks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
-  "$FRPO_VENV/bin/python" "recipes/$1" --check --config-name "$2" "trainer.num_nodes=$nodes" "trainer.devices=$ranks" \
-    run_dir=runs/checked "${@:3}" && exec sbatch "$0" "${@:3}"
+  if [ -z "${FRPO_CONTAINER:-}" ]; then
+    FRPO_LOGIN_NODE=1 "$FRPO_VENV/bin/python" "recipes/$1" --check --config-name "$2" "trainer.num_nodes=$nodes" \
+      "trainer.devices=$ranks" run_dir=runs/checked "${@:3}" || exit
+  fi
+  exec sbatch "$0" "${@:3}"
+}
+
+# What the processes find: where they meet, how many there are, and how to continue the run.
+frpo_export() { # [override ...]
+  local script restart=${SLURM_RESTART_COUNT:-0}
+  FRPO_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+  MASTER_ADDR=${FRPO_HOSTS%%,*}
+  MASTER_PORT=$((20000 + 2 * ((SLURM_JOB_ID + 7 * restart) % 5000))) # preflight takes the next one
+  FRPO_RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
+  SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE > SLURM_NTASKS_PER_NODE ? SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE : 1))
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+  TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # else a line per rank where addresses have no names
+  CUDA_DEVICE_MAX_CONNECTIONS=1                     # megatron-core's order of tensor-parallel communication
+  script=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
+  FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q}"
+  case " $*" in *run_dir=*) ;; *) FRPO_RESUME_COMMAND+=" run_dir=$RUN_DIR" ;; esac
+  export FRPO_HOSTS MASTER_ADDR MASTER_PORT FRPO_RANKS_PER_NODE SRUN_CPUS_PER_TASK OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL
+  export CUDA_DEVICE_MAX_CONNECTIONS FRPO_RESUME_COMMAND
 }
 
 # frpo_train recipe configuration [override ...]
 frpo_train() {
-  [ -n "${SLURM_JOB_ID:-}" ] || { frpo_submit "$@"; exit; }
-  local recipe=$1 config=$2 script arguments step code signalled=0 deadline=0
+  [[ $0 == */slurm_script ]] || frpo_submit "$@"
+  local recipe=$1 config=$2 arguments code
   shift 2
+  [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || stop 2 "job arrays are not supported: requeue and signals would reach all of their tasks"
+  [ -n "${SLURM_NTASKS_PER_NODE:-}" ] || stop 2 "--ntasks-per-node is not set"
   RUN_DIR=$(frpo_run_dir "$@")
-  arguments=("trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "run_dir=$RUN_DIR" "$@")
-  export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) CUDA_DEVICE_MAX_CONNECTIONS=1
-  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # a line per rank where addresses have no names
-  export FRPO_HOSTS FRPO_RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
-  FRPO_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
-  MASTER_ADDR=${FRPO_HOSTS%%,*}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  script=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
-  FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q}"
-  case " $*" in *" run_dir="*) ;; *) FRPO_RESUME_COMMAND+=" run_dir=$RUN_DIR" ;; esac
-  export FRPO_RESUME_COMMAND
-  trap 'signalled=1' USR1
-  say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR, newest checkpoint: $(frpo_newest_checkpoint | grep . || echo none)"
-  frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python "recipes/$recipe" --check --config-name "$config" "${arguments[@]}"
-  [ $? = 2 ] && { say "the configuration is wrong, see above; nothing was started"; exit 2; }
+  arguments=(--config-name "$config" "trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "run_dir=$RUN_DIR" "$@")
+  frpo_export "$@"
+  frpo_own_run_dir
+  trap '[ "$signalled" = 0 ] && signalled=1' USR1
+  began=$(frpo_newest_checkpoint)
+  say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR, newest checkpoint: ${began:-none}"
   frpo_preflight
-  # In the background, because a shell runs no trap before its foreground command has ended.
-  frpo_srun -- python "recipes/$recipe" --config-name "$config" "${arguments[@]}" &
-  step=$!
-  while kill -0 "$step" 2>/dev/null; do
-    if [ "$signalled" = 1 ]; then
-      signalled=2 deadline=$((SECONDS + FRPO_GRACE))
-      say "the time limit is near: the run saves after this step, then the job goes on by requeue"
-      scancel --signal=USR1 "$SLURM_JOB_ID" # to the steps, not to this shell
-    elif [ "$signalled" = 2 ] && [ "$SECONDS" -ge "$deadline" ]; then
-      say "the step did not end in $FRPO_GRACE s; requeued from $(frpo_newest_checkpoint | grep . || echo the beginning)"
-      frpo_requeue
-    fi
-    sleep 1
-  done
-  wait "$step"
+  frpo_step --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python "recipes/$recipe" --check "${arguments[@]}"
   code=$?
-  [ "$code" = 0 ] && { say "finished"; exit 0; }
-  [ "$code" = 2 ] && { say "the configuration is wrong, see above"; exit 2; }
-  [ "$signalled" = 2 ] && { say "stopped by the signal after $(frpo_newest_checkpoint); requeued"; frpo_requeue; }
+  [ "$code" = 2 ] && stop 2 "the configuration is wrong, see above; nothing was started"
+  [ "$code" = 0 ] || frpo_retry "the check of the configuration ended with exit code $code"
+  training=1
+  frpo_step -- python "recipes/$recipe" "${arguments[@]}"
+  code=$?
+  [ "$code" = 0 ] && stop 0 "finished"
+  [ "$code" = 2 ] && stop 2 "the configuration is wrong, see above"
+  [ "$signalled" = 2 ] && frpo_continue "stopped by the signal"
   frpo_retry "srun ended with exit code $code"
 }

