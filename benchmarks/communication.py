@@ -30,6 +30,7 @@ from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.objective import build_objective
 from frpo_nemo.planning import communication as formulas
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
+from frpo_nemo.planning.memory import WEIGHT_BYTES
 from frpo_nemo.rollout.engine import Completion
 from frpo_nemo.rollout.verify import raise_on_all_ranks
 from frpo_nemo.training.config import ModelConfig, OptimizerConfig
@@ -41,7 +42,12 @@ GROUPS, GROUP_SIZE = 6, 4
 MICROBATCH_TOKENS, CHUNK_TOKENS, BUCKET_BYTES = 70, 16, 1 << 17
 LAYOUTS = {  # by number of ranks
     2: {"DP2": {}, "TP2": dict(tp=2), "TP2 SP": dict(tp=2, sp=True), "PP2": dict(pp=2)},
-    4: {"TP2 SP, PP2": dict(tp=2, pp=2, sp=True), "TP2 SP, DP2": dict(tp=2, sp=True), "PP2, DP2": dict(pp=2)},
+    4: {
+        "TP2 SP, PP2": dict(tp=2, pp=2, sp=True),
+        "TP2 SP, PP2, bf16": dict(tp=2, pp=2, sp=True, precision="bf16"),
+        "TP2 SP, DP2": dict(tp=2, sp=True),
+        "PP2, DP2": dict(pp=2),
+    },
     8: {"TP2 SP, PP2, DP2": dict(tp=2, pp=2, sp=True), "DP8": {}},
 }
 OBJECTIVE = {"name": "frpo", "lambda_": 0.5, "beta": 0.1}
@@ -62,11 +68,13 @@ class Phase:
     differences: list[str]
 
 
-def model_config(path: str, *, tp: int = 1, pp: int = 1, sp: bool = False, recompute: str = "none") -> ModelConfig:
-    """fp32, with small chunks, so that there are several."""
+def model_config(
+    path: str, *, tp: int = 1, pp: int = 1, sp: bool = False, recompute: str = "none", precision: str = "fp32"
+) -> ModelConfig:
+    """With small chunks, so that there are several."""
     return ModelConfig(
         path=path,
-        precision="fp32",
+        precision=precision,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         sequence_parallel=sp,
@@ -145,7 +153,8 @@ def _model(actor: PolicyActor) -> Model:
         dp=dist.get_world_size() // inner,
         sequence_parallel=config.sequence_parallel,
     )
-    return Model(actor.arch, parallel, 4, config.logprob_chunk_tokens, config.recompute == "full")
+    element = WEIGHT_BYTES[config.precision]
+    return Model(actor.arch, parallel, element, config.logprob_chunk_tokens, config.recompute == "full")
 
 
 def _formulas(model: Model, rank: int, batch, largest: int) -> dict[str, list[Transfer]]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.communication_at_scale
 
-The formulas are those that communication.py compares with counts. Nothing here was measured on GPUs; a second is bytes
-over the bandwidth of the slowest link in a group, without latency, contention or overlap with computation.
+The formulas are those that communication.py compares with counts, the links those of configs/cluster/h100.yaml, and the
+seconds are added up as in frpo_nemo/planning/timing.py. Nothing here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning import communication as formulas
+from frpo_nemo.planning.cluster import CLUSTERS, Cluster
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
+from frpo_nemo.planning.timing import transfer_seconds
 
-NVLINK, NETWORK = 400e9, 50e9  # bytes/s per GPU and direction: inside a node; 400 Gb/s between nodes
-HOST = 12.5e9 / 8  # bytes/s per rank for CPU tensors (gloo): 100 Gb/s of Ethernet shared by the ranks of a node
-NODE = 8
+CLUSTER = Cluster(**OmegaConf.to_container(OmegaConf.load(CLUSTERS / "h100.yaml")))
+# Bytes/s per rank for CPU tensors (gloo), of which a cluster's file says nothing: 100 Gb/s of Ethernet for a node's ranks.
+HOST = 12.5e9 / CLUSTER.gpus_per_node
 ROLLOUT_TOKEN_BYTES = 8  # of a response in the gather of rollouts: an id and a log-prob
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 128, 16, 256, 1024
 MICROBATCH_TOKENS, REFIT_BUCKET = 8192, 512 << 20
@@ -46,10 +49,10 @@ MODELS = {
 class Cost:
     """Of one phase on one rank. gpu, host: bytes received by GPU and by CPU tensors."""
 
-    calls: int = 0
-    gpu: float = 0.0
-    host: float = 0.0
-    seconds: float = 0.0
+    calls: int
+    gpu: float
+    host: float
+    seconds: float
 
 
 def step(model: Model, rank: int) -> dict[str, list[Transfer]]:
@@ -80,20 +83,15 @@ def step(model: Model, rank: int) -> dict[str, list[Transfer]]:
 
 
 def cost(parallel: Parallel, rank: int, transfers: list[Transfer]) -> Cost:
-    """Sums over the transfers, each at the speed of its group's slowest link."""
-    total = Cost()
-    for transfer in transfers:
-        ranks = parallel.ranks(rank, transfer.group)
-        received = transfer.received(len(ranks))
-        total.calls += transfer.calls
-        if transfer.part in ("rollouts", "agreement"):
-            total.host += received
-            total.seconds += received / HOST
-        else:
-            total.gpu += received
-            inside = {r // NODE for r in (rank, *ranks)} == {rank // NODE}
-            total.seconds += received / (NVLINK if inside else NETWORK)
-    return total
+    """Sums over the transfers."""
+    on_host = [transfer for transfer in transfers if transfer.part in ("rollouts", "agreement")]
+    on_gpu = [transfer for transfer in transfers if transfer not in on_host]
+    gpu, host = (
+        sum(transfer.received(len(parallel.ranks(rank, transfer.group))) for transfer in part)
+        for part in (on_gpu, on_host)
+    )
+    seconds = transfer_seconds(parallel, CLUSTER, rank, on_gpu) + host / HOST
+    return Cost(sum(transfer.calls for transfer in transfers), gpu, host, seconds)
 
 
 def slowest_ranks(model: Model) -> dict[str, Cost]:
@@ -114,7 +112,7 @@ def architecture(config: dict) -> Architecture:
 
 
 def main() -> None:
-    console = Console(width=140)
+    console = Console(width=150)
     for name, (config, base) in MODELS.items():
         arch = architecture(config)
         worlds = (64, 128, 256, 512)

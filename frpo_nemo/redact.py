@@ -6,25 +6,37 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "REDACTED"  # a command with it can still be parsed
 
-_LAST_WORDS = {"apikey", "auth", "authorization", "cookie", "credential", "credentials", "jwt", "passphrase", "passwd"}
-_LAST_WORDS |= {"password", "secret", "secrets", "token"}
-_KEYS = {"access", "api", "auth", "private", "secret"}  # such a key is a secret; another key may be a column
+_LAST_WORDS = {"apikey", "auth", "authorization", "cookie", "credential", "jwt", "pass", "passphrase", "passwd"}
+_LAST_WORDS |= {"password", "pwd", "secret", "token"}
+_KEYS = {"access", "account", "api", "auth", "encryption", "openai", "private", "secret", "signing", "ssh"}
+# Such a key is a secret, another may be a column; several such tokens are, others are an amount of text. After the
+# words in _PASSES, "pass" is no password.
+_TOKENS = _KEYS | {"bearer", "hf", "refresh", "session"}
+_PASSES = {"", "backward", "first", "forward", "last", "max", "multi", "num", "per", "second", "single"}
 _OF_TEXT = {"bos", "cls", "end", "eos", "first", "last", "mask", "next", "pad", "per", "sep", "special", "start"}
 _OF_TEXT |= {"stop", "unk"}  # such a token is not a secret
 _SHORTEST = 6  # a shorter value is no secret to look for in texts: it would be found inside other words
 _USER_OF_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
-_TOKEN = re.compile(r"\bhf_\w{16,}|\bsk-[\w-]{16,}|\bgh[pousr]_\w{20,}|\bAKIA\w{16}|\beyJ[\w-]+\.[\w-]+\.[\w-]*")
-_SIGNATURE = re.compile(r"([?&][^=&\s]*(?:token|key|signature|secret)=)[^&\s'\"]+", re.IGNORECASE)
+_TOKEN = re.compile(
+    r"\bhf_\w{16,}|\b(?:sk|nvapi|glpat)-[\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bA[KS]IA\w{16}"
+    r"|\beyJ[\w-]+\.[\w-]+\.[\w-]*"
+)
+_QUERY = re.compile(r"(?P<name>[?&][^=&\s'\"]*)=(?P<value>[^&\s'\"]+)")
+_SIGNATURES = ("key", "secret", "sig", "signature", "token")  # ends of names in a query
 _ASSIGNMENT = re.compile(
-    r"(?P<name>[\w.-]*(?:" + "|".join(sorted({*_LAST_WORDS, "key"}, reverse=True)) + r"))(?P<between>['\"]?\s*[=:]\s*)"
-    r"(?P<value>'[^']*'|\"[^\"]*\"|(?:(?:bearer|basic)\s+)?[^\s,;&}\])'\"]+)",
+    r"(?P<name>[\w.-]*(?:" + "|".join(sorted({*_LAST_WORDS, "key"}, reverse=True)) + r")s?[_-]?\d*)"
+    r"(?P<between>['\"]?\s*[=:]\s*)"
+    r"(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|(?:(?:bearer|basic)\s+)?[^\s,;&}\])'\"]+)",
     re.IGNORECASE,
 )
+_ANSI_QUOTED = r"\$'((?:[^'\\]|\\.)*)'"  # bash's, which shlex does not know
+_SHELL_WORD = re.compile(rf"""(?:{_ANSI_QUOTED}|[^\s'"\\;&|]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""", re.DOTALL)
 
 _known: set[str] = set()  # values that `remember` has met
 
@@ -33,9 +45,14 @@ def is_secret(name: str) -> bool:
     """Whether an option of this name (reward.judge.args.api_key, X-Api-Key, HF_TOKEN) holds a secret. max_tokens does
     not, nor does eos_token."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(".")[2]).lower())
-    *_, before, last = ["", "", *words]
+    *_, before, last = ["", "", *(bare for word in words if (bare := word.rstrip("0123456789")))]
+    if last == "tokens":
+        return before in _TOKENS
+    last = last if last in _LAST_WORDS else last.removesuffix("s")
     if last == "key":
         return before in _KEYS
+    if last in ("pass", "pwd"):
+        return before not in _PASSES
     return last in _LAST_WORDS and not (last == "token" and before in _OF_TEXT)
 
 
@@ -62,13 +79,18 @@ def arguments(command: Sequence[str]) -> list[str]:
     return [_argument(str(argument)) for argument in command]
 
 
+def shell_line(line: str) -> str:
+    """A line for a shell, with the secrets in its words hidden, however they are quoted; the rest stays as it is."""
+    return _SHELL_WORD.sub(_shell_word, line)
+
+
 def text(message: str, *, assignments: bool = True) -> str:
     """`message` without the secrets of the environment, those remembered, what looks like a well-known service's token,
     and those in URLs; and, with `assignments`, without the values in what reads like api_key=... or 'token': '...'."""
     environment = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST}
     for secret in sorted(_known | environment, key=len, reverse=True):
         message = message.replace(secret, HIDDEN)
-    message = _SIGNATURE.sub(rf"\g<1>{HIDDEN}", _USER_OF_URL.sub(rf"\g<1>{HIDDEN}@", message))
+    message = _QUERY.sub(_without_signature, _USER_OF_URL.sub(rf"\g<1>{HIDDEN}@", message))
     message = _TOKEN.sub(HIDDEN, message)
     return _ASSIGNMENT.sub(_without_value, message) if assignments else message
 
@@ -78,6 +100,17 @@ def _argument(argument: str) -> str:
     if equals and is_secret(name) and not _is_harmless(value):
         return f"{name}={HIDDEN}"
     return text(argument)
+
+
+def _shell_word(found: re.Match) -> str:
+    word = "".join(shlex.split(re.sub(_ANSI_QUOTED, lambda quoted: shlex.quote(quoted[1]), found[0])))
+    hidden = _argument(word)
+    return found[0] if hidden == word else shlex.quote(hidden)
+
+
+def _without_signature(found: re.Match) -> str:
+    is_signature = found["name"].lower().endswith(_SIGNATURES) or is_secret(found["name"])
+    return f"{found['name']}={HIDDEN}" if is_signature else found[0]
 
 
 def _without_value(found: re.Match) -> str:

@@ -27,6 +27,7 @@ def search() -> None:
 
 
 def dry_run_of_config() -> None:
+    from frpo_nemo.errors import ConfigError
     from frpo_nemo.training.cli import from_command_line
     from frpo_nemo.training.config import FRPORun, SFTRun
     from frpo_nemo.training.resources import layout_of
@@ -40,7 +41,12 @@ def dry_run_of_config() -> None:
         from frpo_nemo.planning.dry_run import dry_run
         from frpo_nemo.planning.report import print_dry_run
 
-        stages = dry_run(cfg.model, layout)
+        try:
+            stages = dry_run(cfg.model, layout)
+        except ConfigError:
+            raise
+        except ValueError as error:  # what was built is not what the table of weights or the arithmetic says
+            sys.exit(f"plan.py: {error}")
     print_dry_run(layout, stages)
 
 

@@ -97,9 +97,9 @@ frpo_retry() { # what happened
   failures=$((failures + 1))
   if [ "$failures" -ge "$FRPO_MAX_FAILURES" ]; then
     rm -f "$file"
-    stop 1 "$1; giving up after $failures failed starts without a new checkpoint (newest: $newest). To continue: $FRPO_RESUME_COMMAND"
+    stop 1 "$1; giving up after $failures failed starts without a new checkpoint (newest: $newest). To continue: the same sbatch command with run_dir=$RUN_DIR"
   fi
-  echo "$failures $newest" >"$file" || stop 1 "$1; $file cannot be written. To continue: $FRPO_RESUME_COMMAND"
+  echo "$failures $newest" >"$file" || stop 1 "$1; $file cannot be written. To continue: the same sbatch command with run_dir=$RUN_DIR"
   say "$1; requeued (failed start $failures of $FRPO_MAX_FAILURES without a new checkpoint; newest: $newest)"
   frpo_requeue
 }
@@ -119,7 +119,7 @@ frpo_requeue() { # [nodes to exclude]
     fi
   fi
   trap '' TERM # Slurm ends this shell now
-  try scontrol requeue "$SLURM_JOB_ID" || stop 1 "Slurm does not requeue this job. To continue: $FRPO_RESUME_COMMAND"
+  try scontrol requeue "$SLURM_JOB_ID" || stop 1 "Slurm does not requeue this job. To continue: the same sbatch command with run_dir=$RUN_DIR"
   # A pending job's nodes can be changed, and Slurm starts it no sooner than some seconds from now.
   [ -z "$nodes" ] || scontrol update "JobId=$SLURM_JOB_ID" "ReqNodeList=" "ExcNodeList=$nodes"
   exit 0

@@ -19,7 +19,8 @@ from frpo_nemo.conversion.inputs import Conversion, ConvertRun, check_conversion
 from frpo_nemo.conversion.model_card import model_card
 from frpo_nemo.conversion.verify import verify
 from frpo_nemo.megatron.checkpoint_weights import StoredWeights, write_checkpoint
-from frpo_nemo.megatron.hf_weights.export import begin_export, check_replaceable, publish_export, write_files
+from frpo_nemo.megatron.hf_weights.export import write_files
+from frpo_nemo.megatron.hf_weights.files import CARD, begin_export, publish_export
 from frpo_nemo.megatron.hf_weights.load import check_checkpoint
 from frpo_nemo.training.hub import is_hub_name
 
@@ -39,12 +40,12 @@ def convert(cfg: ConvertRun) -> Path:
 def _to_hugging_face(conversion: Conversion, cfg: ConvertRun) -> None:
     arch, dtype = conversion.arch, getattr(torch, conversion.dtype)
     stored = StoredWeights(conversion.checkpoint, arch)
-    check_replaceable(conversion.model, conversion.out)
+    card = model_card(conversion.checkpoint, arch)  # first: no mistake in a run's records costs a conversion
     temporary = begin_export(conversion.out)
     with _progress(conversion) as advance:
         stream = _counted(stored.stream(dtype), advance)
         write_files(stream, arch, conversion.model, temporary, dtype, cfg.max_shard_gb * 1e9)
-    (temporary / "README.md").write_text(model_card(conversion.checkpoint, arch))
+    (temporary / CARD).write_text(card)
     if cfg.verify:
         verify(temporary, conversion.checkpoint, dtype)
     publish_export(temporary, conversion.out)

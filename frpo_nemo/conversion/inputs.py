@@ -11,13 +11,15 @@ from frpo_nemo.conversion.model_card import trained_from
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.hf_weights.files import check_replaceable, others
 from frpo_nemo.planning.memory import parameters, readable
 from frpo_nemo.training.cli import started_world
 from frpo_nemo.training.config import required
-from frpo_nemo.training.hub import is_hub_name, local_model
+from frpo_nemo.training.hub import WITHOUT_WEIGHTS, is_hub_name, local_model
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 << 20  # bytes of disk for what is no weight: tokenizers, indices, the headers of chunks
+_CONVERTED = (checkpoint_files.RECORD, ".metadata", "*.distcp", "common.pt", "metadata.json")
 
 
 @dataclass
@@ -53,17 +55,20 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
     """Raises ConfigError for what is wrong with options, input, base, `out` or the disk, as far as that can be seen without
     a look into files of weights. Downloads what is a hub name."""
     _check_options(cfg)
+    out = _out(cfg)
     checkpoint = _checkpoint(cfg)
     model = Path(local_model(cfg.input, download=True) if checkpoint is None else _base(cfg, checkpoint))
     arch = Architecture.from_hf(model)
     if checkpoint is None:
-        _check_replaceable_checkpoint(cfg.out)
+        _check_replaceable_checkpoint(out)
     elif differing := checkpoint_files.differences(checkpoint, arch):
         raise ConfigError(
             f"{checkpoint} is of another model than base={model}: {', '.join(differing)}; give the one that it was "
             "trained from."
         )
-    conversion = Conversion(checkpoint, model, arch, cfg.dtype or arch.dtype or "float32", Path(cfg.out))
+    else:
+        check_replaceable(model, out)
+    conversion = Conversion(checkpoint, model, arch, cfg.dtype or arch.dtype or "float32", out)
     _check_disk(conversion)
     return conversion
 
@@ -108,22 +113,34 @@ def _base(cfg: ConvertRun, checkpoint: Path) -> str:
             f"{named} is no directory (working directory: {Path.cwd()}); name by base= the model that gives configuration "
             "and tokenizer."
         )
-    return local_model(base, download=True)
+    return local_model(base, download=True, files=WITHOUT_WEIGHTS)
 
 
-def _check_replaceable_checkpoint(out: str) -> None:
+def _out(cfg: ConvertRun) -> Path:
+    """Where `cfg.out` lies: a link stays, and what it leads to is written."""
+    out, here = Path(cfg.out).resolve(), Path.cwd()
+    if out == here or out in here.parents:
+        raise ConfigError(f"out={cfg.out} is the working directory or holds it ({here}); name a new directory.")
+    return out
+
+
+def _check_replaceable_checkpoint(out: Path) -> None:
     """An earlier conversion may be replaced; what was trained, or is something else, may not."""
-    path = Path(out)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    converted = (path / checkpoint_files.RECORD).is_file() and checkpoint_files.read(path)["adam_step"] is None
+    converted = (out / checkpoint_files.RECORD).is_file() and checkpoint_files.read(out)["adam_step"] is None
     if not converted:
         raise ConfigError(f"out={out} exists and is not an earlier conversion; choose another directory or remove it.")
+    if other := others(out, _CONVERTED):
+        raise ConfigError(
+            f"out={out} exists and is not an earlier conversion alone: {other[0]} in it is of another origin and would be "
+            "lost; choose another directory or remove it."
+        )
 
 
 def _check_disk(conversion: Conversion) -> None:
     """What an earlier conversion takes does not count: it goes when the new one is complete."""
-    out, needed = conversion.out.absolute(), conversion.weight_bytes + _SLACK
+    out, needed = conversion.out, conversion.weight_bytes + _SLACK
     existing = next(parent for parent in (out, *out.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -1,61 +1,121 @@
 """What a run says of one of its checkpoints: the model that it began from, and the README.md of its conversion.
 
-The configuration goes into a file that is meant to be published, so its secrets are hidden (redact.py).
+The configuration goes into a file that is meant to be published, so its secrets are hidden (redact.py), and the
+directories of this machine.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from frpo_nemo import __version__, redact
+from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.training import record as run_record
 from frpo_nemo.training.hub import is_hub_name
 
+# /home/me/data.jsonl, ~/data.jsonl or file:///home/me/data.jsonl, also inside a command; no part of a URL
+_ABSOLUTE = re.compile(
+    r"""(?<![^\s=:,'"(\[{])(?:file://)?(?:~[^\s/'"]*|/[^\s/'"]+)(?:/[^\s/'"]+)*/([^\s/'",:)\]}]+)/?"""
+)
+
 
 def trained_from(checkpoint: Path) -> str | None:
-    """The model.path of the checkpoint's run, or what the checkpoint was converted from; None if neither is known."""
+    """The model that the checkpoint's run began from, or what the checkpoint was converted from: a hub name, or a path
+    that is right from here. None if neither is known. The run may have been started in another directory than this
+    one, and model.path be relative to that."""
     config = _config(checkpoint)
-    return config["model"]["path"] if config else checkpoint_files.read(checkpoint)["state"].get("converted_from")
+    if config is None:
+        return checkpoint_files.read(checkpoint)["state"].get("converted_from")
+    path, directory = config["model"]["path"], Path(_last_start(checkpoint).get("directory", "."))
+    if (directory / path).is_dir() or not (Path(path).is_dir() or is_hub_name(path, directory)):
+        return str(directory / path)
+    return path
 
 
 def model_card(checkpoint: Path, arch: Architecture) -> str:
-    """The README.md of `checkpoint` in Hugging Face format, as far as there is a run around it to tell from."""
-    record, config, origin = checkpoint_files.read(checkpoint), _config(checkpoint), trained_from(checkpoint)
+    """The README.md of `checkpoint` in Hugging Face format, as far as there is a run around it to tell from. Of absolute
+    paths it has the last part: it is for others, who need not know whose directories those are."""
+    record, config, run_dir = checkpoint_files.read(checkpoint), _config(checkpoint), _run_dir(checkpoint)
+    origin = trained_from(checkpoint)
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if origin and is_hub_name(origin):
         front["base_model"] = origin
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---"]
     if config is None:
-        parts += [f"# {arch.family} model", f"Converted by frpo-nemo from {redact.text(origin or 'a checkpoint')}."]
+        parts += [f"# {arch.family} model", f"Converted by frpo-nemo from {_public(origin or 'a checkpoint')}."]
     else:
         parts += [
-            f"# {checkpoint.parents[1].resolve().name}, step {record['step']}",
-            f"Trained from {redact.text(config['model']['path'])} with {_method(config)}, for {record['step']} of "
+            f"# {run_dir.name}, step {record['step']}",
+            f"Trained from {_public(config['model']['path'])} with {_method(config)}, for {record['step']} of "
             f"{config['trainer']['max_steps']} steps, by frpo-nemo.",
         ]
-        parts += _figures(checkpoint.parents[1] / "metrics.jsonl", record["step"])
-    parts += ["## Versions", _versions(record["versions"], checkpoint.parents[1])]
+        parts += _figures(run_dir / "metrics.jsonl", record["step"])
+    start = {} if config is None else _last_start(checkpoint)
+    parts += ["## Versions", _versions(record["versions"], start)]
     if config is not None:
-        text = yaml.safe_dump(redact.values(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
         parts += ["## Configuration", f"```yaml\n{text}```"]
     return "\n\n".join(parts) + "\n"
 
 
+def _run_dir(checkpoint: Path) -> Path:
+    return checkpoint.resolve().parent.parent
+
+
 def _config(checkpoint: Path) -> dict[str, Any] | None:
-    file = checkpoint.absolute().parents[1] / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else None
+    """The configuration of the run that saved a checkpoint; None when there is none around it, or only a stranger's."""
+    file = _run_dir(checkpoint) / "config.yaml"
+    if not file.is_file() or "converted_from" in checkpoint_files.read(checkpoint)["state"]:
+        return None
+    try:
+        config = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML, so what {checkpoint} was trained from cannot be read there.") from error
+    return config if _has(config, "model", "path") and _has(config, "trainer", "max_steps") else None
+
+
+def _has(config: Any, section: str, option: str) -> bool:
+    return isinstance(config, dict) and isinstance(config.get(section), dict) and bool(config[section].get(option))
+
+
+def _last_start(checkpoint: Path) -> dict[str, Any]:
+    return next(reversed(_rows(_run_dir(checkpoint) / run_record.FILE)), {})
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The lines of a record, but for what a killed process has left of one."""
+    rows = []
+    for line in file.read_text().split("\n") if file.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _public(nested: Any) -> Any:
+    """Nested values without secrets, and with the last part alone of absolute paths."""
+    return _without_places(redact.values(nested))
+
+
+def _without_places(nested: Any) -> Any:
+    if isinstance(nested, dict):
+        return {name: _without_places(item) for name, item in nested.items()}
+    if isinstance(nested, list):
+        return [_without_places(item) for item in nested]
+    return _ABSOLUTE.sub(r"\1", nested) if isinstance(nested, str) else nested
 
 
 def _method(config: dict[str, Any]) -> str:
     if "objective" not in config:
         return "supervised fine-tuning"
-    objective = dict(redact.values(config["objective"]))
+    objective = _public(config["objective"])
     name = objective.pop("name", None) or objective.pop("_target_")
     settings = ", ".join(f"{key}={value}" for key, value in objective.items())
     return f"objective {name}" + (f" ({settings})" if settings else "")
@@ -63,9 +123,8 @@ def _method(config: dict[str, Any]) -> str:
 
 def _figures(file: Path, step: int) -> list[str]:
     """A table of rewards and KL where the run measured them first, and last before or at `step`."""
-    rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
     measured: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
+    for row in _rows(file):
         for name, value in row.items():
             if row["step"] <= step and value is not None and _is_figure(name):
                 measured.setdefault(name, []).append((row["step"], value))
@@ -86,9 +145,8 @@ def _is_figure(name: str) -> bool:
     return (parts[0] == "reward" and parts[-1] == "mean") or parts[0] == "kl"
 
 
-def _versions(of_checkpoint: dict[str, str], run_dir: Path) -> str:
+def _versions(of_checkpoint: dict[str, str], start: dict[str, Any]) -> str:
     """Of the programs that trained, by the record of the run's last start, and of the one that converts."""
-    start = (run_record.starts(run_dir) or [{}])[-1]
     listed = of_checkpoint | {"commit": start.get("commit"), "python": start.get("python")} | start.get("packages", {})
     listed["converted by frpo-nemo"] = __version__
     return "\n".join(f"- {name}: {version}" for name, version in listed.items() if version)

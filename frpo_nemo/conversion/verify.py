@@ -31,7 +31,8 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
     """Compare the log-probs of random tokens under `model` (Hugging Face) and `checkpoint`, and print the difference.
     Raises VerificationError when it is larger than rounding explains (GAP_LIMITS).
 
-    dtype: bfloat16 computes in bfloat16, everything else in float32.
+    dtype: what was written. bfloat16 computes in bfloat16, everything else in float32, from weights that are rounded
+    to `dtype` on both sides: the input may hold more digits than were asked for.
     """
     arch = Architecture.from_hf(model)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
@@ -41,8 +42,8 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
     sequences = [torch.randint(arch.vocab_size, (length,), generator=generator) for length in lengths]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own calls
-        expected = _transformers(model, sequences, precision)
-        found = _megatron(model, checkpoint, sequences, precision)
+        expected = _transformers(model, sequences, precision, dtype)
+        found = _megatron(model, checkpoint, sequences, precision, dtype)
     mean, largest = logprob_gap(found, expected)
     statistic, limit = GAP_LIMITS[precision]
     value = mean if statistic == "mean" else largest
@@ -56,7 +57,7 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _transformers(model: Path, sequences: list[torch.Tensor], precision: str) -> torch.Tensor:
+def _transformers(model: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype) -> torch.Tensor:
     """Log-probs fp32 of all tokens but the first of each sequence."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -64,6 +65,7 @@ def _transformers(model: Path, sequences: list[torch.Tensor], precision: str) ->
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False).eval()
+    _round(reference, rounded_to)
     out = []
     for tokens in sequences:
         logprobs = reference(tokens[None]).logits[0, :-1].float().log_softmax(-1)
@@ -71,7 +73,9 @@ def _transformers(model: Path, sequences: list[torch.Tensor], precision: str) ->
     return torch.cat(out)
 
 
-def _megatron(model: Path, checkpoint: Path, sequences: list[torch.Tensor], precision: str) -> torch.Tensor:
+def _megatron(
+    model: Path, checkpoint: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype
+) -> torch.Tensor:
     """The same from the checkpoint, by the actor that trains."""
     config = ModelConfig(path=str(model), precision=precision)
     distributed.start_world()
@@ -81,9 +85,16 @@ def _megatron(model: Path, checkpoint: Path, sequences: list[torch.Tensor], prec
         for parameter in actor.gpt.parameters():
             parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
     checkpoints.load(checkpoint, actor)
+    _round(actor.gpt, rounded_to)
     lists = [tokens.tolist() for tokens in sequences]
     batch = SequenceBatch.from_lists([tokens[:1] for tokens in lists], [tokens[1:] for tokens in lists])
     logprobs = actor.get_inference_log_probs(batch)
     distributed.stop_model_parallel()
     dist.destroy_process_group()
     return logprobs
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))

@@ -98,7 +98,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     from frpo_nemo.megatron import checkpoint as checkpoints
     from frpo_nemo.megatron import distributed
     from frpo_nemo.megatron.actor import PolicyActor
-    from frpo_nemo.megatron.hf_weights import save_hf
+    from frpo_nemo.megatron.hf_weights.export import save_hf
     from frpo_nemo.training.hub import local_model
 
     checkpoint_files.read(checkpoint)  # a ConfigError for what is none of ours

@@ -21,7 +21,8 @@ from frpo_nemo.data.batch import SequenceBatch, ragged_positions
 from frpo_nemo.megatron import distributed, optimizer, packing
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
-from frpo_nemo.megatron.hf_weights import load_hf_weights, stream_hf_weights
+from frpo_nemo.megatron.hf_weights.export import stream_hf_weights
+from frpo_nemo.megatron.hf_weights.load import load_hf_weights
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.megatron.model import DTYPES, build_model, output_weight, uses_transformer_engine
 

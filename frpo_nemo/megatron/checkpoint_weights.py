@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -64,7 +65,8 @@ class StoredWeights:
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order. Memory beyond what the
-        caller keeps: twice the largest weight. Raises ConfigError when a chunk is not the plain tensor that the index
+        caller keeps: the largest weight in `dtype`, and once more in `dtype` or as it is stored, whichever is larger.
+        Raises ConfigError when a weight does not fit into float16, or a chunk is not the plain tensor that the index
         promises; nothing that is read can run code."""
         for weight, pieces in self._pieces:
             yield from assemble(weight, self._read(weight, pieces, dtype).view(1, -1))
@@ -108,8 +110,9 @@ class StoredWeights:
         try:
             self._reader.read_data(LoadPlan(pieces), _Into(target)).wait()
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"{self._path} has a chunk of {key} that is no plain tensor: {reason}") from error
+        _check_range(weight, whole)
         return whole
 
 
@@ -143,10 +146,14 @@ def write_checkpoint(
 
     source: Hugging Face tensor name -> file, from `hf_weights.check_checkpoint`. state: kept in the record. written: is
     called with the bytes of every weight. `checkpoint.load` takes it in any layout for an actor without optimizer.
+    Raises ConfigError when a weight does not fit into float16.
     """
     planner = _FromHuggingFace(arch, source, dtype, written)
     writer = checkpoints.Writer(directory, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
-    torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    try:
+        torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:  # torch's, of all ranks; here there is one
+        raise error.failures[0][0] from None
     checkpoints.write_for_megatron(directory)
     record = {
         "format": files.FORMAT,
@@ -195,8 +202,22 @@ class _FromHuggingFace(SavePlanner):
         if self._written_last is not None:  # torch's writer keeps one tensor of every key until it is done
             self._written_last.untyped_storage().resize_(0)
         whole = self._written_last = read_weight(weight, self._source, self._dtype)
+        _check_range(weight, whole)
         self._written(whole.nbytes)
         return whole.view(tuple(write_item.tensor_data.chunk.sizes))
+
+
+def _check_range(weight: Weight, whole: Tensor) -> None:
+    """float32 and bfloat16 reach further than float16."""
+    if whole.dtype != torch.float16:
+        return
+    low, high = whole.aminmax()  # makes no copy, as isfinite would
+    if not (math.isfinite(low) and math.isfinite(high)):
+        names = " or ".join(name for name, _ in weight.hugging_face)
+        limit = torch.finfo(torch.float16).max
+        raise ConfigError(
+            f"{names} has a value that float16 cannot hold (its largest is {limit:g}); choose dtype=bfloat16 or float32."
+        )
 
 
 def _place(weight: Weight) -> tuple[str, int | None]:

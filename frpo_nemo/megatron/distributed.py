@@ -16,6 +16,9 @@ from torch import Tensor
 from frpo_nemo.megatron import addresses
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=15)  # no watchdog watches yet
+GROUP_TIMEOUT = datetime.timedelta(hours=2)  # for what the watchdog cannot tell from work
+
 
 def read_world() -> tuple[int, int]:
     """(rank, world size) that torchrun or srun started, or (0, 1); completes the rendezvous variables in the
@@ -34,15 +37,21 @@ def read_world() -> tuple[int, int]:
 
 
 def start_world() -> tuple[int, int]:
-    """Initialise torch.distributed: NCCL with CUDA (gloo for CPU tensors), gloo without. Returns (rank, world size)."""
+    """Initialise torch.distributed: NCCL with CUDA (gloo for CPU tensors), gloo without. Returns (rank, world size).
+    Raises torch's DistStoreError or DistNetworkError when a rank does not come within RENDEZVOUS_TIMEOUT."""
     rank, world_size = read_world()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = datetime.timedelta(hours=2)
     _listen_where_needed()
-    store = _own_store(rank, world_size, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    store = _own_store(rank, world_size, RENDEZVOUS_TIMEOUT)
+    if store is None:
+        store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=RENDEZVOUS_TIMEOUT))
+    if store.add("frpo_nemo/came", 1) == world_size:
+        store.set("frpo_nemo/all_came", "")
+    store.wait(["frpo_nemo/all_came"], RENDEZVOUS_TIMEOUT)
+    store.set_timeout(GROUP_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     return rank, world_size
 
 

@@ -23,6 +23,7 @@ class Cluster:
     gpu_memory_gib: float = field(default=MISSING, metadata={"example": "79"})
     host_memory_gib: float = field(default=MISSING, metadata={"example": "2000"})
     peak_tflops: float = field(default=MISSING, metadata={"example": "989"})
+    peak_fp32_tflops: float = field(default=MISSING, metadata={"example": "67"})
     memory_gb_per_s: float = field(default=MISSING, metadata={"example": "3350"})
     nvlink_gb_per_s: float = field(default=MISSING, metadata={"example": "450"})
     network_gb_per_s: float = field(default=MISSING, metadata={"example": "50"})

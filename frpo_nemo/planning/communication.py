@@ -117,13 +117,17 @@ class Model:
 
     def weights_of(self, stage: int) -> list[Weight]:
         """The parameters that each rank of `stage` holds."""
-        return [weight for weight in self.weights if weight.stage == stage]
+        return self._weights_by_stage[stage]
 
     @functools.cached_property
     def weights(self) -> list[Weight]:
         """All parameters of all stages, in the order of the refit."""
         parallel = self.parallel
         return weights(self.arch, Layout(parallel.tp, parallel.pp, parallel.first, parallel.last))
+
+    @functools.cached_property
+    def _weights_by_stage(self) -> list[list[Weight]]:
+        return [[weight for weight in self.weights if weight.stage == stage] for stage in range(self.parallel.pp)]
 
     def layers_of(self, stage: int) -> int:
         parallel = self.parallel
@@ -285,6 +289,7 @@ def refit(model: Model, rank: int, bucket_bytes: int) -> list[Transfer]:
     return transfers + agreement(parallel)
 
 
+@functools.lru_cache(maxsize=8)
 def refit_buckets(model: Model, bucket_bytes: int) -> list[list[Weight]]:
     """Consecutive weights of one stage, together at most `bucket_bytes` when whole, or one larger weight."""
     buckets: list[list[Weight]] = []

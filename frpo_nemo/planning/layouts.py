@@ -73,17 +73,20 @@ def enumerate_layouts(
             if reason := _indivisible(arch, engine_tp, 1):
                 rejected[f"vLLM: {reason}"] += 1
                 continue
+            if world // engine_tp > work.prompts_per_step:
+                rejected[f"vLLM TP={engine_tp}: more engines than the {work.prompts_per_step} prompts"] += 1
+                continue
             engine = replace(base.engine, tp=engine_tp, longest=work.longest)
             yield from _choices(replace(base, tp=tp, pp=pp, dp=dp, engine=engine, sequence_parallel=tp > 1), work)
 
 
 def _choices(layout: Layout, work: Workload) -> Iterator[Layout]:
     """Microbatch sizes and recomputation. None smaller than the longest sequence, none larger than a replica's share."""
-    share = work.sequences * work.longest // work.updates_per_rollout // layout.dp
+    share = -(-work.sequences // work.updates_per_rollout // layout.dp) * work.longest
     tokens = [size for size in MICROBATCH_TOKENS if work.longest <= size <= share] or [work.longest]
     for size in tokens:
         for recompute in ("none", "full"):
-            yield replace(layout, microbatch_tokens=size, recompute=recompute)
+            yield replace(layout, microbatch_tokens=size, update_tokens=share, recompute=recompute)
 
 
 def _indivisible(arch: Architecture, tp: int, pp: int) -> str | None:
@@ -114,8 +117,8 @@ def _too_large(arch: Architecture, cluster: Cluster, layout: Layout, fits: list[
     return None
 
 
-def overrides(layout: Layout, cluster: Cluster) -> str:
-    """The options of recipes/frpo.py that choose `layout`."""
+def overrides(layout: Layout, cluster: Cluster, work: Workload) -> str:
+    """The options of recipes/frpo.py that choose `layout`, and those that it was chosen for."""
     values = {
         "trainer.num_nodes": cluster.num_nodes,
         "trainer.devices": cluster.gpus_per_node,
@@ -125,6 +128,14 @@ def overrides(layout: Layout, cluster: Cluster) -> str:
         "model.recompute": layout.recompute,
         "trainer.microbatch_tokens": layout.microbatch_tokens,
         "rollout.tensor_model_parallel_size": layout.engine.tp,
+        "model.precision": layout.precision,
+        "data.max_prompt_tokens": work.max_prompt_tokens,
+        "rollout.max_response_tokens": work.max_response_tokens,
+        "rollout.prompts_per_step": work.prompts_per_step,
+        "rollout.group_size": work.group_size,
+        "rollout.gpu_memory_utilization": layout.engine.utilization,
+        "rollout.max_num_seqs": layout.engine.max_num_seqs,
+        "trainer.updates_per_rollout": work.updates_per_rollout,
     }
     return " ".join(f"{key}={value}" for key, value in values.items())
 

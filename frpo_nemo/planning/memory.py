@@ -36,7 +36,8 @@ class Engine:
 class Layout:
     """What decides the memory of a training run. `first`, `last`: layers of those stages, if uneven. `gpu`: else a CPU,
     where nothing sleeps or is offloaded. `transformer_engine`: its layers, else the local ones of megatron/layers.py.
-    `microbatch_tokens`: that a pack really holds. `reference`: a copy of the first weights in host memory."""
+    `microbatch_tokens`: that a pack really holds. `update_tokens`: of a replica in one optimizer step (None: many packs).
+    `reference`: a copy of the first weights in host memory."""
 
     tp: int = 1
     pp: int = 1
@@ -48,12 +49,12 @@ class Layout:
     precision: str = "bf16"
     recompute: str = "none"
     microbatch_tokens: int = 8192
+    update_tokens: int | None = None
     logprob_chunk_tokens: int = 1024
     engine: Engine | None = None
     reference: bool = False
     gpu: bool = True
     transformer_engine: bool = True
-    attention_padding: float = ATTENTION_PADDING
 
     @property
     def element(self) -> int:
@@ -202,7 +203,7 @@ def saved_per_token(arch: Architecture, layout: Layout) -> float:
     if layout.transformer_engine:
         attention = 3 * e * (queries + keys)  # v keeps the fused qkv alive; q and k after the rotation; the output
     else:
-        padded = layout.attention_padding * 2 * (queries + keys)  # rectangles of q, k, v and the output
+        padded = ATTENTION_PADDING * 2 * (queries + keys)  # rectangles of q, k, v and the output
         attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
     return norms + attention + 5 * e * ffn  # gate and up together, silu(gate), a copy of up, their product
 
@@ -214,9 +215,11 @@ def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
     layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
     input_bytes = e * arch.hidden_size / _sequence_split(layout)
     layer = saved_per_token(arch, layout)
-    in_flight = layout.pp - stage  # of the 1F1B schedule
+    held = tokens * (layout.pp - stage)  # of the microbatches in flight of the 1F1B schedule
+    if layout.update_tokens is not None:
+        held = min(held, layout.update_tokens / layout.cp)
     full = layout.recompute == "full"
-    saved = tokens * in_flight * layers * (input_bytes if full else layer)
+    saved = held * layers * (input_bytes if full else layer)
     ffn, ffn_weight = arch.ffn_hidden_size / layout.tp, arch.hidden_size * arch.ffn_hidden_size / layout.tp
     # Backward of the second projection: gradients of output and input, and of the weight before it is added to the buffer.
     backward = tokens * (layer if full else 0) + tokens * (input_bytes + e * ffn) + e * ffn_weight

@@ -57,7 +57,7 @@ def plan(cfg: PlanRun, console: Console) -> None:
             "sequences (workload.max_response_tokens) or another gpu_memory_utilization."
         )
     print_layouts(console, found, cfg.show)
-    print_choice(console, found[0], cluster)
+    print_choice(console, found[0], cluster, work)
     print_rejected(console, rejected)
 
 
@@ -68,6 +68,12 @@ def _check(cfg: PlanRun) -> None:
         for name, value in vars(getattr(cfg, group)).items():
             if name not in ("gpu", "logprob_passes") and value <= 0:
                 raise ConfigError(f"{group}.{name}={value} must be above 0.")
+    work = cfg.workload
+    if work.prompts_per_step % work.updates_per_rollout:
+        raise ConfigError(
+            f"workload.updates_per_rollout={work.updates_per_rollout} must divide workload.prompts_per_step="
+            f"{work.prompts_per_step}."
+        )
     if not 0 <= cfg.head_room < 1:
         raise ConfigError(f"head_room={cfg.head_room} must be at least 0 and below 1.")
     if not 0 < cfg.gpu_memory_utilization <= 1:

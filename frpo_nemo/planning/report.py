@@ -11,6 +11,9 @@ from rich.table import Table
 from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.layouts import Candidate, overrides
 from frpo_nemo.planning.memory import GIB, Layout, Phase, readable
+from frpo_nemo.planning.timing import Workload
+
+REASONS = 8  # that are listed
 
 
 def print_layouts(console: Console, found: list[Candidate], show: int) -> None:
@@ -50,24 +53,25 @@ def memory_table(phases: list[Phase], title: str) -> Table:
     return table
 
 
-def print_choice(console: Console, choice: Candidate, cluster: Cluster) -> None:
-    """Memory and seconds of the chosen layout, and the options that choose it."""
+def print_choice(console: Console, choice: Candidate, cluster: Cluster, work: Workload) -> None:
+    """Memory and seconds of the chosen layout, and the options that choose it and that it was chosen for."""
     title = f"{choice.layout}: memory of a GPU, of {cluster.gpu_memory_gib:g} GiB"
     console.print(memory_table(choice.phases, title))
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in choice.seconds.items())
     console.print(f"Estimated step of {choice.step:.0f} s: {spent}.")
     console.print("Choose it with:")
-    console.print(overrides(choice.layout, cluster), soft_wrap=True, highlight=False, markup=False)
+    console.print(overrides(choice.layout, cluster, work), soft_wrap=True, highlight=False, markup=False)
 
 
-def print_rejected(console: Console, rejected: Counter[str], show: int = 8) -> None:
+def print_rejected(console: Console, rejected: Counter[str]) -> None:
     """Why others do not fit, the most frequent reasons first."""
     if rejected:
         console.print(f"\n{sum(rejected.values())} others do not fit:")
-    for reason, count in rejected.most_common(show):
+    for reason, count in rejected.most_common(REASONS):
         console.print(f"  {count:5d}  {reason}", highlight=False, markup=False)
-    if len(rejected) > show:
-        console.print(f"  {sum(rejected.values()) - sum(n for _, n in rejected.most_common(show)):5d}  other reasons")
+    if len(rejected) > REASONS:
+        listed = sum(count for _, count in rejected.most_common(REASONS))
+        console.print(f"  {sum(rejected.values()) - listed:5d}  other reasons")
 
 
 def print_dry_run(layout: Layout, stages: list) -> None:

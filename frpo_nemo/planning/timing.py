@@ -5,11 +5,15 @@ are. No measurement of this project is in them.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning import communication
 from frpo_nemo.planning.cluster import Cluster
+from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.memory import Layout, kv_bytes, parameters, rank_parameters
 
 # Share of the data sheet's rate that is reached.
@@ -83,14 +87,14 @@ def generation(arch: Architecture, layout: Layout, cluster: Cluster, work: Workl
         each = _decode(arch, layout, cluster, alive, work.prompt_tokens + done)
         total += work.max_response_tokens / slices * each
     prompts = work.prompts_per_step / engines * work.prompt_tokens  # of a group, once: the prefix cache has the rest
-    return total + 2 * parameters(arch) * prompts / (tp * cluster.peak_tflops * 1e12 * MATRIX_EFFICIENCY)
+    return total + 2 * parameters(arch) * prompts / (tp * _peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
 
 
 def _decode(arch: Architecture, layout: Layout, cluster: Cluster, batch: float, context: float) -> float:
     """One token for each of `batch` sequences of `context` tokens."""
     tp, memory = layout.engine.tp, cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY
     weights = parameters(arch) * layout.element / tp / memory
-    products = 2 * parameters(arch) * batch / tp / (cluster.peak_tflops * 1e12 * MATRIX_EFFICIENCY)
+    products = 2 * parameters(arch) * batch / tp / (_peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
     cache = batch * context * kv_bytes(arch, layout) / memory
     exchange = 2 * arch.num_layers * ALL_REDUCE_LATENCY if tp > 1 else 0
     return max(weights, products) + cache + exchange + DECODE_OVERHEAD
@@ -99,59 +103,89 @@ def _decode(arch: Architecture, layout: Layout, cluster: Cluster, batch: float, 
 def logprobs(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
     """Forward passes, and the reference's weights in and out of the GPU."""
     swap = 4 * rank_parameters(arch, layout, 0) * layout.element / _link(cluster.host_gb_per_s)
-    passes = _passes(arch, layout, cluster, work, flops=2, exchanges=4)
+    passes = _passes(arch, layout, cluster, work, backward=False)
     return work.logprob_passes * passes + (swap if layout.reference else 0)
 
 
 def training(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
     """Forward and backward, once more forward under recomputation, and for each update the gradient's reduction, the
-    weights' gather and Adam; the optimizer comes back from host memory and goes again."""
-    again = layout.recompute == "full"
-    compute = _passes(arch, layout, cluster, work, flops=8 if again else 6, exchanges=14 if again else 10)
+    weights' gather and Adam; in bf16 the optimizer comes back from host memory and goes again."""
+    model = _model(arch, layout)
+
+    def once(rank: int) -> list[Transfer]:
+        stage = model.parallel.stage(rank)
+        return communication.gradient_sync(model, stage) + communication.optimizer_step(model, stage)
+
     replicas, count = layout.dp * layout.cp, max(rank_parameters(arch, layout, s) for s in (0, layout.pp - 1))
-    inside = layout.tp * replicas <= cluster.gpus_per_node
-    link = _link(cluster.nvlink_gb_per_s if inside else cluster.network_gb_per_s)
-    reduction = count * (4 + layout.element) * (replicas - 1) / replicas / link
     adam = 32 * count / replicas / (cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY)
-    moves = 2 * 12 * count / replicas / _link(cluster.host_gb_per_s) if layout.engine else 0
-    return compute + work.updates_per_rollout * (reduction + adam) + moves
+    offloaded = layout.engine and layout.precision != "fp32"
+    moves = 2 * 12 * count / replicas / _link(cluster.host_gb_per_s) if offloaded else 0
+    update = exchange(model, cluster, once) + adam
+    return _passes(arch, layout, cluster, work, backward=True) + work.updates_per_rollout * update + moves
 
 
-def _passes(
-    arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, *, flops: int, exchanges: int
-) -> float:
-    """All microbatches through all stages. flops: per parameter and token. exchanges: all-gathers and reduce-scatters
-    over TP, per layer and microbatch."""
-    e, rows = layout.element, min(layout.microbatch_tokens, work.tokens / work.updates_per_rollout / layout.dp)
+def _passes(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, *, backward: bool) -> float:
+    """All microbatches through all stages."""
+    rows = min(layout.microbatch_tokens, work.tokens / work.updates_per_rollout / layout.dp)
     microbatches = math.ceil(work.tokens / work.updates_per_rollout / layout.dp / rows)
+    flops = 2 if not backward else 8 if layout.recompute == "full" else 6  # per parameter and token
     efficiency = MATRIX_EFFICIENCY * rows / (rows + SMALL_BATCH_TOKENS)
     length = work.prompt_tokens + work.response_tokens
     attention = arch.num_layers * arch.num_heads * arch.head_dim * length  # causal; as many FLOPs per token as this
     products = flops * rows * (parameters(arch) + attention) / (layout.tp * layout.pp * layout.cp)
-    busy = products / (cluster.peak_tflops * 1e12 * efficiency)
-    layers, moved = arch.num_layers / layout.pp, rows / layout.cp * arch.hidden_size * e
-    busy += layers * exchanges * moved * (layout.tp - 1) / layout.tp / _link(cluster.nvlink_gb_per_s)
-    if layout.pp > 1:
-        busy += (1 if flops == 2 else 2) * moved / _sequence(layout) / _link(cluster.network_gb_per_s)
+    busy = products / (_peak_flops(layout, cluster) * efficiency)
+
+    model, packs = _model(arch, layout), [Pack(int(rows), int(rows * work.response_tokens / length))]
+
+    def once(rank: int) -> list[Transfer]:
+        return communication.model_pass(model, model.parallel.stage(rank), packs, backward=backward)
+
+    busy += exchange(model, cluster, once)
     return work.updates_per_rollout * (microbatches + layout.pp - 1) * busy
 
 
 def refit(arch: Architecture, layout: Layout, cluster: Cluster) -> float:
-    """The stream: a broadcast over stages, an all-gather over TP, copies into full tensors and into vLLM's, which first
-    brings its sleeping weights back."""
-    size = parameters(arch) * layout.element
-    gather = size * (layout.tp - 1) / layout.tp / _link(cluster.nvlink_gb_per_s)
-    inside = layout.tp * layout.pp * layout.dp * layout.cp <= cluster.gpus_per_node
-    link = _link(cluster.nvlink_gb_per_s if inside else cluster.network_gb_per_s)
-    broadcast = size / layout.tp / link if layout.pp > 1 else 0
+    """The stream, with copies into full tensors and into vLLM's, which first brings its sleeping weights back."""
+    model, size = _model(arch, layout), parameters(arch) * layout.element
+    stream = exchange(model, cluster, lambda rank: communication.refit(model, rank, layout.engine.bucket_bytes))
     copies = 4 * size / (cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY)
     wake = 2 * size / layout.engine.tp / _link(cluster.host_gb_per_s)
-    return gather + broadcast + copies + wake + TENSOR_OVERHEAD * (9 * arch.num_layers + 3)
+    return stream + copies + wake + TENSOR_OVERHEAD * (9 * arch.num_layers + 3)
+
+
+def exchange(model: Model, cluster: Cluster, transfers_of: Callable[[int], Sequence[Transfer]]) -> float:
+    """Seconds of `transfers_of(rank)` on the slowest pipeline stage, whose ranks have equal traffic (in a refit the first
+    has most)."""
+    parallel = model.parallel
+    stage_ranks = parallel.world // parallel.pp
+    return max(
+        transfer_seconds(parallel, cluster, rank, transfers_of(rank)) for rank in range(0, parallel.world, stage_ranks)
+    )
+
+
+def transfer_seconds(parallel: Parallel, cluster: Cluster, rank: int, transfers: Sequence[Transfer]) -> float:
+    """Of the bytes that reach `rank`, one transfer after the other: over NVLink in groups inside a node, else over the
+    network. No latency, no contention, no overlap with computation."""
+    total, node = 0.0, rank // cluster.gpus_per_node
+    for group in {transfer.group for transfer in transfers}:
+        ranks = parallel.ranks(rank, group)
+        inside = all(other // cluster.gpus_per_node == node for other in ranks)
+        received = sum(transfer.received(len(ranks)) for transfer in transfers if transfer.group == group)
+        total += received / _link(cluster.nvlink_gb_per_s if inside else cluster.network_gb_per_s)
+    return total
+
+
+def _model(arch: Architecture, layout: Layout) -> Model:
+    parallel = Parallel(layout.tp, layout.pp, layout.dp, layout.cp, layout.sequence_parallel, layout.first, layout.last)
+    return _cached_model(arch, parallel, layout.element, layout.logprob_chunk_tokens, layout.recompute == "full")
+
+
+_cached_model = functools.lru_cache(maxsize=128)(Model)  # its list of weights takes longer than all sums over them
+
+
+def _peak_flops(layout: Layout, cluster: Cluster) -> float:
+    return (cluster.peak_fp32_tflops if layout.precision == "fp32" else cluster.peak_tflops) * 1e12
 
 
 def _link(gb_per_s: float) -> float:
     return gb_per_s * 1e9 * LINK_EFFICIENCY
-
-
-def _sequence(layout: Layout) -> int:
-    return layout.tp if layout.sequence_parallel else 1

@@ -15,6 +15,7 @@ from frpo_nemo.rewards.call import bind, call_one
 
 
 def main() -> None:
+    _stay_when_the_run_is_asked_to_stop()
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(int(sys.argv[1]))
     function = bind(*connection.recv())
@@ -25,6 +26,24 @@ def main() -> None:
         except (EOFError, ConnectionResetError):
             return
         connection.send(call_one(function, *response))
+
+
+def _stay_when_the_run_is_asked_to_stop() -> None:
+    """Slurm may send a job's signals to all its processes, but they are for the trainer, which still needs its scores."""
+    signals = {signal.SIGUSR1, signal.SIGTERM}
+    for number in signals:
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that a reward starts would inherit
+
+    def default_in_child():
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+
+    os.register_at_fork(  # blocked, or a child would lose one that comes before it has its own handlers
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, signals),
+        after_in_child=default_in_child,
+    )
 
 
 def _die_with_parent(parent: int) -> None:

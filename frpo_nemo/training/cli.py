@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
     configuration is checked for the world that it names, in this one process, and nothing runs.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback
-    sys.excepthook = _print_without_secrets
+    _hide_secrets_in_tracebacks()
     composed: list[DictConfig] = []
     try:
         only_check = "--check" in sys.argv
@@ -80,7 +81,7 @@ def from_command_line(schema: type | Callable[[DictConfig], type], config_name: 
         print((CONFIGS / f"{config_name}.yaml").read_text(), end="")
         raise SystemExit(0)
     name, directory = arguments.config_name or config_name, arguments.config_path or arguments.config_dir
-    sys.excepthook = _print_without_secrets
+    _hide_secrets_in_tracebacks()
     with _quiet():
         composed = compose(name, arguments.overrides, directory)
         return _load(schema if isinstance(schema, type) else schema(composed), composed)
@@ -111,6 +112,19 @@ def _load(schema: type, composed: DictConfig) -> Any:
     cfg = load(schema, composed)
     redact.remember(OmegaConf.to_container(OmegaConf.structured(cfg)))
     return cfg
+
+
+def _hide_secrets_in_tracebacks() -> None:
+    """Of exceptions that nobody caught, in any thread."""
+    sys.excepthook = _print_without_secrets
+    threading.excepthook = _print_without_secrets_of_thread
+
+
+def _print_without_secrets_of_thread(uncaught: threading.ExceptHookArgs) -> None:
+    if uncaught.exc_type is SystemExit:  # ends the thread, as everywhere in Python
+        return
+    print(f"Exception in thread {uncaught.thread.name if uncaught.thread else '?'}:", file=sys.stderr)
+    _print_without_secrets(uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback)
 
 
 def _print_without_secrets(kind, error, where) -> None:

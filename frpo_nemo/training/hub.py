@@ -7,13 +7,15 @@ from pathlib import Path
 
 from frpo_nemo.errors import ConfigError
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # weights as safetensors only
+WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+FILES = [*WITHOUT_WEIGHTS, "*.safetensors"]  # weights as safetensors only
 CONFIG_ONLY = ["config.json"]
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether `path` reads owner/name and is no path here: a mistyped directory below an existing one is not asked for."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(Path(path).parts[0]).exists()
+def is_hub_name(path: str, directory: str | Path = ".") -> bool:
+    """Whether `path` reads owner/name and is no path in `directory`: a mistyped directory below an existing one is not
+    asked for."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(directory, Path(path).parts[0]).exists()
 
 
 def local_model(path: str, *, download: bool, files: list[str] = FILES) -> str:
@@ -29,7 +31,7 @@ def local_model(path: str, *, download: bool, files: list[str] = FILES) -> str:
     try:
         return snapshot_download(path, allow_patterns=files, local_files_only=not download)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
             f"model.path={path} is no directory here (working directory: {Path.cwd()}) and could not be had from the "
             f"hub: {reason} Give a directory in Hugging Face format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."

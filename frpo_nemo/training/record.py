@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,8 +25,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("frpo_nemo", "recipes", "configs")
 
 
-def add_start(run_dir: Path, *, world_size: int, data: dict[str, str], resume: str, resumed_from: Path | None) -> None:
-    """Add this start to the record. data: name -> fingerprint of each data set. resume: checkpoint.resume."""
+def add_start(
+    run_dir: Path, *, model: str, world_size: int, data: dict[str, str], resume: str, resumed_from: Path | None
+) -> None:
+    """Add this start to the record. model: its directory, also where model.path is a hub name. data: name -> fingerprint
+    of each data set. resume: checkpoint.resume."""
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "host": socket.gethostname(),
@@ -35,6 +39,7 @@ def add_start(run_dir: Path, *, world_size: int, data: dict[str, str], resume: s
         "resumed_from": resumed_from and str(resumed_from),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "world_size": world_size,
+        "model": model,
         "data": data,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": _uncommitted(),
@@ -51,7 +56,7 @@ def resume_command(resume: str = "auto") -> str:
     are hidden, but for those given as ${oc.env:NAME}."""
     given = os.environ.get("FRPO_RESUME_COMMAND")
     if given:
-        return redact.text(given)
+        return redact.shell_line(given)
     command, comment = _own_command()
     overrides = ["checkpoint.resume=auto"] if resume == "never" else []
     command = shlex.join(redact.arguments([*command, *overrides]))
@@ -92,5 +97,7 @@ def _uncommitted() -> list[str] | None:
 
 
 def _git(*arguments: str) -> str | None:
+    if shutil.which("git") is None:  # as in many images
+        return None
     result = subprocess.run(["git", "-C", _ROOT, *arguments], capture_output=True, text=True)
     return result.stdout.rstrip() if result.returncode == 0 else None

@@ -4,12 +4,24 @@ planning/memory.py. Neither torch (but to ask for a GPU) nor megatron-core is im
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.planning.memory import Engine, Layout, Phase, cache_room, checkpoint_bytes, kv_bytes, phases, readable
+from frpo_nemo.planning.memory import (
+    Engine,
+    Layout,
+    Phase,
+    cache_room,
+    checkpoint_bytes,
+    host_bytes,
+    kv_bytes,
+    phases,
+    readable,
+)
 from frpo_nemo.planning.report import summary
 
 # What to change when most of a phase's memory is the key.
@@ -26,22 +38,30 @@ _SPREAD = (
 
 
 def check_disk(cfg, arch: Architecture, directory: Path) -> None:
-    """Raise ConfigError when the checkpoints to keep, and one being written, do not fit on the disk of `directory`."""
-    keep = cfg.checkpoint
+    """Raise ConfigError when the checkpoints to keep, and one being written, do not fit on the disk of run_dir, of which
+    `directory` exists. Those that an earlier part of the run has left are on it already."""
+    keep, checkpoints = cfg.checkpoint, Path(cfg.run_dir, "checkpoints")
     kept = 1 if cfg.trainer.save_interval == 0 else keep.keep_last + keep.keep_best
+    missing = kept + 1 - min(len(checkpoint_files.complete(cfg.run_dir)), kept)
     one = checkpoint_bytes(arch, cfg.model.precision)
-    needed, free = (kept + 1) * one, shutil.disk_usage(directory).free
+    leftovers = sum(
+        file.stat().st_size for file in checkpoints.glob("*.tmp-*/**/*") if file.is_file()
+    )  # the next save's
+    needed, free = missing * one, shutil.disk_usage(checkpoints if checkpoints.is_dir() else directory).free + leftovers
     if needed > free:
         raise ConfigError(
             f"run_dir={cfg.run_dir} has {readable(free)} of free disk, but checkpoints need {readable(needed)}: "
-            f"{kept + 1} of {readable(one)} with checkpoint.keep_last={keep.keep_last} and "
+            f"{missing} of {readable(one)} with checkpoint.keep_last={keep.keep_last} and "
             f"keep_best={str(keep.keep_best).lower()}, counting the one being written; free some, keep fewer, or take "
             "another run_dir."
         )
 
 
 def check_memory(cfg, arch: Architecture, world_size: int) -> None:
-    """Raise ConfigError when a phase of a step cannot fit a GPU, or a CPU's process its share of the host's memory."""
+    """Raise ConfigError when a phase of a step cannot fit a GPU, or a CPU's process its share of the host's memory, or
+    when what GPUs leave there between phases exceeds the host's memory. A login node tells nothing of either."""
+    if on_login_node():
+        return
     layout = layout_of(cfg, world_size, gpu=gpu_memory() is not None)
     limit = memory_limit(cfg)
     if layout.engine and layout.gpu:
@@ -49,6 +69,14 @@ def check_memory(cfg, arch: Architecture, world_size: int) -> None:
     worst = max(phases(arch, layout, limit), key=lambda phase: phase.total)
     if worst.total > limit:
         raise ConfigError(_too_large(cfg, layout, worst, limit))
+    devices, each, host = cfg.trainer.devices, host_bytes(arch, layout), host_memory()
+    if layout.gpu and devices * each > host:
+        raise ConfigError(
+            f"The weights of the sleeping vLLM, the offloaded optimizer and the reference need {readable(devices * each)} "
+            f"of each node's host memory, {readable(each)} for each of trainer.devices={devices} processes, but "
+            f"{readable(host)} are there; give the job more (sbatch --mem), or raise trainer.num_nodes="
+            f"{cfg.trainer.num_nodes}."
+        )
 
 
 def describe_plan(cfg, world_size: int) -> str:
@@ -74,6 +102,7 @@ def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
         sequences = cfg.rollout.prompts_per_step * cfg.rollout.group_size // trainer.updates_per_rollout
     else:
         longest, sequences = cfg.data.max_tokens, cfg.data.sequences_per_step
+    update_tokens = -(-sequences // replicas) * longest
     engine = None
     if is_rl or probe:
         rollout = cfg.rollout
@@ -94,7 +123,8 @@ def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
         sequence_parallel=model.sequence_parallel,
         precision=model.precision,
         recompute=model.recompute,
-        microbatch_tokens=min(trainer.microbatch_tokens, -(-sequences // replicas) * longest),
+        microbatch_tokens=min(trainer.microbatch_tokens, update_tokens),
+        update_tokens=update_tokens,
         logprob_chunk_tokens=model.logprob_chunk_tokens,
         engine=engine,
         reference=bool(probe) or (is_rl and (_beta(cfg) > 0 or trainer.val_interval > 0)),
@@ -115,14 +145,29 @@ def gpu_memory() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def host_memory() -> int:
-    """Bytes of this machine's memory, or what the control group (a container, a Slurm step) allows of it."""
-    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    allowed = [file.read_text().strip() for file in map(Path, _CGROUP_LIMITS) if file.is_file()]
-    return min([total, *(int(text) for text in allowed if text.isdigit())])
+def on_login_node() -> bool:
+    """Whether slurm/lib.sh checks a configuration where it will not run: this machine's memory is not the cluster's."""
+    return os.environ.get("FRPO_LOGIN_NODE") == "1" and gpu_memory() is None
 
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of this machine's memory, or the least that a control group of this process (a container, a Slurm job and
+    its step, one inside the other) allows of it."""
+    total = int((proc / "meminfo").read_text().split()[1]) * 1024
+    groups = [("", "/"), ("memory", "/")]  # (controllers, path); a container may not see its own path
+    if (proc / "self/cgroup").is_file():
+        groups += [tuple(line.split(":", 2)[1:]) for line in (proc / "self/cgroup").read_text().splitlines()]
+    limits = [total]
+    for controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # Version 1 of control groups has a tree for each controller, version 2 one for all.
+        base, name = (cgroups / "memory", "memory.limit_in_bytes") if controllers else (cgroups, "memory.max")
+        group = PurePosixPath(path).relative_to("/")
+        files = [base / each / name for each in (group, *group.parents)]
+        texts = [file.read_text().strip() for file in files if file.is_file()]
+        limits += [int(text) for text in texts if text.isdigit()]  # else "max"
+    return min(limits)
 
 
 def _beta(cfg) -> float:

@@ -14,6 +14,8 @@ from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.training import record
+from frpo_nemo.training.hub import is_hub_name
 
 # What may differ between the parts of one run: where, how fast and how long it computes, and what it tells.
 MAY_CHANGE = (
@@ -41,6 +43,8 @@ MAY_CHANGE = (
     "checkpoint.*",
     "logging.*",
 )
+
+_READ = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of a model's files
 
 
 def check_resume(cfg, arch: Architecture | None) -> None:
@@ -87,6 +91,10 @@ def _is_failed_start(run_dir: Path) -> bool:
 def _check_same_run(cfg, saved: Path) -> None:
     before = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
     now = _flat(redact.values(OmegaConf.to_container(OmegaConf.structured(cfg))))  # as it was saved; secrets rotate
+    name = before.get("model.path")
+    if _is_snapshot_of(now["model.path"], name):  # cli.py has put the directory in the place of the hub name
+        _check_same_snapshot(cfg, name)
+        now["model.path"] = name
     changed = [key for key in before | now if before.get(key) != now.get(key) and not _may_change(key)]
     if changed:
         listed = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed[:8])
@@ -94,6 +102,33 @@ def _check_same_run(cfg, saved: Path) -> None:
             f"run_dir={cfg.run_dir} holds a run with another configuration: {listed}; set them back to continue it, "
             "or take another run_dir."
         )
+
+
+def _is_snapshot_of(path: str, name: str | None) -> bool:
+    """Whether `path` is where the Hugging Face cache keeps a commit of the hub's model `name`."""
+    return is_hub_name(name or "") and Path(path).parts[-3:-1] == ("models--" + name.replace("/", "--"), "snapshots")
+
+
+def _check_same_snapshot(cfg, name: str) -> None:
+    """The weights come from the checkpoint, but the reference policy, the tokenizer and the template from model.path."""
+    starts, new = record.starts(Path(cfg.run_dir)), Path(cfg.model.path)
+    old = (
+        new.with_name(Path(starts[-1].get("model", new)).name) if starts else new
+    )  # in this cache, which may have moved
+    if new.name == old.name:
+        return
+    if _blobs(old) != _blobs(new):
+        raise ConfigError(
+            f"model.path={name} has changed since the run in run_dir={cfg.run_dir} began: its commit on the hub was "
+            f"{old.name} and is {new.name}; set model.path={old} to continue that run, or take another run_dir."
+        )
+
+
+def _blobs(snapshot: Path) -> set[tuple[str, Path]]:
+    """(name, what the cache stores under it) of each file that a model is read from: commits that differ in others, of
+    which the cache may have some or none, share theirs."""
+    files = [file for file in snapshot.rglob("*") if file.suffix in _READ and file.is_file()]
+    return {(str(file.relative_to(snapshot)), file.resolve()) for file in files}
 
 
 def _may_change(key: str) -> bool:

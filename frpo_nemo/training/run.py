@@ -25,7 +25,7 @@ from frpo_nemo.data.sft import SFTSet
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
-from frpo_nemo.megatron.hf_weights import save_hf
+from frpo_nemo.megatron.hf_weights.export import save_hf
 from frpo_nemo.planning.cluster import peak_flops
 from frpo_nemo.planning.memory import parameters
 from frpo_nemo.training import record
@@ -231,6 +231,7 @@ class Run:
         (self.dir / "config.yaml").write_text(OmegaConf.to_yaml(self._as_given))
         record.add_start(
             self.dir,
+            model=self.cfg.model.path,
             world_size=self.world_size,
             data=self._data,
             resume=self.cfg.checkpoint.resume,

@@ -305,7 +305,7 @@ def _check_engine(cfg, arch: Architecture) -> None:
             f"rollout.tensor_model_parallel_size={ranks} is neither a divisor nor a multiple of "
             f"num_key_value_heads={arch.num_kv_heads} {where}."
         )
-    if arch.head_dim < MIN_CPU_HEAD_DIM and not resources.gpu_memory():
+    if arch.head_dim < MIN_CPU_HEAD_DIM and not resources.gpu_memory() and not resources.on_login_node():
         raise ConfigError(
             f"The heads have size {arch.head_dim} {where}; vLLM on a CPU needs at least {MIN_CPU_HEAD_DIM}."
         )

@@ -284,7 +284,8 @@ class Watchdog:
             for link in self._links.values():
                 link.send({"kind": "verdict", "failure": asdict(verdict)})
         message = f"watchdog: {verdict.text}; rank {self.rank} leaves (exit code {verdict.code})\n".encode()
-        os.write(STDERR, message)  # first of all: torchrun may end us within a tenth of a second
+        with contextlib.suppress(OSError):  # stderr on a full disk, or its reader gone: leave all the same
+            os.write(STDERR, message)  # first of all: torchrun may end us within a tenth of a second
         if verdict.rank == self.rank and verdict.code == EXIT_FAILED:
             self._told.set()  # the main thread goes on: its traceback says the rest
             return
@@ -296,12 +297,13 @@ class Watchdog:
         os._exit(verdict.code)
 
     def _dump_stacks(self, message: bytes, to_stderr: bool) -> None:
-        self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._stacks_path, "ab", buffering=0) as file:  # earlier attempts are evidence: append
-            file.write(time.strftime("%Y-%m-%d %H:%M:%S ").encode() + message)
-            faulthandler.dump_traceback(file)
         if to_stderr:
             faulthandler.dump_traceback(STDERR)
+        with contextlib.suppress(OSError):  # a full disk, perhaps what went wrong: this rank must leave all the same
+            self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._stacks_path, "ab", buffering=0) as file:  # earlier attempts are evidence: append
+                file.write(time.strftime("%Y-%m-%d %H:%M:%S ").encode() + message)
+                faulthandler.dump_traceback(file)
 
 
 def _describe(rank: int, place: dict[str, Any], what: str) -> str:

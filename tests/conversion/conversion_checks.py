@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from pathlib import Path
@@ -15,7 +16,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.megatron.hf_weights import save_hf
+from frpo_nemo.megatron.hf_weights.export import save_hf
 from frpo_nemo.training.config import ModelConfig, OptimizerConfig
 
 SHARD_BYTES = 300_000
@@ -38,6 +39,11 @@ def save_both(path: str, run_dir: str, *, step: int = 1, **layout) -> None:
             parameter.mul_(1 + step / 8)  # every copy of a replicated or tied weight alike
     checkpoint.save(run_dir, actor, {}, step=step, seed=7, score=SCORE - step)
     save_hf(actor.gpt, actor.arch, path, Path(run_dir) / "live", max_shard_bytes=SHARD_BYTES)
+
+
+def save_trained(path: str, run_dir: str) -> None:
+    """A checkpoint with an optimizer, in fp32."""
+    checkpoint.save(run_dir, actor_of(path, train=True), {}, step=1, seed=7, score=None)
 
 
 @torch.no_grad()
@@ -101,20 +107,32 @@ def verification_errors(model: str, other: str, checkpoint_of_model: str, out: s
         return first, str(error)
 
 
-def peaks(model: str, checkpoint: str, out: str, warm: str, shard_gb: float) -> list[int]:
-    """Bytes of memory that a conversion to a checkpoint, and one back, need beyond what the process had before.
+def verify_in_float16(model: str, checkpoint: str, out: str) -> None:
+    """Both ways, from weights with more digits."""
+    from frpo_nemo.conversion.convert import convert
+    from frpo_nemo.conversion.inputs import ConvertRun
+
+    convert(ConvertRun(input=model, out=f"{out}/checkpoint", dtype="float16", verify=True))
+    convert(ConvertRun(input=checkpoint, base=model, out=f"{out}/hf", dtype="float16", verify=True))
+
+
+def peaks(warm: dict, conversions: list[dict]) -> list[int]:
+    """Bytes of memory that each conversion needs beyond what the process had before.
 
     VmHWM counts mapped pages of files as well; ru_maxrss would begin with the parent's.
     """
     from frpo_nemo.conversion.convert import convert
     from frpo_nemo.conversion.inputs import ConvertRun
 
-    convert(ConvertRun(input=model, out=warm, max_shard_gb=shard_gb))  # whatever is imported late is there now
+    libc, mmap_threshold = ctypes.CDLL(None), -3
+    libc.mallopt(mmap_threshold, 1 << 17)  # a tensor's memory goes back when it is freed, as it does with large ones
+    convert(ConvertRun(**warm))  # whatever is imported late is there now
     found = []
-    for source, target in ((model, checkpoint), (checkpoint, out)):
+    for options in conversions:
+        libc.malloc_trim(0)  # or the next would use unseen what is free
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before = _memory("VmRSS")
-        convert(ConvertRun(input=source, out=target, max_shard_gb=shard_gb))
+        convert(ConvertRun(**options))
         found.append(_memory("VmHWM") - before)
     return found
 

@@ -15,7 +15,8 @@ from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.megatron.hf_weights import load_hf_weights, save_hf, stream_hf_weights
+from frpo_nemo.megatron.hf_weights.export import save_hf, stream_hf_weights
+from frpo_nemo.megatron.hf_weights.load import load_hf_weights
 from frpo_nemo.megatron.model import build_model, output_weight
 from frpo_nemo.megatron.packing import build_microbatch
 from frpo_nemo.training.config import ModelConfig

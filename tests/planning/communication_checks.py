@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 import torch.distributed as dist
@@ -78,20 +77,20 @@ def refit_traffic(path: str, bucket_bytes: int, **layout) -> dict[str, float]:
     }
 
 
-def refit_memory(path: str, bucket_bytes: int, **layout) -> tuple[int, int, int]:
-    """(most bytes alive at one time that a stream made, bytes of its largest weight when whole, of its largest tensor);
-    the caller keeps nothing but the tensor that it was given last."""
+def refit_memory(path: str, bucket_bytes: int, **layout) -> tuple[int, int, int, int]:
+    """(most bytes alive at one time that a stream made, bytes of its largest weight when whole, of its largest tensor, of
+    the model); the caller keeps nothing but the tensor that it was given last."""
     actor = _actor(path, **layout)
     peaks = []
     for _ in range(3):
         with _LiveMemory(actor.gpt.parameters()) as memory:
             for _last in actor.stream_hf_weights(bucket_bytes=bucket_bytes):
-                time.sleep(0.002)  # gloo's threads let go of a call's tensors when they run next, and wait for the GIL
+                pass
         peaks.append(memory.peak)
     tp = layout.get("tp", 1)
     sizes = [4 * math.prod(shape) for b in bind(actor.gpt, actor.arch) for _, shape in b.weight.hugging_face]
     weights = [4 * b.weight.shard_numel * tp for b in bind(actor.gpt, actor.arch) if not b.weight.replicated]
-    return min(peaks), max(weights), max(sizes)
+    return min(peaks), max(weights), max(sizes), sum(sizes)
 
 
 def _actor(path: str, **layout) -> PolicyActor:

@@ -15,6 +15,7 @@ LAYOUTS = {
     "PP2": dict(world=2, family="llama", pp=2),
     "TP4, more ranks than query groups": dict(world=4, family="llama", tp=4, sp=True),
     "TP2 PP2, tied embedding": dict(world=4, family="qwen3", tp=2, pp=2, sp=True),
+    "TP2 PP2 in bf16": dict(world=4, family="qwen3", tp=2, pp=2, sp=True, precision="bf16"),
     "TP2 DP2": dict(world=4, family="llama", tp=2, sp=True),
     "TP2 PP2 DP2": dict(world=8, family="qwen3", tp=2, pp=2, sp=True),
     "DP8": dict(world=8, family="llama"),
@@ -78,14 +79,16 @@ def test_a_refit_holds_a_bucket_whatever_the_size_of_the_model(workers, tmp_path
     peaks = []
     for layers in (2, 8):
         path = make_tiny(tmp_path / f"{layers}", "llama", layers=layers)
-        for peak, weight, tensor in workers.run(
+        for peak, weight, tensor, whole in workers.run(
             2, communication_checks.refit_memory, path=path, bucket_bytes=BUCKET, **layout
         ):
             assert weight <= BUCKET
-            # The bucket; this rank's part of it or a tensor that is put together; the tensor that the caller has.
-            assert peak <= BUCKET + max(BUCKET / layout.get("tp", 1), tensor) + tensor
+            # The bucket; this rank's part of it or a tensor that is put together; the tensor that the caller has. And
+            # the bucket before, whose tensors gloo's threads let go when they run next.
+            assert peak <= 2 * BUCKET + max(BUCKET / layout.get("tp", 1), tensor) + tensor
             peaks.append(peak)
-    assert max(peaks) == max(peaks[:2])
+            assert layers == 2 or whole > 8 * BUCKET
+    assert max(peaks) <= max(peaks[:2]) + BUCKET
 
 
 def test_groups_hold_the_ranks_that_megatron_gives_them():

@@ -1,5 +1,11 @@
 """The models of all sizes, built without memory: their bytes are those of the arithmetic, exactly."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from dry_run_all import LAYOUTS
 from known_models import MODELS
@@ -7,7 +13,10 @@ from scripts import printed_by
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning.dry_run import check_against_transformers
 from frpo_nemo.planning.memory import Layout, parameters, rank_parameters
+
+REPOSITORY = Path(__file__).parents[2]
 
 BILLIONS = {  # as published on the model cards
     "Mistral-7B-Instruct-v0.1": 7.24,
@@ -39,6 +48,35 @@ def test_every_stage_holds_the_bytes_of_the_arithmetic(name, built):
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_published_number(name, known):
     assert parameters(Architecture.from_hf(known[name])) / 1e9 == pytest.approx(BILLIONS[name], abs=0.01)
+
+
+def test_names_and_shapes_that_transformers_does_not_have_are_found(known):
+    arch = Architecture.from_hf(known["Qwen2.5-0.5B-Instruct"])
+    assert check_against_transformers(arch) == 290
+    with pytest.raises(ValueError, match="_proj.bias of .* has shape .* in transformers and None here"):
+        check_against_transformers(replace(arch, qkv_bias=False))
+    with pytest.raises(ValueError, match="has shape .*4864.* in transformers and .*4865.* here"):
+        check_against_transformers(replace(arch, ffn_hidden_size=4865))
+
+
+def test_a_wrong_number_of_parameters_ends_the_command_with_one_sentence(known):
+    code = f"""
+import runpy
+from frpo_nemo.planning import memory
+right = memory.rank_parameters
+memory.rank_parameters = lambda arch, layout, stage: right(arch, layout, stage) + stage
+runpy.run_path({str(REPOSITORY / "recipes/plan.py")!r}, run_name="__main__")
+"""
+    given = ["--dry-run", "--config-name", "experiment/gsm8k_frpo", "parallel=pp2"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *given, f"model.path={known['Qwen2.5-0.5B-Instruct']}"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1 and ended.stdout == "", ended
+    lines = ended.stderr.splitlines()
+    assert lines[-1].startswith("plan.py: Stage 1 holds ") and "Traceback" not in ended.stderr, ended.stderr
 
 
 def test_padding_of_the_vocabulary_counts(tmp_path, known):

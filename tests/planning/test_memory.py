@@ -8,7 +8,7 @@ from scripts import printed_by
 from tiny_models import make_tiny
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.planning.memory import GIB, Engine, Layout, phases, state_bytes, training_peak
+from frpo_nemo.planning.memory import ATTENTION_PADDING, GIB, Engine, Layout, phases, state_bytes, training_peak
 
 PACK = sum(LENGTHS)
 
@@ -33,7 +33,6 @@ def on_cpu(precision: str, recompute: str) -> Layout:
         logprob_chunk_tokens=CHUNK,
         gpu=False,
         transformer_engine=False,
-        attention_padding=(3 * 512 + 640) / PACK,
     )
 
 
@@ -43,6 +42,19 @@ def test_estimate_is_within_a_tenth_of_measured_memory(precision, recompute, mea
     layout, row = on_cpu(precision, recompute), measured[precision, recompute]
     assert sum(state_bytes(small, layout, 0).values()) == pytest.approx(row["state"], rel=0.1)
     assert sum(training_peak(small, layout, 0).values()) == pytest.approx(row["peak"], rel=0.1)
+
+
+def test_the_measured_pack_is_padded_as_much_as_the_estimate_assumes():
+    assert len(LENGTHS) * max(LENGTHS) / PACK == pytest.approx(ATTENTION_PADDING, rel=1e-3)
+
+
+def test_a_stage_keeps_no_more_tokens_in_flight_than_its_replica_has(known):
+    arch = Architecture.from_hf(known["Llama-3.1-70B-Instruct"])
+    many = Layout(tp=8, pp=4, dp=2, sequence_parallel=True, microbatch_tokens=4096)
+    one, four = replace(many, update_tokens=4096), replace(many, update_tokens=4 * 4096)
+    needed = [[training_peak(arch, layout, s)["activations"] for s in (0, 3)] for layout in (one, four, many)]
+    assert needed[0][0] < needed[1][0] == needed[2][0]  # the first stage waits for the last
+    assert needed[0][1] == needed[1][1] == needed[2][1]
 
 
 def total(arch: Architecture, layout: Layout, phase: str, limit: int = 79 * GIB) -> int:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import CLUSTERS, peak_flops
 from frpo_nemo.planning.layouts import default_base, find_layouts, overrides
 from frpo_nemo.planning.plan import PlanRun, plan
+from frpo_nemo.planning.timing import seconds
+from frpo_nemo.training import validate
 from frpo_nemo.training.cli import compose
+from frpo_nemo.training.config import FRPORun
+from frpo_nemo.training.resources import layout_of
 from frpo_nemo.training.schema import load
 
 REPOSITORY = Path(__file__).parents[2]
@@ -46,13 +51,47 @@ def test_70b_on_one_node_is_refused_with_the_reason(known):
         plan(options(f"model.path={known['Llama-3.1-70B-Instruct']}"), Console(quiet=True))
 
 
-def test_the_printed_options_choose_the_layout(known):
+@pytest.mark.parametrize("given", [[], ["workload.prompts_per_step=12", "workload.updates_per_rollout=4"]], ids=str)
+def test_a_run_with_the_printed_options_has_the_layout_that_was_planned(given, known):
+    cfg, found, _ = search(known["Qwen2.5-7B-Instruct"], "workload.max_response_tokens=1024", *given)
+    for candidate in (found[0], found[-1]):
+        printed = overrides(candidate.layout, cfg.cluster, cfg.workload).split()
+        run = load(FRPORun, compose("experiment/gsm8k_frpo", ["objective.beta=0.1", *printed]))
+        planned = replace(candidate.layout, transformer_engine=False)  # it is planned for, but not installed here
+        assert replace(layout_of(run, 8, gpu=True), transformer_engine=False) == planned
+        validate._check_batch(run, 8)
+
+
+def test_no_engine_and_no_update_is_without_a_prompt(known):
+    path = known["Qwen2.5-7B-Instruct"]
+    _, found, rejected = search(path, "workload.prompts_per_step=4", "workload.group_size=16")
+    assert min(candidate.layout.engine.tp for candidate in found) == 2
+    assert rejected["vLLM TP=1: more engines than the 4 prompts"] > 0
+    with pytest.raises(ConfigError, match="updates_per_rollout=3 must divide workload.prompts_per_step=64"):
+        plan(options(f"model.path={path}", "workload.updates_per_rollout=3"), Console(quiet=True))
+
+
+def test_fp32_has_its_own_peak_and_offloads_nothing(known):
+    arch = Architecture.from_hf(known["Qwen2.5-7B-Instruct"])
     cfg, found, _ = search(known["Qwen2.5-7B-Instruct"])
-    given = overrides(found[0].layout, cfg.cluster).split()
-    chosen = compose("frpo", given)
-    assert chosen.model.tensor_model_parallel_size == found[0].layout.tp
-    assert chosen.rollout.tensor_model_parallel_size == found[0].layout.engine.tp
-    assert chosen.trainer.num_nodes * chosen.trainer.devices == 8
+    training = {
+        (precision, host): seconds(
+            arch, replace(found[0].layout, precision=precision), replace(cfg.cluster, host_gb_per_s=host), cfg.workload
+        )["training"]
+        for precision in ("bf16", "fp32")
+        for host in (25, 50)
+    }
+    assert training["fp32", 50] > 10 * training["bf16", 50]
+    assert training["fp32", 25] == training["fp32", 50] and training["bf16", 25] > training["bf16", 50]
+
+
+def test_formulas_are_imported_without_torch():
+    modules = ", ".join(
+        f"frpo_nemo.planning.{name}" for name in ("communication", "layouts", "memory", "plan", "timing")
+    )
+    code = f"import sys, {modules}; print([name for name in ('torch', 'megatron.core') if name in sys.modules])"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.model)

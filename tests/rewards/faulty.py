@@ -1,7 +1,10 @@
 """Rewards that misbehave, for test_rewards.py; named by path, `faulty.py:function`, so a worker loads them
 alone."""
 
+import multiprocessing
 import os
+import signal
+import subprocess
 import time
 
 
@@ -19,6 +22,16 @@ def _act(completion):
         os._exit(3)
     if completion == "segfault":
         os.kill(os.getpid(), 11)
+    if completion == "signal":
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        return 6.0
+    if completion == "terminate children":
+        program = subprocess.Popen(["sleep", "1000"])
+        fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+        fork.start()
+        program.terminate(), fork.terminate(), fork.join()
+        return float(program.wait() + fork.exitcode)
     known = {"none": None, "text": "good"}
     return known[completion] if completion in known else float(completion)
 

@@ -89,6 +89,14 @@ def test_workers_persist_between_calls_and_are_replaced_when_they_die_idle():
     rewards.close()
 
 
+def test_signals_that_ask_the_run_to_stop_cost_no_response_and_still_end_what_a_reward_starts():
+    """Slurm may send them to every process of a step."""
+    rewards = build_rewards({"a": faulty("score_or_misbehave", isolate=True, timeout=30.0, workers=1)})
+    scores = rewards.score(["p"] * 3, ["signal", "terminate children", "1"], [None] * 3, {})
+    assert nan_as_none(scores.total) == [6.0, -2.0 * signal.SIGTERM, 1.0], scores.messages
+    rewards.close()
+
+
 def test_hanging_workers_do_not_outlive_a_killed_trainer():
     program = f"""
 import os, signal

@@ -17,7 +17,7 @@ from tiny_models import make_tiny
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.planning.memory import parameters
+from frpo_nemo.planning.memory import checkpoint_bytes, host_bytes, parameters
 from frpo_nemo.training import resources, validate
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.config import FRPORun, SFTRun
@@ -98,16 +98,21 @@ def _write_configs(root: Path) -> None:
 
 
 def _write_earlier_run(root: Path) -> None:
-    checkpoint = checkpoint_files.directory(root / "earlier", 2)
+    _write_checkpoint(root / "earlier", 2, root / "other")
+    earlier = load(FRPORun, compose("good", ["run_dir=earlier", f"model.path={root}/other"], str(root)))
+    OmegaConf.save(OmegaConf.structured(earlier), root / "earlier/config.yaml")
+
+
+def _write_checkpoint(run_dir: Path, step: int, model: Path) -> None:
+    """What the checks read of a checkpoint."""
+    checkpoint = checkpoint_files.directory(run_dir, step)
     checkpoint.mkdir(parents=True)
     record = {
         "format": checkpoint_files.FORMAT,
-        "adam_step": 2,
-        "architecture": checkpoint_files.identity(Architecture.from_hf(root / "other")),
+        "adam_step": step,
+        "architecture": checkpoint_files.identity(Architecture.from_hf(model)),
     }
     (checkpoint / checkpoint_files.RECORD).write_text(json.dumps(record))
-    earlier = load(FRPORun, compose("good", ["run_dir=earlier", f"model.path={root}/other"], str(root)))
-    OmegaConf.save(OmegaConf.structured(earlier), root / "earlier/config.yaml")
 
 
 def check(files: Path, overrides: list[str], config: str = "good", world: int = 1) -> None:
@@ -306,6 +311,79 @@ def test_full_disk_is_told_before_training(files, monkeypatch):
         ConfigError, match="run_dir=run has 1 MiB of free disk, but checkpoints need .* MiB.*keep_last=2"
     ):
         check(files, ["trainer.save_interval=1"])
+
+
+def test_a_requeued_run_needs_no_disk_for_the_checkpoints_that_it_has(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    one, given = (
+        checkpoint_bytes(Architecture.from_hf("tiny"), "fp32"),
+        ["trainer.save_interval=1", f"run_dir={tmp_path}"],
+    )
+    asked = []
+    monkeypatch.setattr(
+        resources.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=2 * one)
+    )
+    with pytest.raises(ConfigError, match="checkpoints need .*: 4 of"):  # keep_last=2, the best, the one being written
+        check(files, given)
+    for step in (1, 2):
+        _write_checkpoint(tmp_path, step, files / "tiny")
+    check(files, given)
+    assert asked == [tmp_path, tmp_path / "checkpoints"]
+
+
+def test_a_login_node_does_not_judge_the_memory_of_the_cluster(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(resources, "gpu_memory", lambda: None)
+    monkeypatch.setattr(resources, "host_memory", lambda: 2**30)
+    with pytest.raises(ConfigError, match="on this host"):
+        check(files, [])
+    monkeypatch.setenv("FRPO_LOGIN_NODE", "1")
+    check(files, [])
+    check(files, ["model.path=small_heads"])
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 3 * 2**30)  # with a GPU it is no login node
+    with pytest.raises(ConfigError, match="on each GPU"):
+        check(files, [])
+
+
+def test_host_memory_that_gpus_need_is_told_before_training(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 2**36)
+    cfg = load(FRPORun, compose("good", ["parallel=tp2"], str(files)))
+    needed = 2 * host_bytes(Architecture.from_hf("tiny"), resources.layout_of(cfg, 2, gpu=True))
+    monkeypatch.setattr(resources, "host_memory", lambda: needed)
+    check(files, ["parallel=tp2"], world=2)
+    monkeypatch.setattr(resources, "host_memory", lambda: needed - 1)
+    with pytest.raises(
+        ConfigError, match="host memory.* each of trainer.devices=2 .*sbatch --mem.*trainer.num_nodes=1"
+    ):
+        check(files, ["parallel=tp2"], world=2)
+
+
+@pytest.mark.parametrize(
+    "membership, limits, allowed",
+    [
+        ("0::/job_1/step_0/task_0", {"job_1/memory.max": "4000", "job_1/step_0/task_0/memory.max": "max"}, 4000),
+        ("0::/job_1/step_0", {"job_1/memory.max": "4000", "job_1/step_0/memory.max": "3000"}, 3000),
+        ("4:memory:/job_1/step_0\n0::/", {"memory/job_1/memory.limit_in_bytes": "2000"}, 2000),
+        ("3:cpuset:/job_1", {"memory/job_1/memory.limit_in_bytes": "2000"}, 1024 * 1024),  # not its group of memory
+        ("0::/not/seen/in/the/container", {"memory.max": "1000"}, 1000),
+    ],
+)
+def test_the_smallest_limit_of_the_nested_control_groups_counts(membership, limits, allowed, tmp_path):
+    files = {"proc/meminfo": "MemTotal: 1024 kB", "proc/self/cgroup": f"{membership}\n"}
+    for name, text in (files | {f"cgroup/{name}": limit for name, limit in limits.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert resources.host_memory(tmp_path / "proc", tmp_path / "cgroup") == allowed
+
+
+def test_a_replica_with_one_pack_holds_one_microbatch_in_flight(files, monkeypatch):
+    monkeypatch.chdir(files)
+    given = ["trainer.devices=8", "model.pipeline_model_parallel_size=4", "trainer.microbatch_tokens=4096"]
+    for sequences, update_tokens, pack in ((4, 2 * 128, 2 * 128), (129, 65 * 128, 4096)):  # on two replicas
+        cfg = load(SFTRun, compose("good_sft", [*given, f"data.sequences_per_step={sequences}"], str(files)))
+        layout = resources.layout_of(cfg, 8, gpu=True)
+        assert (layout.update_tokens, layout.microbatch_tokens) == (update_tokens, pack)
 
 
 def test_too_little_gpu_memory_is_told_before_training(files, monkeypatch):

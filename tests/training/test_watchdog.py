@@ -162,10 +162,19 @@ def test_clean_end_at_different_times_is_no_fault(job):
     assert not any(job.stderr(rank) for rank in range(3)) and not (job.run_dir / "stacks").exists()
 
 
-def test_world_of_one_hung_phase(job):
+def test_world_of_one_hung_phase_ends_though_its_stacks_cannot_be_written(job, tmp_path):
+    (tmp_path / "stacks").write_text("a file")
     job = job("hang", bad=0, world_size=1)
     assert job.exit_codes([0], within=PHASE + 10) == [EXIT_LOST]
     assert 'hangs (for longer than phase_timeout=4 s) in phase "reward" at step 7' in job.stderr(0)
+    assert "in misbehave" in job.stderr(0)
+
+
+def test_hung_phase_ends_the_job_though_the_console_is_on_a_full_disk(job, tmp_path):
+    (tmp_path / "stderr_0").symlink_to("/dev/full")
+    job = job("hang", bad=0, world_size=1)
+    assert job.exit_codes([0], within=PHASE + 10) == [EXIT_LOST]
+    assert "in misbehave" in (tmp_path / "stacks" / "rank_0.txt").read_text()
 
 
 def test_connection_refuses_strangers_and_names_missing_ranks(tmp_path):

@@ -98,10 +98,23 @@ def test_launchers_say_whether_a_world_is_on_one_node(environment, variables, ex
 
 
 def test_an_address_that_others_cannot_reach_is_not_chosen(environment):
-    """The rendezvous host's name means loopback there, or nothing."""
-    for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.1.1.nip.invalid").items():
+    """The rendezvous host's name means nothing yet, or loopback, as in some /etc/hosts."""
+    for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR="node7.invalid").items():
         environment.setenv(name, value)
     assert addresses.own_address() is None
+    found = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.1.1", 9))]
+    environment.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    assert addresses.own_address() is None
+
+
+def test_a_rank_that_does_not_come_to_the_rendezvous_ends_the_others(environment):
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_PORT="0").items():
+        environment.setenv(name, value)
+    for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR"):
+        environment.setenv(name, os.environ.get(name, ""))  # start_world sets them, the fixture sets them back
+    environment.setattr(distributed, "RENDEZVOUS_TIMEOUT", distributed.datetime.timedelta(seconds=1))
+    with pytest.raises((dist.DistStoreError, dist.DistNetworkError)):
+        distributed.start_world()
 
 
 def test_the_interface_of_an_address_is_found():

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.training import record
 from frpo_nemo.training.config import FRPORun
 from frpo_nemo.training.resume import check_resume
 from frpo_nemo.training.schema import load
@@ -74,6 +75,15 @@ def test_a_secret_may_change_and_nothing_else_beside_it(a_run):
     with pytest.raises(ConfigError, match="reward.judge.args.limit=5") as caught:
         check_resume(cfg, None)
     assert "second-secret" not in str(caught.value) and "api_key" not in str(caught.value)
+
+
+def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(tmp_path, monkeypatch):
+    for _ in range(2):
+        record.add_start(tmp_path, model="m", world_size=1, data={}, resume="auto", resumed_from=None)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    first, second = record.starts(tmp_path)
+    assert first["commit"] and isinstance(first["uncommitted"], list)
+    assert second["commit"] is None and second["uncommitted"] is None
 
 
 def test_a_model_without_its_checkpoints_is_not_overwritten(a_run):

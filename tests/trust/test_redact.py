@@ -15,6 +15,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.forgetting import ForgettingStudy, PartConfig, StudyConfig
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, probe_settings
 from frpo_nemo.rewards.call import Failure, bind, call_batch
+from frpo_nemo.training import record
 from frpo_nemo.training.config import FRPORun, RewardConfig, SFTRun
 from frpo_nemo.training.schema import documented_keys
 
@@ -40,13 +41,19 @@ def nothing_remembered(monkeypatch):
         "Authorization",
         "client_secret",
     ]
-    + ["reward.judge.args.access_token", "++reward.judge.args.api_key", "AWS_SECRET_ACCESS_KEY", "credentials"],
+    + ["reward.judge.args.access_token", "++reward.judge.args.api_key", "AWS_SECRET_ACCESS_KEY", "credentials"]
+    + ["api_keys", "api_key2", "OPENAI_API_KEY_2", "passwords", "access_tokens", "db_pass", "DB_PWD", "account_key"]
+    + ["signing_key", "ssh_key", "openai_key", "encryption_keys"],
 )
 def test_a_name_may_say_that_its_value_is_secret(name):
     assert redact.is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["tokens", "eos_token", "stop_token", "key", "keys", "api_key_env", "secretary", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["tokens", "eos_token", "stop_token", "key", "keys", "api_key_env", "secretary", "", "7", "PWD", "forward_pass"]
+    + ["max_tokens", "microbatch_tokens", "response_tokens", "tokens_per_second", "keep_last"],
+)
 def test_not_every_token_and_key_is_secret(name):
     assert not redact.is_secret(name)
 
@@ -65,7 +72,14 @@ def test_no_option_of_ours_is_taken_for_a_secret(schema):
         ("cannot read x: password=abc", "cannot read x: password=REDACTED"),
         ("https://me:abc@host/a@b and ssh://abc@host", "https://REDACTED@host/a@b and ssh://REDACTED@host"),
         ("GET https://host/?q=1&access_token=abc&n=2", "GET https://host/?q=1&access_token=REDACTED&n=2"),
+        ("GET https://host/?sv=1&sig=abc%3D&n=2", "GET https://host/?sv=1&sig=REDACTED&n=2"),
         ("hf_abcdefghijklmnopqrst refused", "REDACTED refused"),
+        ("github_pat_11ABCDEFG0abcdefghijk or ASIAABCDEFGHIJKLMNOP", "REDACTED or REDACTED"),
+        ("nvapi-abcdefghijklmnopqrst or glpat-abcdefghijklmnopqrst", "REDACTED or REDACTED"),
+        (
+            "args={'api_keys': ['a', 'b'], 'n': 1} API_KEY_2=abc",
+            "args={'api_keys': REDACTED, 'n': 1} API_KEY_2=REDACTED",
+        ),
         ("api_key=${oc.env:KEY} token=null", "api_key=${oc.env:KEY} token=null"),
         ("eos_token=5 max_tokens=7 at https://host/x", "eos_token=5 max_tokens=7 at https://host/x"),
     ],
@@ -84,10 +98,26 @@ def test_configurations_keep_their_shape():
     nested = {
         "args": {"api_key": 12, "headers": {"auth": ["a", "b"]}, "token": None},
         "path": "s3://u:p@b",
+        "url": "az://b?password=p",
         "n": [1, 2],
     }
     shown = {"api_key": "REDACTED", "headers": {"auth": ["REDACTED", "REDACTED"]}, "token": None}
-    assert redact.values(nested) == {"args": shown, "path": "s3://REDACTED@b", "n": [1, 2]}
+    assert redact.values(nested) == {
+        "args": shown,
+        "path": "s3://REDACTED@b",
+        "url": "az://b?password=REDACTED",
+        "n": [1, 2],
+    }
+
+
+def test_the_given_command_that_resumes_has_no_secret_however_the_shell_quotes_it(monkeypatch):
+    """And nothing else of it changes. bash, whose quotes these are, says what the words mean."""
+    secrets = ["api_key=it's mine", "password=a\nb's", 'token=a "b" c', "judge.token=plain"]
+    quoted = subprocess.check_output(["bash", "-c", 'echo "${@@Q}"', "bash", *secrets], text=True).strip()
+    before, after = "cd '/a b' && sbatch --nodes=2 'job 1.sh' data='x y'", "$'n=1\\t' run_dir=runs/1  # soon"
+    monkeypatch.setenv("FRPO_RESUME_COMMAND", f"{before} {quoted} {after}")
+    hidden = "api_key=REDACTED password=REDACTED token=REDACTED judge.token=REDACTED"
+    assert record.resume_command() == f"{before} {hidden} {after}"
 
 
 def test_an_error_sentence_has_no_secret():
@@ -120,11 +150,14 @@ def test_the_console_of_a_recipe_that_fails_has_no_secret(tmp_path):
         assert SECRET not in result.stdout + result.stderr
     uncaught = (
         "from frpo_nemo import redact; from frpo_nemo.training import cli; import sys\n"
-        f"redact.remember({{'token': {SECRET!r}}}); sys.excepthook = cli._print_without_secrets\n"
-        f"secret = 's3cr3t' + '-value'\nraise RuntimeError(secret)"
+        f"redact.remember({{'token': {SECRET!r}}}); cli._hide_secrets_in_tracebacks()\n"
+        "import threading; secret = 's3cr3t' + '-value'\n"
+        "def fail(): raise RuntimeError(secret)\n"
+        "thread = threading.Thread(target=fail); thread.start(); thread.join(); fail()"
     )
     result = subprocess.run([sys.executable, "-c", uncaught], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.endswith("RuntimeError: REDACTED\n"), result.stderr
+    assert result.returncode == 1 and result.stderr.count("RuntimeError: REDACTED\n") == 2, result.stderr
+    assert SECRET not in result.stderr
 
 
 def test_a_study_and_an_evaluation_write_no_secret_down(tmp_path):

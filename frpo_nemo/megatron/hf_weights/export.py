@@ -17,25 +17,17 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.binding import Binding, bind
-from frpo_nemo.megatron.hf_weights.load import INDEX, SINGLE
-from frpo_nemo.megatron.hf_weights.table import Weight, hf_shapes
-
-# What makes a checkpoint usable besides weights; never code.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "tekken.json",
-    "LICENSE*",
-    "NOTICE*",
+from frpo_nemo.megatron.hf_weights.files import (
+    INDEX,
+    SINGLE,
+    begin_export,
+    check_replaceable,
+    companions,
+    publish_export,
 )
+from frpo_nemo.megatron.hf_weights.table import Weight, hf_shapes
 
 
 @torch.no_grad()
@@ -162,31 +154,15 @@ def _write(stream: Iterator, arch: Architecture, source: Path, out: Path, dtype:
     publish_export(temporary, out)
 
 
-def begin_export(out: Path) -> Path:
-    """The new and empty directory in which an export is written before it becomes `out`."""
-    temporary = out.with_name(out.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def publish_export(temporary: Path, out: Path) -> None:
-    """Give a complete export its name."""
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
-
-
 def write_files(
     stream: Iterator, arch: Architecture, source: Path, directory: Path, dtype: torch.dtype, max_shard_bytes: float
 ) -> None:
     """Write the tensors of `stream` (as `stream_hf_weights` yields them, in `dtype`) to `directory`, one shard in memory
     at a time, with configuration and tokenizer from `source`."""
     _write_shards(stream, arch, directory, dtype, max_shard_bytes)
-    for pattern in _COMPANIONS:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, directory / file.name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", directory / "additional_chat_templates")
+    for file in companions(source):
+        (directory / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, directory / file)
     dtype_key = "torch_dtype" if "torch_dtype" in arch.hf_config else "dtype"  # transformers 4 or 5
     config = {**arch.hf_config, dtype_key: str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -222,13 +198,3 @@ def _plan_shards(sizes: dict[str, int], max_bytes: float) -> list[list[str]]:
         shards[-1].append(name)
         used += size
     return shards
-
-
-def check_replaceable(source: Path, out: Path) -> None:
-    if out.exists() and out.resolve() == source.resolve():
-        raise ConfigError(
-            f"The export would overwrite the model that it came from, {source}; choose another directory."
-        )
-    is_export = (out / SINGLE).is_file() or (out / INDEX).is_file()
-    if out.exists() and not is_export and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an exported model; choose another directory or remove it.")

@@ -15,10 +15,8 @@ from safetensors import SafetensorError, safe_open
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.binding import bind
+from frpo_nemo.megatron.hf_weights.files import INDEX, SINGLE
 from frpo_nemo.megatron.hf_weights.table import Weight, hf_shapes
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @torch.no_grad()
