@@ -14,6 +14,7 @@ from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.hf_weights.files import check_replaceable
 from frpo_nemo.training import record
 from frpo_nemo.training.hub import is_hub_name
 
@@ -64,6 +65,7 @@ def check_resume(cfg, arch: Architecture | None) -> None:
             f"run_dir={cfg.run_dir} holds a model (hf/) and no checkpoint to continue from; a new run would overwrite it: "
             "take another run_dir, or move hf/ away."
         )
+    check_replaceable(Path(cfg.model.path), run_dir / "hf")  # the export at the end would refuse as well
     checkpoint = own or (None if resume in ("auto", "never") else Path(resume))
     if checkpoint is None:
         return

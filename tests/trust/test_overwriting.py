@@ -60,6 +60,16 @@ def test_a_start_that_made_no_step_leaves_its_place_to_another(a_run):
     check_resume(configuration(a_run, lr=0.5), None)
 
 
+def test_a_model_with_files_of_others_is_refused_before_the_training_that_would_replace_it(a_run):
+    checkpoint, hf = a_run / "checkpoints" / "step_00000002", a_run / "hf"
+    checkpoint.mkdir(parents=True)
+    hf.mkdir()
+    for name in ("model.safetensors", "mine.gguf"):
+        (hf / name).touch()
+    with pytest.raises(ConfigError, match="mine.gguf in it is of another origin and would be lost"):
+        check_resume(configuration(a_run), None)
+
+
 def test_somebody_elses_config_yaml_is_not_overwritten(a_run):
     (a_run / "metrics.jsonl").unlink()
     (a_run / "config.yaml").write_text("server: {port: 80}\n")
