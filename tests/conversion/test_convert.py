@@ -129,7 +129,9 @@ def test_training_does_not_resume_from_weights_alone(workers, model, converted):
 def test_a_run_that_is_to_resume_from_weights_alone_is_refused_before_anything_loads(model, converted, tmp_path):
     from frpo_nemo.training.resume import check_resume
 
-    cfg = namedtuple("Cfg", "checkpoint run_dir")(namedtuple("C", "resume")(str(converted)), str(tmp_path))
+    cfg = namedtuple("Cfg", "model checkpoint run_dir")(
+        namedtuple("M", "path")(model), namedtuple("C", "resume")(str(converted)), str(tmp_path)
+    )
     with pytest.raises(ConfigError, match="checkpoint.resume=.*holds weights without an optimizer"):
         check_resume(cfg, Architecture.from_hf(model))
 
