@@ -7,7 +7,8 @@ result does not depend on how the batch is cut into microbatches, replicas or st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
-from frpo_nemo.megatron import distributed, optimizer, packing
+from frpo_nemo.megatron import distributed, lora, optimizer, packing
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.hf_weights.export import stream_hf_weights
@@ -66,15 +67,16 @@ class StepResult:
 class PolicyActor:
     """Model, optimizer and frozen reference of this rank."""
 
-    def __init__(self, model, optim=None, *, microbatch_tokens: int, temperature: float = 1.0):
+    def __init__(self, model, optim=None, *, microbatch_tokens: int, temperature: float = 1.0, seed: int = 1):
         """`model`: a ModelConfig with the Hugging Face path; `optim`: an OptimizerConfig, or None for inference only.
-        temperature: of the policy whose log-probs are meant, softmax(logits / temperature)."""
+        temperature: of the policy whose log-probs are meant, softmax(logits / temperature). seed: of new adapters."""
         self.arch = Architecture.from_hf(model.path)
         self.config, self.optim = model, optim
         self.microbatch_tokens, self.temperature = microbatch_tokens, temperature
         self.device = distributed.device()
         self.gpt = build_model(self.arch, model).to(self.device)
         load_hf_weights(self.gpt, self.arch, model.path)
+        lora.initialise_adapters(self.gpt, self.arch, seed)
         self.ddp = self.optimizer = None
         self._reference: dict[str, Tensor] | None = None
         self._offloaded = False
@@ -140,16 +142,16 @@ class PolicyActor:
         return self._run(batch, None, forward_only=True)[1]
 
     def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
-        """Log-probs under the frozen reference, fp32 [R]: its weights change places with the policy's for the pass."""
-        self._swap_reference()
-        out = self.get_inference_log_probs(batch)
-        self._swap_reference()
-        return out
+        """Log-probs under the frozen reference, fp32 [R]."""
+        with self._as_reference():
+            return self.get_inference_log_probs(batch)
 
     @torch.no_grad()
     def freeze_reference(self) -> None:
-        """Keep a copy of the present weights, on CPU, as the reference policy."""
-        self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.gpt.named_parameters()}
+        """Keep a copy of the present weights, on CPU, as the reference policy. With adapters their base is it, and nothing
+        is copied."""
+        if not self.config.lora.rank:
+            self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.gpt.named_parameters()}
 
     @torch.no_grad()
     def compare_with_reference(self, batch: SequenceBatch) -> dict[str, Tensor]:
@@ -163,10 +165,9 @@ class PolicyActor:
             kept.append(hidden.cpu())
             return {}
 
-        self._swap_reference()
-        reference = self._run(batch, None, forward_only=True, observe=keep)[1]["logprobs"]
-        reference_weight = output_weight(self.gpt).clone() if kept else None
-        self._swap_reference()
+        with self._as_reference():
+            reference = self._run(batch, None, forward_only=True, observe=keep)[1]["logprobs"]
+            reference_weight = output_weight(self.gpt).clone() if kept else None
         pending = iter(kept)
 
         def compare(hidden: Tensor) -> dict[str, Tensor]:
@@ -326,6 +327,18 @@ class PolicyActor:
             for row, name in zip(full, names, strict=True):
                 row[places] = torch.cat([c[name] for c in columns]).float().cpu()
         return dict(zip(names, distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu(), strict=True))
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Inside, the model is the reference: its adapters are off, or the copied weights have changed places with the
+        policy's."""
+        if self.config.lora.rank:
+            with lora.switched_off(self.gpt):
+                yield
+            return
+        self._swap_reference()
+        yield
+        self._swap_reference()
 
     @torch.no_grad()
     def _swap_reference(self) -> None:

@@ -111,8 +111,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, *_):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        # fp32: many chunks add up, and bf16 would drop the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # fp32: many chunks add up, and bf16 would drop the small ones. A frozen weight has none.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
             logits = vocab_parallel_logits(hidden[chunk], weight, **ctx.options)
             local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
@@ -122,8 +122,11 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, local[:, None], torch.where(owned, scale, 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[chunk] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[chunk]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[chunk]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

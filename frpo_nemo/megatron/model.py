@@ -1,7 +1,7 @@
 """The policy as a megatron-core GPTModel, built from an Architecture and a ModelConfig. Weights come from hf_weights.
 
 With Transformer Engine on a CUDA device its layers are used (FP8, context parallelism); otherwise megatron-core's
-local ones with the replacements of layers.py. The output layer passes hidden states through: logprobs.py computes
+local ones with the replacements of layers.py. Either gets the adapters of lora.py where model.lora.rank is above 0. The output layer passes hidden states through: logprobs.py computes
 what is needed of the logits, in chunks.
 """
 
@@ -20,8 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
-from frpo_nemo.megatron.hf_weights.binding import bind
+from frpo_nemo.megatron.hf_weights.binding import bind, bind_adapters
 from frpo_nemo.megatron.layers import PackedRotaryEmbedding, RMSNorm, local_layer_spec
+from frpo_nemo.megatron.lora import add_adapters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,19 +79,32 @@ def transformer_config(arch: Architecture, model, *, transformer_engine: bool) -
     )
 
 
-def layer_spec(arch: Architecture, *, transformer_engine: bool) -> ModuleSpec:
-    """One transformer layer, of Transformer Engine's modules or local."""
-    if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
-    return local_layer_spec(arch.qk_norm)
+def layer_spec(arch: Architecture, *, transformer_engine: bool, adapters: bool = False) -> ModuleSpec:
+    """One transformer layer, of Transformer Engine's modules or local. adapters: its linear layers will have some."""
+    if not transformer_engine:
+        return local_layer_spec(arch.qk_norm)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    if adapters:
+        _take_norms_apart(spec)
+    return spec
+
+
+def _take_norms_apart(spec: ModuleSpec) -> None:
+    """An adapter needs its layer's input, which a layer that normalises it first does not show."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
+    layer.self_attention.submodules.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
 
 
 @runs_on_megatron_device
 def build_model(arch: Architecture, model) -> GPTModel:
-    """This rank's part of the policy, weights not set. Model parallel groups exist already. `model`: a ModelConfig."""
+    """This rank's part of the policy, weights and adapters not set. Model parallel groups exist already. `model`: a ModelConfig."""
     transformer_engine = uses_transformer_engine()
     config = transformer_config(arch, model, transformer_engine=transformer_engine)
-    layers = [layer_spec(arch, transformer_engine=transformer_engine)] * get_num_layers_to_build(config)
+    spec = layer_spec(arch, transformer_engine=transformer_engine, adapters=model.lora.rank > 0)
+    layers = [spec] * get_num_layers_to_build(config)
     gpt = GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine)),
@@ -107,6 +121,8 @@ def build_model(arch: Architecture, model) -> GPTModel:
         gpt.output_layer.__class__ = _HiddenStatesOutput
     if not transformer_engine:
         gpt.rotary_pos_emb.__class__ = PackedRotaryEmbedding
+    if model.lora.rank:
+        add_adapters(gpt, arch, model.lora)
     _mark_tensor_parallel(gpt, arch)
     gpt.rotary_pos_emb.inv_freq = arch.rope_frequencies().to(gpt.rotary_pos_emb.inv_freq.device)
     return gpt
@@ -129,7 +145,7 @@ class _HiddenStatesOutput(ColumnParallelLinear):
 def _mark_tensor_parallel(gpt: GPTModel, arch: Architecture) -> None:
     """megatron-core marks sharded parameters only when it draws their values; an unmarked one would count on TP rank
     0 alone in the gradient norm."""
-    for binding in bind(gpt, arch):
+    for binding in (*bind(gpt, arch), *bind_adapters(gpt, arch)):
         if binding.parameter is not None:
             binding.parameter.tensor_model_parallel = not binding.weight.replicated
 

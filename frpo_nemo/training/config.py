@@ -18,6 +18,15 @@ def required(example: str):
 
 
 @dataclass
+class LoRAConfig:
+    """Adapters on every layer's q, k, v, o, gate, up and down; all other weights are frozen."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float = 64.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # of an adapter's input, in supervised training
+
+
+@dataclass
 class ModelConfig:
     path: str = required("Qwen/Qwen2.5-7B-Instruct")  # Hugging Face directory or hub name
     precision: str = "bf16"  # bf16 (fp32 main weights and gradients) or fp32
@@ -31,6 +40,7 @@ class ModelConfig:
     fp8: str | None = None  # None, hybrid or e4m3; needs Transformer Engine
     fp8_recipe: str = "delayed"  # delayed, tensorwise or blockwise
     logprob_chunk_tokens: int = 1024  # tokens whose full-vocabulary fp32 logits exist at one time
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass

@@ -40,6 +40,7 @@ def train(cfg) -> bool:
                 cfg.optim,
                 microbatch_tokens=cfg.trainer.microbatch_tokens,
                 temperature=cfg.rollout.temperature,
+                seed=cfg.trainer.seed,
             )
             if objective.beta > 0 or cfg.trainer.val_interval or probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with

@@ -27,7 +27,9 @@ def train(cfg) -> bool:
                 worker = RolloutWorker(cfg.model, cfg.rollout, run.phases, seed=cfg.trainer.seed, max_model_len=longest)
                 probe = Probe(cfg, worker)
             distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
-            actor = PolicyActor(cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens)
+            actor = PolicyActor(
+                cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens, seed=cfg.trainer.seed
+            )
             if probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that fine-tuning began with
         run.attach(actor, train=examples, validation=held_out, probe=probe and probe.scored.prompts)

@@ -3,16 +3,23 @@ paper writes it, by autograd through transformers' model in float64: nothing of 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from peft import PeftModel
+from safetensors.torch import load_file
 from worlds import use_layout
 
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
+from frpo_nemo.megatron.hf_weights.binding import bind_adapters
+from frpo_nemo.megatron.hf_weights.export import stream_adapters
+from frpo_nemo.megatron.hf_weights.load import fill
 from frpo_nemo.objective import build_objective
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.training.loss import PolicyLoss
 
 GROUPS, GROUP_SIZE = 4, 4
@@ -42,9 +49,19 @@ def example_batch(groups: int = GROUPS) -> SequenceBatch:
 
 
 def step_gradient(
-    path: str, objective: dict, *, tp=1, pp=1, sp=False, microbatch_tokens=4096, recompute="none"
+    path: str,
+    objective: dict,
+    *,
+    tp=1,
+    pp=1,
+    sp=False,
+    microbatch_tokens=4096,
+    recompute="none",
+    lora: LoRAConfig | None = None,
+    adapter: str | None = None,
 ) -> dict:
-    """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`."""
+    """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`. With `lora`
+    those of adapters alone, whose values are read from PEFT's directory `adapter`."""
     model = ModelConfig(
         path=path,
         precision="fp32",
@@ -53,9 +70,12 @@ def step_gradient(
         sequence_parallel=sp,
         recompute=recompute,
         logprob_chunk_tokens=32,
+        lora=lora or LoRAConfig(),
     )
     use_layout(model)
     actor = PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens)
+    if adapter:
+        set_adapters(actor, adapter)
     batch, goal = example_batch(), build_objective(objective)
     current = actor.get_inference_log_probs(batch)
     batch.token_columns["old_logprobs"] = current + batch.token_columns["shift_old"]
@@ -82,25 +102,40 @@ def hugging_face_gradients(actor: PolicyActor) -> dict[str, torch.Tensor]:
         for bucket in buffer.buckets:
             shards = list(bucket.grad_data.chunk(replicas))
             dist.all_gather(shards, shards[dist.get_rank(group)].clone(), group=group)
-    weights = [parameter.clone() for parameter in actor.gpt.parameters()]
-    for parameter in actor.gpt.parameters():
+    trained = [parameter for parameter in actor.gpt.parameters() if parameter.requires_grad]
+    weights = [parameter.clone() for parameter in trained]
+    for parameter in trained:
         parameter.copy_(parameter.main_grad)
-    gradients = {name: tensor.clone() for name, tensor in actor.stream_hf_weights()}
-    for parameter, weight in zip(actor.gpt.parameters(), weights, strict=True):
+    stream = stream_adapters(actor.gpt, actor.arch) if actor.config.lora.rank else actor.stream_hf_weights()
+    gradients = {name: tensor.clone() for name, tensor in stream}
+    for parameter, weight in zip(trained, weights, strict=True):
         parameter.copy_(weight)
     return gradients
 
 
-def group_loss_gradient(path: str, settings: dict) -> dict[str, torch.Tensor]:
-    """What step_gradient should be."""
+@torch.no_grad()
+def set_adapters(actor: PolicyActor, path: str) -> None:
+    """Give the adapters the values of a directory that PEFT wrote."""
+    values = load_file(Path(path) / "adapter_model.safetensors")
+    for binding in bind_adapters(actor.gpt, actor.arch):
+        if binding.parameter is not None:
+            tensors = [values[f"base_model.model.{name}"] for name, _ in binding.weight.hugging_face]
+            fill(binding.parameter, binding.weight, parallel_state.get_tensor_model_parallel_rank(), tensors)
+
+
+def group_loss_gradient(path: str, settings: dict, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    """What step_gradient should be; with `adapter`, by PEFT."""
     model, batch = hugging_face_model(path), example_batch()
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
     logprobs, lengths = response_logprobs(model, batch), batch.response_lengths.tolist()
     shifts = (batch.token_columns[name].double().split(lengths) for name in ("shift_old", "shift_reference"))
     old, reference = ([own.detach() + shift for own, shift in zip(logprobs, s, strict=True)] for s in shifts)
     importance = clipped_importance(logprobs, old, settings["clip_high"])
     kl = k3_of_reference(logprobs, reference)
     (group_loss(importance, batch, settings["lambda_"]) + settings["beta"] * kl).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name.removeprefix("base_model.model.").replace(".default", ""): grad for name, grad in trained.items()}
 
 
 def hugging_face_model(path: str):

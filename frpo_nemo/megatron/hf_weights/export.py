@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.binding import Binding, bind
+from frpo_nemo.megatron.hf_weights.binding import Binding, bind, bind_adapters
 from frpo_nemo.megatron.hf_weights.files import (
     INDEX,
     SINGLE,
@@ -34,7 +34,8 @@ from frpo_nemo.megatron.hf_weights.table import Weight, hf_shapes
 def stream_hf_weights(
     model: torch.nn.Module, arch: Architecture, *, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, full tensor) for every tensor of the Hugging Face model, the same on every rank of the replica.
+    """Yield (name, full tensor) for every tensor of the Hugging Face model, the same on every rank of the replica. Updates
+    of adapters are merged into the tensors.
 
     The tensors are new, on the model's device, in `dtype` (None: the parameters'). Every rank must exhaust the
     iterator. No element of a weight comes to a rank twice, and what a rank holds does not enter into it. Memory beyond
@@ -42,7 +43,20 @@ def stream_hf_weights(
     bucket is `bucket_bytes`, or the largest weight if that is more.
     """
     bindings = [binding for binding in bind(model, arch) if binding.weight.exported]
-    like = next(model.parameters())
+    yield from _stream(bindings, next(model.parameters()), dtype, bucket_bytes)
+
+
+@torch.no_grad()
+def stream_adapters(
+    model: torch.nn.Module, arch: Architecture, *, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20
+) -> Iterator[tuple[str, Tensor]]:
+    """The same for every A and B of the model's adapters, by PEFT's names (see table.adapter_weights)."""
+    yield from _stream(bind_adapters(model, arch), next(model.parameters()), dtype, bucket_bytes)
+
+
+def _stream(
+    bindings: list[Binding], like: Tensor, dtype: torch.dtype | None, bucket_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
     dtype = dtype or like.dtype
     for bucket in _buckets(bindings, bucket_bytes // dtype.itemsize):
         shards = _gather(bucket, torch.empty(0, dtype=dtype, device=like.device))
@@ -87,7 +101,7 @@ def _gather(bucket: list[Binding], like: Tensor) -> list[Tensor]:
     own = like.new_empty(sum(sizes))
     if bucket[0].parameter is not None:
         for part, binding in zip(own.split(sizes), in_order, strict=True):
-            part.copy_(binding.parameter.flatten())
+            part.copy_(binding.merged().flatten())
     mine = own if tensor.rank() == 0 else own[:split]
     if pipeline.size() > 1 and mine.numel():
         dist.broadcast(mine, src=dist.get_global_rank(pipeline, bucket[0].weight.stage), group=pipeline)

@@ -32,7 +32,7 @@ def load_hf_weights(model: torch.nn.Module, arch: Architecture, path: str | Path
         for binding in bind(model, arch):
             if binding.parameter is not None:
                 sources = [open_file(files[name]).get_slice(name) for name, _ in binding.weight.hugging_face]
-                _fill(binding.parameter, binding.weight, rank, sources)
+                fill(binding.parameter, binding.weight, rank, sources)
 
 
 def check_checkpoint(arch: Architecture, path: str | Path) -> dict[str, Path]:
@@ -66,11 +66,13 @@ def read_weight(weight: Weight, files: dict[str, Path], dtype: torch.dtype) -> t
     """
     whole = torch.empty(weight.shard_shape, dtype=dtype)
     with _open_files() as open_file:
-        _fill(whole, weight, 0, [open_file(files[name]).get_slice(name) for name, _ in weight.hugging_face])
+        fill(whole, weight, 0, [open_file(files[name]).get_slice(name) for name, _ in weight.hugging_face])
     return whole
 
 
-def _fill(parameter: torch.Tensor, weight: Weight, rank: int, sources: list) -> None:
+def fill(parameter: torch.Tensor, weight: Weight, rank: int, sources: list) -> None:
+    """Copy what tensor rank `rank` holds of `weight` into its `parameter`. sources: the weight's Hugging Face tensors, or
+    slices of files, in the table's order."""
     for run in weight.runs:
         if run.rank != rank:
             continue

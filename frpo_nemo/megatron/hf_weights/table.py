@@ -7,9 +7,10 @@ the other, so nothing else in this package knows about query groups, gates or pa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from frpo_nemo.megatron.architecture import Architecture
 
@@ -41,6 +42,11 @@ def _gate_and_up(arch: Architecture, tp: int, size: int) -> list[Piece]:
     return [(source, r * part, (r + 1) * part) for r in range(tp) for source in (0, 1)]
 
 
+def _stacked(arch: Architecture, tp: int, size: int, tensors: int) -> list[Piece]:
+    """The tensors one above the other."""
+    return [(source, 0, size) for source in range(tensors)]
+
+
 @dataclass(frozen=True)
 class Row:
     """megatron: the parameter's name, by the local layer spec and by Transformer Engine's where that differs.
@@ -52,6 +58,11 @@ class Row:
     dim: int | None = 0
     pieces: Callable[[Architecture, int, int], list[Piece]] = _whole
     only_if: str | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Of a linear layer: it may have an adapter."""
+        return all(len(shape) == 2 for shape in self.hugging_face.values())
 
 
 # fmt: off
@@ -81,8 +92,26 @@ TIED_OUTPUT = Row(OUTPUT.megatron, EMBEDDING.hugging_face, pieces=_padded_vocabu
 # fmt: on
 
 
-def _sizes(arch: Architecture) -> dict[str, int]:
+def _adapter_rows(row: Row) -> tuple[Row, Row]:
+    """A and B of a linear layer (lora.py), as PEFT names them. Along the dimension that the layer's weight is split in, an
+    adapter is split like it; the rank of the update is never split."""
+    (layer,) = (name.removesuffix("weight") for name in row.megatron)
+    a, b = {}, {}
+    for name, (out, columns) in row.hugging_face.items():
+        a[name.replace("weight", "lora_A.weight")] = ("rank", columns)
+        b[name.replace("weight", "lora_B.weight")] = (out, "rank")
+    stacked = functools.partial(_stacked, tensors=len(a))
+    if row.dim == 0:
+        return Row((f"{layer}lora.a",), a, None, stacked), Row((f"{layer}lora.b",), b, 0, row.pieces)
+    return Row((f"{layer}lora.a",), a, 1, row.pieces), Row((f"{layer}lora.b",), b, None, stacked)
+
+
+ADAPTERS = tuple(adapter for row in LAYER if row.is_matrix for adapter in _adapter_rows(row))
+
+
+def _sizes(arch: Architecture, rank: int) -> dict[str, int]:
     return {
+        "rank": rank,
         "hidden": arch.hidden_size,
         "ffn": arch.ffn_hidden_size,
         "vocab": arch.vocab_size,
@@ -122,6 +151,11 @@ class Weight:
     exported: bool = True
 
     @property
+    def is_linear_layer(self) -> bool:
+        """A matrix of a transformer layer, which may have an adapter."""
+        return self.names[0].startswith("decoder.layers.") and len(self.shard_shape) == 2
+
+    @property
     def shard_numel(self) -> int:
         return math.prod(self.shard_shape)
 
@@ -139,14 +173,7 @@ class Layout:
 def weights(arch: Architecture, layout: Layout) -> list[Weight]:
     """Every Megatron parameter of every stage, in the order of the Hugging Face model; a stage's are contiguous
     (but for the last stage's copy of a tied embedding, which comes last)."""
-    resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0)]
-    for stage in range(layout.pp):
-        for local, layer in enumerate(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last)):
-            resolved += [
-                _resolve(row, arch, layout.tp, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.")
-                for row in LAYER
-                if row.only_if is None or getattr(arch, row.only_if)
-            ]
+    resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0), *_layers(LAYER, arch, layout)]
     last = layout.pp - 1
     resolved.append(_resolve(FINAL_NORM, arch, layout.tp, last))
     if not arch.tied_embeddings:
@@ -156,20 +183,40 @@ def weights(arch: Architecture, layout: Layout) -> list[Weight]:
     return resolved
 
 
+def adapter_weights(arch: Architecture, layout: Layout, rank: int) -> list[Weight]:
+    """Every parameter of adapters of rank `rank`, likewise; hugging_face has PEFT's names, without the prefix that its
+    files put before them."""
+    return _layers(ADAPTERS, arch, layout, rank)
+
+
+def _layers(rows: Sequence[Row], arch: Architecture, layout: Layout, rank: int = 0) -> list[Weight]:
+    return [
+        _resolve(row, arch, layout.tp, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.", rank=rank)
+        for stage in range(layout.pp)
+        for local, layer in enumerate(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+        for row in rows
+        if row.only_if is None or getattr(arch, row.only_if)
+    ]
+
+
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the Hugging Face model, in order."""
     return dict(tensor for weight in weights(arch, Layout()) for tensor in weight.hugging_face)
 
 
-def _resolve(row: Row, arch: Architecture, tp: int, stage: int, prefix="", hf_prefix="", exported=True) -> Weight:
-    sizes = _sizes(arch)
+def _resolve(
+    row: Row, arch: Architecture, tp: int, stage: int, prefix="", hf_prefix="", *, rank: int = 0, exported=True
+) -> Weight:
+    sizes = _sizes(arch, rank)
     tensors = {hf_prefix + name: tuple(sizes[size] for size in shape) for name, shape in row.hugging_face.items()}
     first_shape = next(iter(tensors.values()))
     dim = row.dim or 0
     pieces = row.pieces(arch, tp, first_shape[dim])
     total = sum(stop - start for _, start, stop in pieces)
     part = total if row.dim is None else total // tp
-    runs = [Run(r, 0, 0, 0, total) for r in range(tp)] if row.dim is None else _cut(pieces, part)
+    runs = _cut(pieces, part)
+    if row.dim is None:
+        runs = [replace(run, rank=r) for r in range(tp) for run in runs]
     return Weight(
         stage=stage,
         names=tuple(prefix + name for name in row.megatron),
@@ -194,11 +241,14 @@ def _cut(pieces: Sequence[Piece], part: int) -> list[Run]:
     return runs
 
 
-def check_complete(arch: Architecture, layout: Layout, stage: int, shapes: Mapping[str, Sequence[int]]) -> None:
+def check_complete(
+    arch: Architecture, layout: Layout, stage: int, shapes: Mapping[str, Sequence[int]], rank: int = 0
+) -> None:
     """Check a stage's Megatron parameters (name -> shape of this rank's shard; the meta device will do) against the
     table: every parameter is in it, every weight of the stage has exactly one parameter, shapes agree, and over all
-    stages every element of every Hugging Face tensor is used exactly once. Raises ValueError that names the culprit."""
-    table = weights(arch, layout)
+    stages every element of every Hugging Face tensor is used exactly once. rank: of the adapters; 0 if there are none.
+    Raises ValueError that names the culprit."""
+    table = weights(arch, layout) + (adapter_weights(arch, layout, rank) if rank else [])
     unknown = set(shapes)
     for weight in table:
         if weight.stage != stage:
