@@ -1,10 +1,11 @@
-"""Checkpoints of a run: model, optimizer and random number generators of all ranks, and what the caller adds.
+"""Checkpoints of a run: model, optimizer and random number generators of all ranks, and what the caller adds. Of a model
+with adapters, the adapters alone.
 
 A checkpoint is a directory in megatron-core's torch_dist format that loads in any layout of the same model; on the
 layout that saved it, training continues bitwise as if it had never stopped. It appears under its name when it is
 complete and on disk, or not at all (checkpoint_files.py). Nothing that is read can run code.
 
-Not saved: the frozen reference (the weights of model.path: freeze it before `load`), learning rate and schedule
+Not saved: what is frozen (the weights of model.path: freeze a reference before `load`), learning rate and schedule
 (functions of the step), and, under delayed-scaling FP8, the amax history (it fills again within its length).
 """
 
@@ -44,10 +45,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from frpo_nemo import __version__
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import adapter_files, distributed, optimizer_state, rng
 from frpo_nemo.megatron import checkpoint_files as files
-from frpo_nemo.megatron import distributed, optimizer_state, rng
 from frpo_nemo.megatron.checkpoint_files import best, check_matches, newest, prune  # noqa: F401  (the public face)
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
+from frpo_nemo.megatron.lora import sharded_adapters
 
 _LOG = logging.getLogger(__name__)
 _LAYOUT = (
@@ -109,6 +111,7 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     """
     record = files.read(checkpoint)
     files.check_matches(checkpoint, actor.arch)
+    adapter_files.check(checkpoint, actor.config)
     if actor.optimizer is not None:
         files.check_resumable(checkpoint)
     read_metadata(checkpoint)
@@ -116,8 +119,8 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     wanted = {"model": model, "optimizer": optimizer_state.to_load(actor.optimizer, model)}
     loaded = _read_tensors(Path(checkpoint), wanted)
     parameters = dict(actor.gpt.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.copy_(loaded["model"][name])
+    for name, value in loaded["model"].items():
+        parameters[name].copy_(value)
     optimizer_state.restore(actor.optimizer, parameters, loaded.get("optimizer", {}), record["adam_step"])
     restored = record["layout"] == _layout(actor)
     if restored:
@@ -237,7 +240,10 @@ def _read_tensors(directory: Path, wanted: dict) -> dict:
 
 
 def _model_state(actor) -> dict:
-    """Parameter name -> its place in the whole model. Transformer Engine's `_extra_state` are pickles: left out."""
+    """Name -> place in the whole model of every parameter that is trained. Transformer Engine's `_extra_state` are pickles:
+    left out."""
+    if actor.config.lora.rank:
+        return sharded_adapters(actor.gpt, actor.arch)
     state = actor.gpt.sharded_state_dict()
     return {name: sharded for name, sharded in state.items() if not isinstance(sharded, ShardedObject)}
 
@@ -252,6 +258,7 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
         "precision": actor.config.precision,
         "layout": _layout(actor),
         "architecture": files.identity(actor.arch),
+        "lora": adapter_files.record(actor.config),
         "versions": versions(),
         "state": state,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -89,7 +90,9 @@ def _install_stand_ins() -> None:
     cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
     cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
-    # Megatron's RNG tracker forks the "CUDA" generator; on CPU that is the one global generator.
+    # Megatron's RNG tracker forks the "CUDA" generator; on CPU that is the one global generator, of which it would say with
+    # every fork that it has changed.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -1,8 +1,8 @@
 """The policy as a megatron-core GPTModel, built from an Architecture and a ModelConfig. Weights come from hf_weights.
 
 With Transformer Engine on a CUDA device its layers are used (FP8, context parallelism); otherwise megatron-core's
-local ones with the replacements of layers.py. Either gets the adapters of lora.py where model.lora.rank is above 0. The output layer passes hidden states through: logprobs.py computes
-what is needed of the logits, in chunks.
+local ones with the replacements of layers.py. Either gets lora.py's adapters where model.lora.rank is above 0. The output
+layer passes hidden states through: logprobs.py computes what is needed of the logits, in chunks.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def _take_norms_apart(spec: ModuleSpec) -> None:
 
 @runs_on_megatron_device
 def build_model(arch: Architecture, model) -> GPTModel:
-    """This rank's part of the policy, weights and adapters not set. Model parallel groups exist already. `model`: a ModelConfig."""
+    """This rank's part of the policy, weights and adapters not set. Model parallel groups exist already. `model`: a
+    ModelConfig."""
     transformer_engine = uses_transformer_engine()
     config = transformer_config(arch, model, transformer_engine=transformer_engine)
     spec = layer_spec(arch, transformer_engine=transformer_engine, adapters=model.lora.rank > 0)

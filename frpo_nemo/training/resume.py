@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron import adapter_files, checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.files import check_replaceable
 from frpo_nemo.training import record
@@ -78,6 +78,7 @@ def check_resume(cfg, arch: Architecture | None) -> None:
         checkpoint_files.check_resumable(checkpoint)
         if arch:
             checkpoint_files.check_matches(checkpoint, arch)
+            adapter_files.check(checkpoint, cfg.model)
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={resume}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 run_dir/config.yaml       resolved configuration        run_dir/environment.jsonl  each start: command, versions, commit
 run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       what a resumed run continues from
-run_dir/hf/               the trained model in Hugging Face format (at the end)
+run_dir/hf/               the trained model in Hugging Face format (at the end); adapter/: only what was trained, for PEFT
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from frpo_nemo.data.sft import SFTSet
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
-from frpo_nemo.megatron.hf_weights.export import save_hf
+from frpo_nemo.megatron.hf_weights.export import save_adapter, save_hf
 from frpo_nemo.planning.cluster import peak_flops
 from frpo_nemo.planning.memory import parameters
 from frpo_nemo.training import record
@@ -177,10 +177,13 @@ class Run:
         return best_score is None or score > best_score
 
     def export(self) -> Path:
-        """Write the trained model to run_dir/hf."""
+        """Write the trained model to run_dir/hf, and adapters by themselves to run_dir/adapter as well."""
+        actor, model = self._actor, self.cfg.model
         with self.phases("export"):
             out = self.dir / "hf"
-            save_hf(self._actor.gpt, self._actor.arch, self.cfg.model.path, out)
+            save_hf(actor.gpt, actor.arch, model.path, out)
+            if model.lora.rank:
+                save_adapter(actor.gpt, actor.arch, model, self.dir / "adapter", base=self._as_given["model"]["path"])
         self.say(f"model exported to {out}")
         return out
 

@@ -34,12 +34,12 @@ def check_bitwise_resume(path: str, run_dir: str, **layout) -> dict[str, float]:
     """A run that is resumed on the same layout continues bit for bit: losses, weights, Adam's state and step, and every
     random number generator. Returns seconds."""
     actor = make_actor(path, **layout)
-    _train(actor, range(BEFORE))
+    train(actor, range(BEFORE))
     started = time.monotonic()
     saved = checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7, score=0.5)
     seconds = {"save": time.monotonic() - started}
     draws = _draw()
-    uninterrupted = _train(actor, range(BEFORE, STEPS))
+    uninterrupted = train(actor, range(BEFORE, STEPS))
 
     resumed = make_actor(path, **layout)
     started = time.monotonic()
@@ -48,7 +48,7 @@ def check_bitwise_resume(path: str, run_dir: str, **layout) -> dict[str, float]:
     assert state == {**STATE, "step": BEFORE, "rng_restored": True}, state
     assert all(torch.equal(a, b) for a, b in zip(draws, _draw(), strict=True)), "random numbers differ after a resume"
     assert optimizer_state.adam_step(resumed.optimizer) == BEFORE
-    assert _train(resumed, range(BEFORE, STEPS)) == uninterrupted
+    assert train(resumed, range(BEFORE, STEPS)) == uninterrupted
     _assert_same_bits(_everything(actor), _everything(resumed))
     assert checkpoint.newest(run_dir) == saved == Path(run_dir) / "checkpoints" / f"step_{BEFORE:08d}"
     started = time.monotonic()
@@ -61,19 +61,19 @@ def check_resume_before_first_update(path: str, run_dir: str, **layout) -> None:
     """An optimizer without state saves and loads as one at step 0, and goes on training."""
     actor = make_actor(path, **layout)
     checkpoint.save(run_dir, actor, STATE, step=0, seed=7)
-    uninterrupted = _train(actor, range(2))
+    uninterrupted = train(actor, range(2))
     resumed = make_actor(path, **layout)
     checkpoint.load(checkpoint.newest(run_dir), resumed)
-    assert _train(resumed, range(2)) == uninterrupted
+    assert train(resumed, range(2)) == uninterrupted
 
 
 def save_reference(path: str, run_dir: str, **layout) -> None:
     """Train and save, and write down what a resume in any layout must reproduce: weights and the next losses."""
     actor = make_actor(path, **layout)
-    _train(actor, range(BEFORE))
+    train(actor, range(BEFORE))
     checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7)
     reference = dict(actor.stream_hf_weights())
-    reference[LOSSES] = torch.tensor(_train(actor, range(BEFORE, STEPS)))
+    reference[LOSSES] = torch.tensor(train(actor, range(BEFORE, STEPS)))
     if dist.get_rank() == 0:
         save_file(reference, Path(run_dir) / "reference.safetensors")
 
@@ -93,7 +93,7 @@ def check_reshaped_resume(path: str, run_dir: str, *, loss_tolerance: float = 1e
     rows = actor.arch.vocab_size
     _assert_same_bits(_plain_tensors(source, rows), _plain_tensors(again, rows))
     assert checkpoint_files.read(again)["adam_step"] == BEFORE
-    gap = (torch.tensor(_train(actor, range(BEFORE, STEPS))) - expected).abs().max().item()
+    gap = (torch.tensor(train(actor, range(BEFORE, STEPS))) - expected).abs().max().item()
     assert gap <= loss_tolerance, f"losses differ by {gap}"
     return gap
 
@@ -174,7 +174,7 @@ def make_actor(path: str, *, tp=1, pp=1, sp=False, precision="fp32", train=True,
     return PolicyActor(config, optim if train else None, microbatch_tokens=40)
 
 
-def _train(actor: PolicyActor, updates: range) -> list[float]:
+def train(actor: PolicyActor, updates: range) -> list[float]:
     """SFT on batches that depend on the update's number alone; returns their losses."""
     results = [actor.train_step(_batch(u), _sft_loss, update=u, total_updates=STEPS) for u in updates]
     return [result.per_sequence["loss"].sum().item() for result in results]

@@ -25,7 +25,6 @@ import torch  # noqa: E402
 from jobs import Cluster, Faults, SlurmJob  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markdown import Markdown  # noqa: E402
-
 from runs import exported, random_model, steps, without_times  # noqa: E402
 
 ENGINE, ACTOR = "frpo_nemo.rollout.engine:RolloutEngine", "frpo_nemo.megatron.actor:PolicyActor"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import ROOT, Faults
-
 from runs import Job, checkpoints, exported, random_model, steps, without_times
 
 STEPS = 5

@@ -8,10 +8,10 @@ from statistics import fmean
 
 import pytest
 import torch
+from runs import Job, exported, probes, random_model, steps, validations, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frpo_nemo.data.world import rows, world_reward
-from runs import Job, exported, probes, random_model, steps, validations, without_times
 
 STEPS, PROMPTS, SAMPLES, HELD_OUT = 25, 32, 2, 24
 PROBE = ["probe.interval=10", f"probe.prompts.0.limit={PROMPTS}", f"probe.samples={SAMPLES}"]

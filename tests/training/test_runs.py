@@ -20,11 +20,6 @@ import learn_checks
 import pytest
 import torch
 from picky_reward import UNBEARABLE
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from traps import TRAPS, set_traps
-
-from frpo_nemo.megatron import checkpoint_files
-from frpo_nemo.training.record import starts
 from runs import (
     HERE,
     Job,
@@ -37,6 +32,11 @@ from runs import (
     validations,
     without_times,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from traps import TRAPS, set_traps
+
+from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.training.record import starts
 
 STEPS, RADIUS = 10, 0.1
 PROBE = ["probe=world", "probe.interval=5", "probe.prompts.0.limit=16"]

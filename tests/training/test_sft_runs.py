@@ -7,9 +7,9 @@ import subprocess
 import time
 
 import pytest
+from runs import Job, assert_same_bits, checkpoints, exported, random_model, steps, validations, without_times
 
 from frpo_nemo.megatron import checkpoint_files
-from runs import Job, assert_same_bits, checkpoints, exported, random_model, steps, validations, without_times
 
 
 @pytest.fixture(scope="module")

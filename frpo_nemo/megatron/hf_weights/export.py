@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frpo_nemo.megatron import adapter_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.binding import Binding, bind, bind_adapters
 from frpo_nemo.megatron.hf_weights.files import (
@@ -159,6 +160,20 @@ def save_hf(
         else:
             for _ in stream:
                 pass
+    dist.barrier()
+
+
+def save_adapter(model: torch.nn.Module, arch: Architecture, config, out_path: str | Path, *, base: str | Path) -> None:
+    """Write the adapters to the directory `out_path`, which PEFT loads onto `base`. Every rank calls this; it appears whole,
+    and replaces an earlier one. `config`: a ModelConfig."""
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        tensors = {f"{adapter_files.PEFT_PREFIX}{name}": t.cpu() for name, t in stream_adapters(model, arch)}
+        if parallel_state.get_model_parallel_group().rank() == 0:
+            out = Path(out_path)
+            temporary = begin_export(out)
+            save_file(tensors, temporary / adapter_files.PEFT_WEIGHTS, {"format": "pt"})
+            (temporary / adapter_files.PEFT_CONFIG).write_text(adapter_files.peft_config(config, base))
+            publish_export(temporary, out)
     dist.barrier()
 
 
