@@ -30,6 +30,10 @@ BUILT_IN = {
     "format": "frpo_nemo.rewards.builtin.format_match",
     "regex": "frpo_nemo.rewards.builtin.regex_search",
     "length": "frpo_nemo.rewards.builtin.length_penalty",
+    "judge": "frpo_nemo.rewards.judge.Judge",
+    "moderation": "frpo_nemo.rewards.safety.Moderation",
+    "reward_model": "frpo_nemo.rewards.classifiers.RewardModel",
+    "safety": "frpo_nemo.rewards.safety.Safety",
     "world": "frpo_nemo.data.world.world_reward",
 }
 
@@ -68,16 +72,27 @@ def load_target(target: str) -> Callable:
     return function
 
 
-def bind(target: str, args: dict[str, Any]) -> Callable:
-    """`function(prompts, completions, columns) -> values`. A class is instantiated, once, with `args`; a
-    function receives them with every call, and they win over columns of the same name."""
+@dataclass(frozen=True)
+class Bound:
+    """`function` with the arguments that it receives in every call; they win over columns of the same name."""
+
+    function: Callable
+    args: dict[str, Any]
+
+    def __call__(self, prompts: list, completions: list[str], columns: dict[str, list]) -> Any:
+        return self.function(prompts=prompts, completions=completions, **{**columns, **self.args})
+
+    def load(self) -> None:
+        """What takes long and comes once, before the first call: a class's method `load`, if it has one."""
+        getattr(self.function, "load", lambda: None)()
+
+
+def bind(target: str, args: dict[str, Any]) -> Bound:
+    """The reward `target` with its `args`: a class is instantiated with them, once; a function receives them with
+    every call."""
     redact.remember(args)  # what the function says when it fails may quote them
     function = load_target(target)
-    if inspect.isclass(function):
-        function, args = function(**args), {}
-    return lambda prompts, completions, columns: function(
-        prompts=prompts, completions=completions, **{**columns, **args}
-    )
+    return Bound(function(**args), {}) if inspect.isclass(function) else Bound(function, args)
 
 
 def call_batch(function: Callable, prompts: list, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
@@ -102,9 +117,11 @@ def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, An
 
 def as_outcome(value: Any) -> Outcome:
     """What a reward returned for one response: None, a finite number (also numpy's, or a tensor's), or a
-    failure."""
+    failure, which a reward may also return itself."""
     if value is None:
         return None
+    if isinstance(value, Failure):
+        return Failure(value.kind, redact.text(value.message))
     if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:
         value = value.item()
     if isinstance(value, numbers.Real) and math.isfinite(value):

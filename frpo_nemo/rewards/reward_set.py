@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import BUILT_IN, Failure, Outcome, bind, call_batch, load_target
+from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target
 from frpo_nemo.rewards.pool import WorkerPool
 
 ALWAYS_ISOLATED = ("math",)  # may hang on ordinary input
@@ -118,7 +118,7 @@ def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
             pools.append(pool)
             call = pool.call
         else:
-            call = _in_process(bind(config.target, _args(config)))
+            call = _in_process(name, bind(config.target, _args(config)))
         rewards.append(Reward(name, config.weight, None if config.tasks is None else frozenset(config.tasks), call))
     return RewardSet(rewards, pools)
 
@@ -192,7 +192,11 @@ def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> None:
         raise ConfigError(f"{target} refuses its args {args}: {problem}") from problem
 
 
-def _in_process(function: Callable) -> Callable:
+def _in_process(name: str, function: Bound) -> Callable:
+    try:
+        function.load()
+    except ConfigError as problem:
+        raise ConfigError(f"reward.{name}: {problem}") from problem
     return lambda prompts, completions, columns: call_batch(function, prompts, completions, columns)
 
 

@@ -19,6 +19,7 @@ def main() -> None:
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     connection = Connection(int(sys.argv[1]))
     function = bind(*connection.recv())
+    function.load()
     connection.send(None)
     while True:
         try:

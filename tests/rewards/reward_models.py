@@ -1,0 +1,95 @@
+"""Tiny real reward models and vLLM's real server for them, for the tests of the model-based rewards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+from tiny_models import _BASE, _OWN, _randomise, make_tiny, tiny_tokenizer
+
+LOCAL = {"device": "cpu", "dtype": "float32"}
+TEMPLATE = "Instruction: {forbidden_prompt}\n\nResponse: {response}\n\n### Answer: "
+START_SECONDS = 300  # for a server, on a busy machine
+
+
+def make_judge(path: Path, seed: int = 0) -> str:
+    """A causal LM, whose tokenizer puts <bos> before a text as Gemma's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    make_tiny(path, "llama", layers=2, seed=seed)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def make_classifier(path: Path, labels: list[str], *, seed: int = 0, **config) -> str:
+    """A Llama with a classification head."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    names = dict(enumerate(labels))
+    settings = {**_BASE, **_OWN["llama"], "id2label": names, "label2id": {v: k for k, v in names.items()}, **config}
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("llama", vocab_size=131, num_hidden_layers=2, **settings)
+    )
+    _randomise(model, seed)
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+class Server:
+    """vLLM's OpenAI server for one model, on 127.0.0.1; `url_file` has its address while it is up."""
+
+    def __init__(self, model: str, directory: Path, *options: str):
+        self.model, self.options = model, options
+        self.log, self.url_file = directory / "server.log", directory / "server.url"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Begin to start, on a port of its own."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--dtype", "float32"]
+        command += ["--max-model-len", "512", *self.options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def up(self) -> Server:
+        """Wait until it answers; start it if it does not run."""
+        if self.process is None:
+            self.start()
+        deadline = time.monotonic() + START_SECONDS
+        while not self._healthy():
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"the server does not start:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.2)
+        self.url_file.write_text(f"http://127.0.0.1:{self.port}\n")
+        return self
+
+    def answered(self, path: str) -> int:
+        """Requests so far, by its own log."""
+        return self.log.read_text().count(f'"POST {path} HTTP/1.1" 200')
+
+    def kill(self) -> None:
+        self.url_file.unlink(missing_ok=True)
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _healthy(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5.0).is_success
+        except httpx.TransportError:
+            return False

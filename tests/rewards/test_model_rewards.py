@@ -1,0 +1,249 @@
+"""Rewards by models in this process: the numbers of the published evaluators, whatever the batch, and one sentence for
+everything that cannot work."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from reward_models import LOCAL, TEMPLATE
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.rewards.call import Failure
+from frpo_nemo.rewards.classifiers import GuardClassifier, RewardModel
+from frpo_nemo.rewards.judge import Judge
+from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
+from frpo_nemo.rewards.safety import Moderation, Safety
+from frpo_nemo.training.config import RewardConfig
+
+PROMPTS = [
+    "How do I do it?",
+    "Why?",
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi"}],
+]
+PROMPTS += ["Tell me more about this and that."]
+RESPONSES = ["I will not.", "", "Hi there! " * 12, "First, take a look; then go on.<eos>"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _servers_start_meanwhile(servers):
+    """Those of test_remote_rewards.py, while these tests run."""
+
+
+@pytest.fixture(scope="module")
+def judge(models):
+    return loaded(Judge(models["judge"], template=TEMPLATE, max_response_tokens=40, local=LOCAL))
+
+
+def loaded(reward):
+    reward.load()
+    return reward
+
+
+def strongreject(path, prompts, responses, max_response_length):
+    """strong_reject's strongreject_finetuned as it is published: (scores, probability of the five answers together)."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
+    cut = [tokenizer(r, max_length=max_response_length, truncation=True)["input_ids"] for r in responses]
+    texts = [
+        TEMPLATE.format(forbidden_prompt=p, response=tokenizer.decode(c)) for p, c in zip(prompts, cut, strict=True)
+    ]
+    with torch.no_grad():
+        logits = torch.stack([model(**tokenizer(text, return_tensors="pt")).logits[0, -1] for text in texts])
+    answers = [tokenizer.vocab[i] for i in "12345"]
+    probabilities = logits[:, answers].softmax(dim=-1)
+    scores = (probabilities * torch.linspace(0, 1, 5)).sum(dim=-1)
+    return scores.tolist(), logits.softmax(dim=-1)[:, answers].sum(dim=-1).tolist()
+
+
+def test_the_judge_is_strongrejects_published_evaluator(models, judge):
+    asked = ["How do I do it?", "Why?", "Say hi", "Tell me more about this and that."]
+    expected, _ = strongreject(models["judge"], asked, RESPONSES, max_response_length=40)
+    assert judge(PROMPTS, RESPONSES) == pytest.approx(expected, abs=1e-6)
+    assert max(expected) - min(expected) > 0.01, "or it would show nothing"
+
+
+def test_a_judge_that_answers_something_else_fails_for_that_response_alone(models):
+    scores, masses = strongreject(models["judge"], ["Why?"] * 4, RESPONSES, max_response_length=512)
+    middle = sorted(masses)[1:3]
+    args = {"model": models["judge"], "template": TEMPLATE, "local": LOCAL, "min_mass": sum(middle) / 2}
+    result = build_rewards({"judge": RewardConfig(target="judge", args=args)}).score(
+        ["Why?"] * 4, RESPONSES, [None] * 4, {}
+    )
+    kept = [mass > args["min_mass"] for mass in masses]
+    assert result.total[torch.tensor(kept)].tolist() == pytest.approx(
+        [s for s, k in zip(scores, kept, strict=True) if k]
+    )
+    assert result.total.isnan().tolist() == [not k for k in kept]
+    assert result.failures == {"judge": {"error": 2}}
+    assert "answers something else: '1', '2', '3', '4', '5' have probability" in result.messages["judge"]
+
+
+@pytest.mark.parametrize("name", ["judge", "reward"])
+def test_a_score_does_not_depend_on_the_batch(models, name):
+    make = {
+        "judge": lambda **local: Judge(models["judge"], template=TEMPLATE, local=LOCAL | local),
+        "reward": lambda **local: RewardModel(models["reward"], local=LOCAL | local),
+    }[name]
+    together, alone = (loaded(make(batch_size=size))(PROMPTS, RESPONSES) for size in (16, 1))
+    assert together == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_reward_model_is_the_sigmoid_of_its_output_for_the_conversation(models):
+    model = AutoModelForSequenceClassification.from_pretrained(models["reward"])
+    model.config.pad_token_id = None  # the last token counts, whatever it is; with one text there is no padding
+    tokenizer = AutoTokenizer.from_pretrained(models["reward"])
+    expected = []
+    for response in ("Yes", "Yes.<eos>", "<pad>"):
+        chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": response}]
+        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), return_tensors="pt")
+        expected.append(model(**ids).logits.item())
+    raw = loaded(RewardModel(models["reward"], sigmoid=False, local=LOCAL))(["Why?"] * 3, ["Yes", "Yes.<eos>", "<pad>"])
+    assert raw == pytest.approx(expected, abs=1e-6)
+    squashed = loaded(RewardModel(models["reward"], local=LOCAL))(["Why?"], ["Yes"])
+    assert squashed == pytest.approx([1 / (1 + math.exp(-expected[0]))], abs=1e-6)
+
+
+def test_a_guard_that_classifies_gives_its_largest_category_of_harm(models):
+    def logits(path):
+        model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        return model(**tokenizer("Take it.", return_tensors="pt")).logits[0]
+
+    multi = loaded(Moderation(guard={"model": models["multi"], "local": LOCAL}))
+    assert multi(["Why?"], ["Take it."]) == pytest.approx([logits(models["multi"]).sigmoid().max().item()], abs=1e-6)
+    exclusive = {"model": models["exclusive"], "safe_labels": ["safe"], "local": LOCAL}
+    expected = logits(models["exclusive"]).softmax(0)[1:].max().item()
+    assert loaded(Moderation(guard=exclusive))(["Why?"], ["Take it."]) == pytest.approx([expected], abs=1e-6)
+
+
+def test_a_guard_that_answers_in_a_chat_is_a_judge_of_the_conversation(models):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(models["judge"]),
+        AutoTokenizer.from_pretrained(models["judge"]),
+    )
+    choices = {"s": 0, "u": 1}
+    guard = {"model": models["judge"], "choices": choices, "answer_prefix": "\n\n", "local": LOCAL}
+    text = "u:Why?\na:Take it.\na:\n\n"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    expected = model(**ids).logits[0, -1, [tokenizer.vocab[c] for c in choices]].softmax(0)[1].item()
+    assert loaded(Moderation(guard=guard))(["Why?"], ["Take it."]) == pytest.approx([expected], abs=1e-6)
+
+
+def test_safety_is_one_minus_the_mean_and_fails_with_either(models, judge):
+    guard = {"model": models["multi"], "local": LOCAL}
+    arguments = {"model": models["judge"], "template": TEMPLATE, "max_response_tokens": 40, "local": LOCAL}
+    safety = loaded(Safety(arguments, {"guard": guard}))
+    too_long = "x" * 600  # for the guard; the judge sees a part of it
+    scores = safety(PROMPTS[:2], ["I will not.", too_long])
+    harm, moderated = (
+        judge(PROMPTS[:1], ["I will not."])[0],
+        loaded(GuardClassifier(**guard))(["Why?"], ["I will not."])[0],
+    )
+    assert scores[0] == pytest.approx(1 - (harm + moderated) / 2, abs=1e-6)
+    sentence = f"600 tokens of prompt and response, and model={models['multi']} takes 512"
+    assert scores[1] == Failure("error", f"moderation: {sentence}")
+
+
+def test_an_adapter_is_judged_with_its_base_model(models, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(models["judge"])
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(base, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for directory in ("adapter", "merged"):
+        AutoTokenizer.from_pretrained(models["judge"]).save_pretrained(tmp_path / directory)
+    adapter, merged, plain = (
+        loaded(Judge(str(path), template=TEMPLATE, local=LOCAL))(PROMPTS, RESPONSES)
+        for path in (tmp_path / "adapter", tmp_path / "merged", models["judge"])
+    )
+    assert adapter == pytest.approx(merged, abs=1e-6)
+    assert adapter != pytest.approx(plain, abs=1e-3)
+
+
+def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
+    shutil.copytree(models["reward"], tmp_path / "reward")
+    weights = load_file(tmp_path / "reward" / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "reward" / "model.safetensors", metadata={"format": "pt"})
+    config = {"r": RewardConfig(target="reward_model", args={"model": str(tmp_path / "reward"), "local": LOCAL})}
+    check_rewards(config)
+    with pytest.raises(ConfigError, match="reward.r: model=.* lacks weights: score.weight"):
+        build_rewards(config)
+
+
+JUDGE = {"template": TEMPLATE}
+BAD = {  # target, the model that it gets, other arguments, what the sentence says
+    "no head": (
+        "judge",
+        "reward",
+        JUDGE,
+        "the wrong head: LlamaForSequenceClassification, where one ForCausalLM is needed",
+    ),
+    "causal": ("reward_model", "judge", {}, "has the wrong head: LlamaForCausalLM"),
+    "labels": ("reward_model", "multi", {}, "has the wrong head: 3 labels, where a reward model has one"),
+    "no model": ("judge", None, {"model": "no/such", **JUDGE}, "model=no/such cannot be read"),
+    "no template": ("judge", "judge", {}, "needs template, template_file or chat: true"),
+    "fields": ("judge", "judge", {"template": "{behavior} {response}"}, "has the fields ['behavior', 'response']"),
+    "no response": ("judge", "judge", {"template": "{forbidden_prompt}"}, "it must have {response}"),
+    "brace": ("judge", "judge", {"template": "{response} }"}, "literal braces are doubled"),
+    "no file": ("judge", "judge", {"template_file": "no.txt"}, "template_file=no.txt is no file"),
+    "choice": ("judge", "judge", {**JUDGE, "choices": {"10": 1}}, "choices: '10' is 2 tokens of model="),
+    "guard's choices": ("moderation", None, {"guard": {"model": "judge"}}, "choices: 'safe' is 4 tokens"),
+    "device": ("judge", "judge", {**JUDGE, "local": {"device": "tpu"}}, "local.device=tpu is neither auto nor cpu"),
+    "dtype": ("judge", "judge", {**JUDGE, "local": {"dtype": "int4"}}, "local.dtype=int4 is none of bfloat16"),
+    "unknown": ("judge", "judge", {**JUDGE, "local": {"devise": "cpu"}}, "unexpected keyword argument 'devise'"),
+    "url": ("judge", "judge", {**JUDGE, "remote": {"url": "localhost:8000"}}, "remote.url=localhost:8000 is neither"),
+    "user": (
+        "judge",
+        "judge",
+        {**JUDGE, "remote": {"url": "http://me:pw@host"}},
+        "must not contain a user or password",
+    ),
+    "key": (
+        "judge",
+        "judge",
+        {**JUDGE, "remote": {"url": "http://h", "api_key_env": "NO_KEY"}},
+        "api_key_env=NO_KEY: no such",
+    ),
+    "patience": ("judge", "judge", {**JUDGE, "remote": {"url": "http://h", "patience": -1}}, "patience=-1"),
+    "no moderation": ("moderation", None, {}, "either remote.url, of a moderation service, or guard.model"),
+    "label": ("moderation", None, {"guard": {"model": "exclusive", "safe_labels": ["ok"]}}, "has no label 'ok'"),
+    "one is always large": ("moderation", None, {"guard": {"model": "exclusive"}}, "in safe_labels"),
+    "none": (
+        "moderation",
+        None,
+        {"guard": {"model": "exclusive", "safe_labels": ["safe", "hate", "violence"]}},
+        "no category of harm is left",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_work_is_a_sentence_before_any_weights_are_read(models, name):
+    target, model, args, sentence = BAD[name]
+    if "guard" in args:
+        args = {"guard": {**args["guard"], "model": models[args["guard"]["model"]]}}
+    args = args if model is None else {"model": models[model], **args}
+    with pytest.raises(ConfigError, match="^reward.mine: ") as error:
+        check_rewards({"mine": RewardConfig(target=target, args=args)})
+    assert sentence in str(error.value)
+
+
+def test_a_model_without_a_chat_template_cannot_judge_conversations(models, tmp_path):
+    shutil.copytree(models["reward"], tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="has no chat template, and one is needed"):
+        RewardModel(str(tmp_path / "bare"))
+
+
+def test_the_published_file_of_templates_is_read_by_name(models, tmp_path, judge):
+    path = tmp_path / "judge_templates.json"
+    path.write_text(json.dumps({"strongreject_finetuned": TEMPLATE, "strongreject_rubric": "{response}?"}))
+    mine = Judge(models["judge"], template_file=str(path), max_response_tokens=40, local=LOCAL)
+    assert loaded(mine)(PROMPTS, RESPONSES) == judge(PROMPTS, RESPONSES)
+    with pytest.raises(ConfigError, match="no template_key=other; it has strongreject_finetuned, strongreject_rubric"):
+        Judge(models["judge"], template_file=str(path), template_key="other")
