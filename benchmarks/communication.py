@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -33,7 +33,7 @@ from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.memory import WEIGHT_BYTES
 from frpo_nemo.rollout.engine import Completion
 from frpo_nemo.rollout.verify import raise_on_all_ranks
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.training.loss import PolicyLoss
 from frpo_nemo.training.rollouts import RolloutWorker
 from frpo_nemo.training.run import ignore_warnings_of_libraries
@@ -69,7 +69,14 @@ class Phase:
 
 
 def model_config(
-    path: str, *, tp: int = 1, pp: int = 1, sp: bool = False, recompute: str = "none", precision: str = "fp32"
+    path: str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    sp: bool = False,
+    recompute: str = "none",
+    precision: str = "fp32",
+    lora_rank: int = 0,
 ) -> ModelConfig:
     """With small chunks, so that there are several."""
     return ModelConfig(
@@ -80,6 +87,7 @@ def model_config(
         sequence_parallel=sp,
         recompute=recompute,
         logprob_chunk_tokens=CHUNK_TOKENS,
+        lora=LoRAConfig(rank=lora_rank),
     )
 
 
@@ -154,7 +162,8 @@ def _model(actor: PolicyActor) -> Model:
         sequence_parallel=config.sequence_parallel,
     )
     element = WEIGHT_BYTES[config.precision]
-    return Model(actor.arch, parallel, element, config.logprob_chunk_tokens, config.recompute == "full")
+    recompute, rank = config.recompute == "full", config.lora.rank
+    return Model(actor.arch, parallel, element, config.logprob_chunk_tokens, recompute, rank)
 
 
 def _formulas(model: Model, rank: int, batch, largest: int) -> dict[str, list[Transfer]]:
@@ -162,21 +171,26 @@ def _formulas(model: Model, rank: int, batch, largest: int) -> dict[str, list[Tr
     packs = packs_of(batch, parallel, parallel.replica(rank), MICROBATCH_TOKENS)
     sequences, responses = batch.num_sequences, int(batch.response_lengths.sum())
 
-    def one_pass(names: tuple[list[str], list[str]], backward: bool = False) -> list[Transfer]:
+    reference = replace(model, lora_rank=0)  # adapters are switched off
+
+    def one_pass(policy: Model, names: tuple[list[str], list[str]], backward: bool = False) -> list[Transfer]:
         results = [
             transfer
             for columns, length in zip(names, (sequences, responses), strict=True)
             for transfer in formulas.columns(parallel, stage, columns, length)
         ]
-        return formulas.model_pass(model, stage, packs, backward=backward) + results
+        return formulas.model_pass(policy, stage, packs, backward=backward) + results
+
+    distance = formulas.distribution_distance(model, stage, packs)
+    update = formulas.gradient_sync(model, stage) + formulas.optimizer_step(model, stage)
 
     return {
         "generate": [Transfer("slowest engine", "barrier", "world", 0)],
         "gather": formulas.object_gather("rollouts", parallel.world, largest),
-        "logprobs": one_pass(MEASURED),
-        "train": one_pass(TRAINED, True) + formulas.gradient_sync(model, stage) + formulas.optimizer_step(model, stage),
+        "logprobs": one_pass(reference, MEASURED),
+        "train": one_pass(model, TRAINED, True) + update,
         "refit": formulas.refit(model, rank, BUCKET_BYTES),
-        "validate": one_pass(MEASURED) + one_pass(COMPARED) + formulas.distribution_distance(model, stage, packs),
+        "validate": one_pass(reference, MEASURED) + one_pass(model, COMPARED) + distance,
         "checkpoint": formulas.optimizer_collection(model, stage) + formulas.checkpoint_agreements(parallel, rank),
     }
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.table import Layout, Weight, weights
+from frpo_nemo.megatron.hf_weights.table import Layout, Weight, adapter_weights, weights
 
 FP32, INT64 = 4, 8  # bytes
 SHAPE_BYTES = 3 * INT64  # before every activation between stages: packs differ in length
@@ -114,20 +114,26 @@ class Model:
     element: int
     chunk_tokens: int = 1024  # model.logprob_chunk_tokens
     recompute: bool = False  # model.recompute=full
+    lora_rank: int = 0  # of adapters, which alone are trained then
 
-    def weights_of(self, stage: int) -> list[Weight]:
-        """The parameters that each rank of `stage` holds."""
-        return self._weights_by_stage[stage]
+    def trained_of(self, stage: int) -> list[Weight]:
+        """The parameters of each rank of `stage` that have gradients."""
+        return self._trained_by_stage[stage]
 
     @functools.cached_property
     def weights(self) -> list[Weight]:
-        """All parameters of all stages, in the order of the refit."""
-        parallel = self.parallel
-        return weights(self.arch, Layout(parallel.tp, parallel.pp, parallel.first, parallel.last))
+        """All parameters of all stages but adapters, in the order of the refit."""
+        return weights(self.arch, self._layout)
 
     @functools.cached_property
-    def _weights_by_stage(self) -> list[list[Weight]]:
-        return [[weight for weight in self.weights if weight.stage == stage] for stage in range(self.parallel.pp)]
+    def _trained_by_stage(self) -> list[list[Weight]]:
+        trained = adapter_weights(self.arch, self._layout, self.lora_rank) if self.lora_rank else self.weights
+        return [[weight for weight in trained if weight.stage == stage] for stage in range(self.parallel.pp)]
+
+    @property
+    def _layout(self) -> Layout:
+        parallel = self.parallel
+        return Layout(parallel.tp, parallel.pp, parallel.first, parallel.last)
 
     def layers_of(self, stage: int) -> int:
         parallel = self.parallel
@@ -151,19 +157,38 @@ def _layers(model: Model, stage: int, pack: Pack, direction: str) -> list[Transf
     arch, parallel, count = model.arch, model.parallel, model.layers_of(stage)
     local = pack.tokens // parallel.cp
     activations = local * arch.hidden_size * model.element
-    transfers = []
+    # Beside adapters nobody asks for the gradient of the very first input, unless the layer is to be computed again.
+    asked = 2 * count - (direction == "backward" and model.lora_rank > 0 and stage == 0 and not model.recompute)
+    name, transfers = f"layers, {direction}", []
     if parallel.tp > 1 and parallel.sequence_parallel:
-        # Backward gathers twice for each column-parallel matrix: its input again, and the next one's gradient.
-        gathers = 2 if direction == "forward" else 4
-        for kind, calls in (("all_gather", gathers), ("reduce_scatter", 2)):
-            transfers.append(Transfer(f"layers, {direction}", kind, "tp", calls * count * activations, calls * count))
+        # Backward gathers twice for each column-parallel matrix: its input again unless it is frozen, and the next one's
+        # gradient.
+        gathers = 4 * count if direction == "backward" and not model.lora_rank else 2 * count
+        transfers.append(Transfer(name, "all_gather", "tp", gathers * activations, gathers))
+        transfers.append(Transfer(name, "reduce_scatter", "tp", asked * activations, asked))
     elif parallel.tp > 1:
-        transfers.append(Transfer(f"layers, {direction}", "all_reduce", "tp", 2 * count * activations, 2 * count))
+        transfers.append(Transfer(name, "all_reduce", "tp", asked * activations, asked))
+    if parallel.tp > 1 and model.lora_rank:
+        transfers += _adapters(model, count, local * model.lora_rank * model.element, direction)
     if arch.num_kv_heads < parallel.tp:  # a query group's heads are spread over ranks: q, k and v come together first
         fused = local * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * model.element
         kind = "all_gather" if direction == "forward" else "reduce_scatter"
         transfers.append(Transfer(f"layers, {direction}", kind, "tp", count * fused, count))
     return transfers
+
+
+def _adapters(model: Model, count: int, product: int, direction: str) -> list[Transfer]:
+    """What adapters of `count` layers exchange: A's products, of `product` bytes each, 5 in the two column-parallel layers
+    (q, k, v; gate, up) and one in each of the two row-parallel ones (o; down)."""
+    name, forward = f"adapters, {direction}", direction == "forward"
+    columns, rows, calls = count * 5 * product, count * 2 * product, count * 2
+    if model.parallel.sequence_parallel:
+        gathered, scattered = (columns, rows) if forward else (rows, columns)
+        return [
+            Transfer(name, "all_gather", "tp", gathered, calls),
+            Transfer(name, "reduce_scatter", "tp", scattered, calls),
+        ]
+    return [Transfer(name, "all_reduce", "tp", rows if forward else columns, calls)]
 
 
 def _embedding(model: Model, stage: int, pack: Pack, backward: bool) -> list[Transfer]:
@@ -174,7 +199,8 @@ def _embedding(model: Model, stage: int, pack: Pack, backward: bool) -> list[Tra
     if not parallel.sequence_parallel:
         return [Transfer("embedding", "all_reduce", "tp", activations)]
     transfers = [Transfer("embedding", "reduce_scatter", "tp", activations)]
-    return transfers + ([Transfer("embedding", "all_gather", "tp", activations)] if backward else [])
+    learns = backward and not model.lora_rank
+    return transfers + ([Transfer("embedding", "all_gather", "tp", activations)] if learns else [])
 
 
 def _head(model: Model, stage: int, pack: Pack, backward: bool) -> list[Transfer]:
@@ -235,7 +261,7 @@ def columns(parallel: Parallel, stage: int, names: Sequence[str], length: int) -
 def buffer_elements(model: Model, stage: int) -> list[int]:
     """Elements of each gradient (and weight) bucket of the distributed optimizer, with its padding. Without overlap
     there is one bucket, and one more for a tied embedding that first and last stage both hold."""
-    held = model.weights_of(stage)
+    held = model.trained_of(stage)
     tied = [weight for weight in held if _is_shared_embedding(model, weight)]
     rest = [weight for weight in held if weight not in tied]
     align = math.lcm(model.parallel.dp * model.parallel.cp, 128)
@@ -243,19 +269,21 @@ def buffer_elements(model: Model, stage: int) -> list[int]:
 
 
 def gradient_sync(model: Model, stage: int) -> list[Transfer]:
-    """After the last backward pass: gradients (fp32) over replicas, of norms over TP, of a tied embedding over stages."""
+    """After the last backward pass: gradients (fp32) over replicas, those of replicated weights over TP, that of a tied
+    embedding over stages."""
     parallel, arch = model.parallel, model.arch
     buckets = buffer_elements(model, stage)
     transfers = [Transfer("gradients", "reduce_scatter", "dp_cp", FP32 * sum(buckets), len(buckets))]
     # Under sequence parallelism each rank saw its own tokens; norms of single heads saw this rank's heads always.
+    of_heads = ("q_layernorm.weight", "k_layernorm.weight")
     partial = [
         weight.shard_numel
-        for weight in model.weights_of(stage)
-        if weight.replicated and (parallel.sequence_parallel or "self_attn" in weight.hugging_face[0][0])
+        for weight in model.trained_of(stage)
+        if weight.replicated and (parallel.sequence_parallel or weight.names[0].endswith(of_heads))
     ]
     if parallel.tp > 1 and partial:
-        transfers.append(Transfer("gradients of norms", "all_reduce", "tp", FP32 * sum(partial)))
-    shared = [weight for weight in model.weights_of(stage) if _is_shared_embedding(model, weight)]
+        transfers.append(Transfer("gradients of replicated weights", "all_reduce", "tp", FP32 * sum(partial)))
+    shared = [weight for weight in model.trained_of(stage) if _is_shared_embedding(model, weight)]
     if shared:
         size = FP32 * arch.padded_vocab_size(parallel.tp) // parallel.tp * arch.hidden_size
         transfers.append(Transfer("gradient of the tied embedding", "all_reduce", "embedding", size))
@@ -321,7 +349,7 @@ def optimizer_collection(model: Model, stage: int) -> list[Transfer]:
     replicas = model.parallel.dp * model.parallel.cp
     if replicas == 1:
         return []
-    held = model.weights_of(stage)
+    held = model.trained_of(stage)
     size = sum(weight.shard_numel for weight in held)
     return [Transfer("optimizer state", "reduce", "dp_cp", 3 * FP32 * size, 3 * len(held))]
 

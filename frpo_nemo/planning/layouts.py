@@ -129,6 +129,7 @@ def overrides(layout: Layout, cluster: Cluster, work: Workload) -> str:
         "trainer.microbatch_tokens": layout.microbatch_tokens,
         "rollout.tensor_model_parallel_size": layout.engine.tp,
         "model.precision": layout.precision,
+        "model.lora.rank": layout.lora_rank,
         "data.max_prompt_tokens": work.max_prompt_tokens,
         "rollout.max_response_tokens": work.max_response_tokens,
         "rollout.prompts_per_step": work.prompts_per_step,
@@ -140,10 +141,12 @@ def overrides(layout: Layout, cluster: Cluster, work: Workload) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def default_base(precision: str, reference: bool, utilization: float, max_num_seqs: int) -> Layout:
-    """What find_layouts does not search, on GPUs with Transformer Engine."""
+def default_base(precision: str, reference: bool, utilization: float, max_num_seqs: int, lora_rank: int) -> Layout:
+    """What find_layouts does not search, on GPUs with Transformer Engine. reference: there is one, which without adapters
+    is a copy."""
     return Layout(
         precision=precision,
-        reference=reference,
+        reference=reference and not lora_rank,
+        lora_rank=lora_rank,
         engine=Engine(utilization=utilization, max_num_seqs=max_num_seqs),
     )

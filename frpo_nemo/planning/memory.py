@@ -37,7 +37,7 @@ class Layout:
     """What decides the memory of a training run. `first`, `last`: layers of those stages, if uneven. `gpu`: else a CPU,
     where nothing sleeps or is offloaded. `transformer_engine`: its layers, else the local ones of megatron/layers.py.
     `microbatch_tokens`: that a pack really holds. `update_tokens`: of a replica in one optimizer step (None: many packs).
-    `reference`: a copy of the first weights in host memory."""
+    `reference`: a copy of the first weights in host memory. `lora_rank`: of adapters, beside which all is frozen; 0: none."""
 
     tp: int = 1
     pp: int = 1
@@ -53,6 +53,8 @@ class Layout:
     logprob_chunk_tokens: int = 1024
     engine: Engine | None = None
     reference: bool = False
+    lora_rank: int = 0
+    lora_dropout: bool = False
     gpu: bool = True
     transformer_engine: bool = True
 
@@ -99,31 +101,52 @@ def layer_parameters(arch: Architecture, tp: int) -> int:
     return (attention + 3 * arch.hidden_size * arch.ffn_hidden_size) // tp + norms
 
 
+def adapter_parameters(arch: Architecture, rank: int, tp: int) -> int:
+    """Of one layer's adapters of rank `rank`, on one tensor-parallel rank; 0 without any."""
+    h, f, q, kv = (
+        arch.hidden_size,
+        arch.ffn_hidden_size,
+        *(n * arch.head_dim for n in (arch.num_heads, arch.num_kv_heads)),
+    )
+    whole, split = 5 * h + 2 * h, q + 2 * kv + q + 2 * f + f  # A of q, k, v, gate, up and B of o, down; the others
+    return rank * (whole + split // tp)
+
+
+def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
+    """Of a rank, those that have gradients and an optimizer."""
+    if not layout.lora_rank:
+        return rank_parameters(arch, layout, stage)
+    layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+    return layers * adapter_parameters(arch, layout.lora_rank, layout.tp)
+
+
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Of one rank of pipeline stage `stage`, padding of the vocabulary included; tensor-parallel ranks are equal."""
+    """Of one rank of pipeline stage `stage`, padding of the vocabulary and adapters included; tensor-parallel ranks are
+    equal."""
     layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
     vocabulary = arch.padded_vocab_size(layout.tp) // layout.tp * arch.hidden_size
     own_output = not arch.tied_embeddings or layout.pp > 1  # a tied embedding has a copy on the last of several stages
     last = stage == layout.pp - 1
     return (
-        layers * layer_parameters(arch, layout.tp)
+        layers * (layer_parameters(arch, layout.tp) + adapter_parameters(arch, layout.lora_rank, layout.tp))
         + (vocabulary if stage == 0 else 0)
         + (arch.hidden_size + (vocabulary if own_output else 0) if last else 0)
     )
 
 
-def checkpoint_bytes(arch: Architecture, precision: str) -> int:
-    """Of one checkpoint: weights and optimizer."""
-    return parameters(arch) * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
+def checkpoint_bytes(arch: Architecture, precision: str, lora_rank: int = 0) -> int:
+    """Of one checkpoint: weights and optimizer of what is trained."""
+    trained = arch.num_layers * adapter_parameters(arch, lora_rank, 1) if lora_rank else parameters(arch)
+    return trained * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
 
 
 def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
     """Weights and gradients of a rank, and its share of the optimizer, which is sharded over DP and CP."""
-    count = rank_parameters(arch, layout, stage)
+    trained = trained_parameters(arch, layout, stage)
     return {
-        "weights": count * layout.element,
-        "gradients": count * GRADIENT_BYTES,
-        "optimizer": math.ceil(count * OPTIMIZER_BYTES[layout.precision] / (layout.dp * layout.cp)),
+        "weights": rank_parameters(arch, layout, stage) * layout.element,
+        "gradients": trained * GRADIENT_BYTES,
+        "optimizer": math.ceil(trained * OPTIMIZER_BYTES[layout.precision] / (layout.dp * layout.cp)),
     }
 
 
@@ -205,7 +228,17 @@ def saved_per_token(arch: Architecture, layout: Layout) -> float:
     else:
         padded = ATTENTION_PADDING * 2 * (queries + keys)  # rectangles of q, k, v and the output
         attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
-    return norms + attention + 5 * e * ffn  # gate and up together, silu(gate), a copy of up, their product
+    # Gate and up together, silu(gate), a copy of up, their product.
+    return norms + attention + 5 * e * ffn + _adapter_saved(arch, layout)
+
+
+def _adapter_saved(arch: Architecture, layout: Layout) -> float:
+    """An adapter's input is kept in the place of its layer's, whose weight is frozen. Beside it: which elements of it were
+    dropped (bytes on a GPU, factors on a CPU), and A's products, gathered over TP where B follows split."""
+    h, queries, _, ffn = arch.hidden_size / _sequence_split(layout), *(size / layout.tp for size in _widths(arch))
+    products = layout.lora_rank * (5 + 2 / _sequence_split(layout))
+    dropped = (2 * h + queries + ffn) * (1 if layout.gpu else layout.element) if layout.lora_dropout else 0
+    return products * layout.element + dropped
 
 
 def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
@@ -220,13 +253,14 @@ def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
         held = min(held, layout.update_tokens / layout.cp)
     full = layout.recompute == "full"
     saved = held * layers * (input_bytes if full else layer)
-    ffn, ffn_weight = arch.ffn_hidden_size / layout.tp, arch.hidden_size * arch.ffn_hidden_size / layout.tp
+    ffn = arch.ffn_hidden_size / layout.tp
+    ffn_weight = 0 if layout.lora_rank else arch.hidden_size * ffn
     # Backward of the second projection: gradients of output and input, and of the weight before it is added to the buffer.
     backward = tokens * (layer if full else 0) + tokens * (input_bytes + e * ffn) + e * ffn_weight
     peaks = [{"activations": saved + backward}]
     if stage == layout.pp - 1:
         peaks.append({"activations": saved + _head_activations(arch, layout), "logits": logits_backward(arch, layout)})
-    count = rank_parameters(arch, layout, stage)
+    count = trained_parameters(arch, layout, stage)
     if not layout.gpu:
         peaks.append({"gradient reduction": count * GRADIENT_BYTES})
     elif not layout.transformer_engine:
@@ -246,8 +280,10 @@ def forward_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
 
 def logits_backward(arch: Architecture, layout: Layout) -> float:
     """Of megatron/logprobs.py, where it peaks: a chunk of fp32 logits, their gradient, and the gradient of the output
-    weight, in fp32 and as a product that is added to it."""
+    weight, in fp32 and as a product that is added to it, unless it is frozen."""
     e, chunk = layout.element, _chunk(arch, layout)
+    if layout.lora_rank:
+        return (12 + e) * chunk
     weight = arch.padded_vocab_size(layout.tp) // layout.tp * arch.hidden_size
     added = e * weight + (4 * weight if e == 2 and not layout.gpu else 0)  # a CPU converts the product before adding
     return 4 * weight + max((12 + e) * chunk, (4 + e) * chunk + added)

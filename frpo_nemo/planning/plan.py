@@ -20,6 +20,7 @@ from frpo_nemo.planning.timing import Workload
 class PlanModel:
     path: str = field(default=MISSING, metadata={"example": "Qwen/Qwen2.5-7B-Instruct"})
     precision: str = "bf16"
+    lora_rank: int = 0
 
 
 @dataclass
@@ -40,12 +41,17 @@ def plan(cfg: PlanRun, console: Console) -> None:
     _check(cfg)
     arch = Architecture.from_hf(cfg.model.path)
     base = default_base(
-        cfg.model.precision, cfg.workload.logprob_passes > 0, cfg.gpu_memory_utilization, cfg.max_num_seqs
+        cfg.model.precision,
+        cfg.workload.logprob_passes > 0,
+        cfg.gpu_memory_utilization,
+        cfg.max_num_seqs,
+        cfg.model.lora_rank,
     )
     found, rejected = find_layouts(arch, cfg.cluster, cfg.workload, base, cfg.head_room)
     size, cluster, work = parameters(arch) / 1e9, cfg.cluster, cfg.workload
+    trained = f", adapters of rank {cfg.model.lora_rank}" if cfg.model.lora_rank else ""
     console.print(
-        f"{arch.family}, {size:.1f}B parameters, {cfg.model.precision}, on {cluster.num_nodes} x "
+        f"{arch.family}, {size:.1f}B parameters, {cfg.model.precision}{trained}, on {cluster.num_nodes} x "
         f"{cluster.gpus_per_node} {cluster.gpu}; {work.sequences} responses of {work.response_tokens} tokens a step",
         highlight=False,
     )
@@ -64,6 +70,8 @@ def plan(cfg: PlanRun, console: Console) -> None:
 def _check(cfg: PlanRun) -> None:
     if cfg.model.precision not in ("bf16", "fp32"):
         raise ConfigError(f"model.precision={cfg.model.precision} must be bf16 or fp32.")
+    if cfg.model.lora_rank < 0:
+        raise ConfigError(f"model.lora_rank={cfg.model.lora_rank} must be at least 0.")
     for group in ("cluster", "workload"):
         for name, value in vars(getattr(cfg, group)).items():
             if name not in ("gpu", "logprob_passes") and value <= 0:

@@ -14,7 +14,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning import communication
 from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
-from frpo_nemo.planning.memory import Layout, kv_bytes, parameters, rank_parameters
+from frpo_nemo.planning.memory import Layout, kv_bytes, parameters, rank_parameters, trained_parameters
 
 # Share of the data sheet's rate that is reached.
 MATRIX_EFFICIENCY = 0.5  # products of training and log-probs, in large microbatches
@@ -108,15 +108,16 @@ def logprobs(arch: Architecture, layout: Layout, cluster: Cluster, work: Workloa
 
 
 def training(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
-    """Forward and backward, once more forward under recomputation, and for each update the gradient's reduction, the
-    weights' gather and Adam; in bf16 the optimizer comes back from host memory and goes again."""
+    """Forward and backward, once more forward under recomputation, without the products of adapters (a percent); for each
+    update the gradient's reduction, the weights' gather and Adam; in bf16 the optimizer comes back from host memory and
+    goes again."""
     model = _model(arch, layout)
 
     def once(rank: int) -> list[Transfer]:
         stage = model.parallel.stage(rank)
         return communication.gradient_sync(model, stage) + communication.optimizer_step(model, stage)
 
-    replicas, count = layout.dp * layout.cp, max(rank_parameters(arch, layout, s) for s in (0, layout.pp - 1))
+    replicas, count = layout.dp * layout.cp, max(trained_parameters(arch, layout, s) for s in (0, layout.pp - 1))
     adam = 32 * count / replicas / (cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY)
     offloaded = layout.engine and layout.precision != "fp32"
     moves = 2 * 12 * count / replicas / _link(cluster.host_gb_per_s) if offloaded else 0
@@ -128,7 +129,8 @@ def _passes(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload
     """All microbatches through all stages."""
     rows = min(layout.microbatch_tokens, work.tokens / work.updates_per_rollout / layout.dp)
     microbatches = math.ceil(work.tokens / work.updates_per_rollout / layout.dp / rows)
-    flops = 2 if not backward else 8 if layout.recompute == "full" else 6  # per parameter and token
+    # Per parameter and token: 2 forward, 2 for the gradient of inputs, 2 for that of weights unless they are frozen.
+    flops = 2 + (backward and 2 * (1 + (not layout.lora_rank) + (layout.recompute == "full")))
     efficiency = MATRIX_EFFICIENCY * rows / (rows + SMALL_BATCH_TOKENS)
     length = work.prompt_tokens + work.response_tokens
     attention = arch.num_layers * arch.num_heads * arch.head_dim * length  # causal; as many FLOPs per token as this
@@ -177,7 +179,8 @@ def transfer_seconds(parallel: Parallel, cluster: Cluster, rank: int, transfers:
 
 def _model(arch: Architecture, layout: Layout) -> Model:
     parallel = Parallel(layout.tp, layout.pp, layout.dp, layout.cp, layout.sequence_parallel, layout.first, layout.last)
-    return _cached_model(arch, parallel, layout.element, layout.logprob_chunk_tokens, layout.recompute == "full")
+    recompute = layout.recompute == "full"
+    return _cached_model(arch, parallel, layout.element, layout.logprob_chunk_tokens, recompute, layout.lora_rank)
 
 
 _cached_model = functools.lru_cache(maxsize=128)(Model)  # its list of weights takes longer than all sums over them

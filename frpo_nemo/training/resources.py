@@ -43,7 +43,7 @@ def check_disk(cfg, arch: Architecture, directory: Path) -> None:
     keep, checkpoints = cfg.checkpoint, Path(cfg.run_dir, "checkpoints")
     kept = 1 if cfg.trainer.save_interval == 0 else keep.keep_last + keep.keep_best
     missing = kept + 1 - min(len(checkpoint_files.complete(cfg.run_dir)), kept)
-    one = checkpoint_bytes(arch, cfg.model.precision)
+    one = checkpoint_bytes(arch, cfg.model.precision, cfg.model.lora.rank)
     leftovers = sum(
         file.stat().st_size for file in checkpoints.glob("*.tmp-*/**/*") if file.is_file()
     )  # the next save's
@@ -127,7 +127,9 @@ def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
         update_tokens=update_tokens,
         logprob_chunk_tokens=model.logprob_chunk_tokens,
         engine=engine,
-        reference=bool(probe) or (is_rl and (_beta(cfg) > 0 or trainer.val_interval > 0)),
+        reference=not model.lora.rank and (bool(probe) or (is_rl and (_beta(cfg) > 0 or trainer.val_interval > 0))),
+        lora_rank=model.lora.rank,
+        lora_dropout=model.lora.dropout > 0,
         gpu=gpu,
         transformer_engine=gpu and importlib.util.find_spec("transformer_engine") is not None,
     )

@@ -47,7 +47,7 @@ AT_LEAST_1 = (
 )
 ENGINE_AT_LEAST_1 = ("rollout.max_num_seqs", "rollout.refit_bucket_mb", "rollout.tensor_model_parallel_size")
 ROLLOUT_AT_LEAST_1 = ("rollout.prompts_per_step", "rollout.max_response_tokens", "trainer.updates_per_rollout")
-ABOVE_0 = ("optim.lr", "optim.adam_eps", "trainer.phase_timeout")
+ABOVE_0 = ("model.lora.alpha", "optim.lr", "optim.adam_eps", "trainer.phase_timeout")
 AT_LEAST_0 = (
     "optim.min_lr",
     "optim.weight_decay",
@@ -56,8 +56,9 @@ AT_LEAST_0 = (
     "trainer.save_interval",
     "trainer.seed",
     "probe.interval",
+    "model.lora.rank",
 )
-AT_LEAST_0_BELOW_1 = ("optim.warmup_ratio", "optim.adam_beta1", "optim.adam_beta2")
+AT_LEAST_0_BELOW_1 = ("model.lora.dropout", "optim.warmup_ratio", "optim.adam_beta1", "optim.adam_beta2")
 MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
 
 
@@ -68,6 +69,11 @@ def validate_frpo(cfg, world_size: int) -> None:
     _check_bounds(cfg, ROLLOUT_AT_LEAST_1, 1)
     _check_bounds(cfg, ("rollout.importance_limit",), 0, strictly=True)
     _check_objective(cfg.objective, cfg.trainer.updates_per_rollout)
+    if cfg.model.lora.dropout:
+        raise ConfigError(
+            f"model.lora.dropout={cfg.model.lora.dropout} must be 0 here: with dropped elements the policy in training would "
+            "not be the one that sampled the responses."
+        )
     if cfg.rollout.group_size < 2:
         raise ConfigError(
             f"rollout.group_size={cfg.rollout.group_size} must be at least 2: responses are compared within their group."

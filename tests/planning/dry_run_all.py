@@ -12,7 +12,7 @@ from known_models import MODELS, write_config
 
 from frpo_nemo.planning.dry_run import dry_run
 from frpo_nemo.planning.memory import Layout
-from frpo_nemo.training.config import ModelConfig
+from frpo_nemo.training.config import LoRAConfig, ModelConfig
 
 # name -> TP, PP, DP[, layers of the first stage, of the last]
 LAYOUTS = {
@@ -26,6 +26,7 @@ LAYOUTS = {
     "Llama-3.1-8B-Instruct": (8, 3, 1, 12, None),
     "Llama-3.1-70B-Instruct": (8, 4, 2, None, 17),
 }
+ADAPTERS = {"Mistral-7B-Instruct-v0.1": 64, "Llama-3.1-70B-Instruct": 64}  # name -> rank; the others have none
 
 
 def main() -> None:
@@ -41,8 +42,9 @@ def main() -> None:
                 sequence_parallel=tp > 1,
                 num_layers_in_first_pipeline_stage=first,
                 num_layers_in_last_pipeline_stage=last,
+                lora=LoRAConfig(rank=ADAPTERS.get(name, 0)),
             )
-            stages = dry_run(model, Layout(tp=tp, pp=pp, dp=dp, first=first, last=last))
+            stages = dry_run(model, Layout(tp=tp, pp=pp, dp=dp, first=first, last=last, lora_rank=model.lora.rank))
             rows = [(len(stage.layers), stage.bytes, stage.estimate) for stage in stages]
             print(json.dumps({"name": name, "tp": tp, "stages": rows}), flush=True)
 

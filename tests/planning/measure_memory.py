@@ -15,11 +15,12 @@ from tiny_models import make_tiny
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import Losses, PolicyActor
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 
 SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=32, num_key_value_heads=8)
 LAYERS, VOCABULARY, CHUNK = 2, 2048, 256
 LENGTHS = [524, 614, 910]  # attention makes one rectangle of them, 3 x 910
+RANK = 32  # of adapters
 
 
 def resident(kind: str = "VmRSS") -> int:
@@ -57,8 +58,8 @@ def measure(model: ModelConfig) -> dict[str, int]:
 
 def warm_up(directory: str) -> None:
     """Libraries make buffers of their own at first use."""
-    for precision in ("fp32", "bf16"):
-        model = ModelConfig(path=directory, precision=precision)
+    for precision, rank in (("fp32", 0), ("bf16", 0), ("fp32", RANK), ("bf16", RANK)):
+        model = ModelConfig(path=directory, precision=precision, lora=LoRAConfig(rank=rank))
         actor = PolicyActor(model, OptimizerConfig(lr=1e-4), microbatch_tokens=64)
         actor.train_step(batch_of([32]), loss, update=0, total_updates=2)
 
@@ -67,12 +68,24 @@ def main() -> None:
     distributed.start_world()
     with tempfile.TemporaryDirectory() as directory:
         make_tiny(directory, "llama", layers=LAYERS, vocab=VOCABULARY, **SHAPE)
-        cases = [(precision, recompute) for precision in ("fp32", "bf16") for recompute in sys.argv[1:]]
+        cases = [
+            (precision, recompute, rank, dropout)
+            for precision in ("fp32", "bf16")
+            for recompute in sys.argv[1:]
+            for rank, dropout in ((0, 0.0), (RANK, 0.0), (RANK, 0.1))
+        ]
         distributed.start_model_parallel(ModelConfig(path=directory), seed=1)
         warm_up(directory)
-        for precision, recompute in cases:
-            model = ModelConfig(path=directory, precision=precision, recompute=recompute, logprob_chunk_tokens=CHUNK)
-            print(json.dumps({"precision": precision, "recompute": recompute} | measure(model)), flush=True)
+        for precision, recompute, rank, dropout in cases:
+            model = ModelConfig(
+                path=directory,
+                precision=precision,
+                recompute=recompute,
+                logprob_chunk_tokens=CHUNK,
+                lora=LoRAConfig(rank=rank, dropout=dropout),
+            )
+            case = {"precision": precision, "recompute": recompute, "rank": rank, "dropout": dropout}
+            print(json.dumps(case | measure(model)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from measure_memory import CHUNK, LAYERS, LENGTHS, SHAPE, VOCABULARY
+from measure_memory import CHUNK, LAYERS, LENGTHS, RANK, SHAPE, VOCABULARY
 from scripts import printed_by
 from tiny_models import make_tiny
 
@@ -14,9 +14,9 @@ PACK = sum(LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, str], dict[str, int]]:
+def measured() -> dict[tuple[str, str, int, float], dict[str, int]]:
     rows = printed_by("measure_memory.py", "none", "full", MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
-    return {(row["precision"], row["recompute"]): row for row in rows}
+    return {(row["precision"], row["recompute"], row["rank"], row["dropout"]): row for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,10 @@ def small(tmp_path_factory) -> Architecture:
     return Architecture.from_hf(make_tiny(path, "llama", layers=LAYERS, vocab=VOCABULARY, **SHAPE))
 
 
-def on_cpu(precision: str, recompute: str) -> Layout:
+def on_cpu(precision: str, recompute: str, rank: int, dropout: float) -> Layout:
     return Layout(
+        lora_rank=rank,
+        lora_dropout=dropout > 0,
         precision=precision,
         recompute=recompute,
         microbatch_tokens=PACK,
@@ -36,10 +38,12 @@ def on_cpu(precision: str, recompute: str) -> Layout:
     )
 
 
+@pytest.mark.parametrize("rank, dropout", [(0, 0.0), (RANK, 0.0), (RANK, 0.1)])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_estimate_is_within_a_tenth_of_measured_memory(precision, recompute, measured, small):
-    layout, row = on_cpu(precision, recompute), measured[precision, recompute]
+def test_estimate_is_within_a_tenth_of_measured_memory(precision, recompute, rank, dropout, measured, small):
+    case = (precision, recompute, rank, dropout)
+    layout, row = on_cpu(*case), measured[case]
     assert sum(state_bytes(small, layout, 0).values()) == pytest.approx(row["state"], rel=0.1)
     assert sum(training_peak(small, layout, 0).values()) == pytest.approx(row["peak"], rel=0.1)
 

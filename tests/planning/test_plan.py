@@ -31,7 +31,7 @@ def options(*given: str) -> PlanRun:
 
 def search(path: Path, *given: str):
     cfg = options(f"model.path={path}", *given)
-    base = default_base("bf16", True, cfg.gpu_memory_utilization, cfg.max_num_seqs)
+    base = default_base("bf16", True, cfg.gpu_memory_utilization, cfg.max_num_seqs, cfg.model.lora_rank)
     return cfg, *find_layouts(Architecture.from_hf(path), cfg.cluster, cfg.workload, base, cfg.head_room)
 
 
@@ -46,12 +46,26 @@ def test_what_is_chosen_fits_and_uses_all_gpus(known):
     assert found[0].step <= 1.03 * min(candidate.step for candidate in found)
 
 
+def test_adapters_take_less_memory_and_time_than_all_weights(known):
+    _, all_weights, _ = search(known["Llama-3.1-70B-Instruct"], "cluster.num_nodes=8")
+    _, adapters, _ = search(known["Llama-3.1-70B-Instruct"], "cluster.num_nodes=8", "model.lora_rank=64")
+    assert len(adapters) > len(all_weights)
+    for candidate in all_weights:
+        same = replace(candidate.layout, lora_rank=64, reference=False)
+        lighter = next(found for found in adapters if found.layout == same)
+        assert lighter.seconds["training"] < candidate.seconds["training"]
+        trains = [next(phase.total for phase in c.phases if phase.name == "train") for c in (lighter, candidate)]
+        assert trains[0] < trains[1]
+
+
 def test_70b_on_one_node_is_refused_with_the_reason(known):
     with pytest.raises(ConfigError, match="No layout fits 1 x 8 H100 .*memory of train.*cluster.num_nodes"):
         plan(options(f"model.path={known['Llama-3.1-70B-Instruct']}"), Console(quiet=True))
 
 
-@pytest.mark.parametrize("given", [[], ["workload.prompts_per_step=12", "workload.updates_per_rollout=4"]], ids=str)
+@pytest.mark.parametrize(
+    "given", [[], ["model.lora_rank=64"], ["workload.prompts_per_step=12", "workload.updates_per_rollout=4"]], ids=str
+)
 def test_a_run_with_the_printed_options_has_the_layout_that_was_planned(given, known):
     cfg, found, _ = search(known["Qwen2.5-7B-Instruct"], "workload.max_response_tokens=1024", *given)
     for candidate in (found[0], found[-1]):
