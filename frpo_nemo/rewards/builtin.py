@@ -27,6 +27,12 @@ def regex_search(prompts, completions: list[str], *, pattern: str, **columns) ->
     return [float(regex.search(c) is not None) for c in completions]
 
 
+def one_boxed(prompts, completions: list[str], **columns) -> list[float]:
+    """1 where the completion has exactly one \\boxed and its braces close around something, else 0. Nested and escaped
+    braces are read as TeX reads them; \\boxed 5 without braces is no answer, and every \\boxed counts as one."""
+    return [float(c.count("\\boxed") == 1 and _last_box_has_content(c)) for c in completions]
+
+
 def length_penalty(
     prompts,
     completions: list[str],
@@ -75,3 +81,14 @@ def _last_boxed(text: str) -> str:
         if depth == 0:
             return text[start:end]
     return text[start:]
+
+
+def _last_box_has_content(text: str) -> bool:
+    """Whether braces follow the last \\boxed and close around something. Unlike `_last_boxed`, which takes what there is."""
+    content = text.rpartition("\\boxed")[2].lstrip()
+    depth = 0
+    for token in re.finditer(r"\\.|[{}]", content, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return content[0] == "{" and content[1 : token.start()].strip() != ""
+    return False

@@ -34,4 +34,7 @@ def math_answer(prompts, completions: list[str], *, column: str = "answer", **co
 
 def _delimited(gold: str) -> str:
     # Bare LaTeX is only recognised between delimiters: 108 of MATH-500's gold answers are lost without.
-    return gold if "\\boxed" in gold or gold.count("$") > 1 else f"\\boxed{{{gold.replace('$', '')}}}"
+    if "\\boxed" in gold or gold.count("$") > 1:
+        return gold
+    bare = gold.replace("\\$", "").replace("$", "")  # also the sign of dollars
+    return f"\\boxed{{{bare}}}"

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from frpo_nemo.rewards.builtin import exact_answer, format_match, length_penalty, regex_search
+from frpo_nemo.rewards.builtin import exact_answer, format_match, length_penalty, one_boxed, regex_search
 from frpo_nemo.rewards.mathematics import math_answer
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.training.config import RewardConfig
@@ -28,6 +29,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
         ("\\left( 3, \\frac{\\pi}{2} \\right)", "Thus $(3, \\pi/2)$.", 1),
         ("$x^2 - 1$", "\\boxed{(x-1)(x+1)}", 1),
         ("$18", "18 dollars", 1),
+        ("\\$18.90", "\\boxed{\\$18.90}", 1),
     ],
 )
 def test_math(gold, completion, right):
@@ -77,6 +79,48 @@ def test_format_matches_all_and_regex_searches():
     texts = ["<think>a\nb</think> c", "well, <think>a</think>", ""]
     assert format_match(None, texts, pattern=pattern) == [1.0, 0.0, 0.0]
     assert regex_search(None, texts, pattern=pattern) == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "text, one",
+    [
+        ("so \\boxed{5}.", 1),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}}", 1),
+        ("\\boxed{\\left\\{ 1, 2 \\right.}", 1),
+        ("\\boxed {5}", 1),
+        ("\\boxed{5} or \\boxed{5}", 0),
+        ("\\boxed{\\boxed{5}}", 0),
+        ("\\boxed{5} or \\boxed 6", 0),
+        ("\\boxed{\\frac{1}{2}", 0),
+        ("\\boxed{5\\}", 0),
+        ("\\boxed 5, that is {5}", 0),
+        ("\\boxed}5{", 0),
+        ("\\boxed", 0),
+        ("\\boxed{ }", 0),
+        ("{5}", 0),
+        ("", 0),
+    ],
+)
+def test_exactly_one_box(text, one):
+    assert one_boxed(None, [text]) == [one]
+
+
+def test_boxed_format_gives_published_solutions_1_but_for_those_with_two_boxes():
+    path = DATA / "math500" / "test.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row["solution"].count("\\boxed") == 2 or "\\$" in row["answer"]] + rows[:40]
+    choice = OmegaConf.load(Path(__file__).parents[2] / "configs" / "reward" / "boxed_format.yaml")
+    rewards = build_rewards({name: RewardConfig(**options) for name, options in choice.items()})
+    texts = [row["solution"] for row in rows] + ["It is \\boxed{-17}.", "It is -17."]
+    answers = [row["answer"] for row in rows] + ["2", "2"]
+    scores = rewards.score(["p"] * len(texts), texts, [None] * len(texts), {"answer": answers})
+    rewards.close()
+    boxes = [text.count("\\boxed") for text in texts[:-2]]
+    assert boxes.count(2) == 8 and boxes.count(1) >= 40
+    expected = [1.0 if count == 1 else 0.8 for count in boxes] + [0.2, 0.0]
+    assert scores.total.tolist() == pytest.approx(expected)
 
 
 def test_length():
