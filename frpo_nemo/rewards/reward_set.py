@@ -21,7 +21,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target
 from frpo_nemo.rewards.pool import WorkerPool
 
-ALWAYS_ISOLATED = ("math",)  # may hang on ordinary input
+ALWAYS_ISOLATED = ("math", "code")  # may hang on ordinary input; waits for programs, several at a time
 PROVIDED_COLUMNS = ("task", "response_tokens")  # by training, beside those of the data
 
 
@@ -159,12 +159,23 @@ def _check_arguments(config, columns: list[str] | None) -> None:
         target = target.__call__
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
         raise ConfigError(f"{config.target} must take (prompts, completions, **columns): it has no **columns")
-    if config.target in BUILT_IN and "column" in parameters:
-        needed.append(args.get("column", parameters["column"].default))
+    if config.target in BUILT_IN:
+        named = [args.get(name, p.default) for name, p in parameters.items() if name.endswith("column")]
+        needed += [column for column in named if column is not None]
     if columns is not None:
         _check_columns(config.target, needed, sorted({*columns, *PROVIDED_COLUMNS}))
     if config.target in BUILT_IN:
         _try_empty(config.target, args, needed)
+    if config.target == "code":
+        _check_clock(config.timeout, args.get("seconds", parameters["seconds"].default))
+
+
+def _check_clock(timeout: float, seconds: float) -> None:
+    """A reward that scores 0 after `seconds` has to come to it before the pool gives the response up as unscored."""
+    if timeout < seconds + 5:
+        raise ConfigError(
+            f"timeout={timeout} must be at least 5 s above args.seconds={seconds}, or what hangs is unscored"
+        )
 
 
 def _named_parameters(target: Callable) -> dict[str, inspect.Parameter]:
@@ -188,6 +199,8 @@ def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> None:
     """A call without responses: a built-in reward checks its own arguments."""
     try:
         bind(target, args)([], [], {name: [] for name in (*needed, *PROVIDED_COLUMNS)})
+    except ConfigError:
+        raise
     except Exception as problem:
         raise ConfigError(f"{target} refuses its args {args}: {problem}") from problem
 

@@ -1,0 +1,95 @@
+"""The built-in `code` reward: the completion's program against the tests of a data column, in `sandbox.Sandbox`. A
+program that is wrong, hangs, or tries something scores 0; a sandbox that does not start is a failure, never 0."""
+
+from __future__ import annotations
+
+import json
+import marshal
+import re
+import secrets
+from typing import Any
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.rewards.sandbox import Sandbox
+
+_BLOCK = re.compile(r"^```[ \t]*(\w*)(?:[ \t][^\n]*)?\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+class CodeTests:
+    """1 where the program passes all of its tests, else 0; with `partial`, the share that it passes.
+
+    column: the tests of each response, a list or a list as JSON, of either assert statements (MBPP's test_list), run in
+    the namespace of the program, or {"input": stdin, "output": stdout}; {"inputs": [...], "outputs": [...]} (APPS) is
+    the same. setup_column: code to run before each assert statement. seconds: for all tests of a response together.
+    memory_mb: MiB of address space.
+
+    What a program can and cannot do to its verdict: docs/rewards.md. ConfigError where there is no sandbox.
+    """
+
+    def __init__(
+        self,
+        column: str = "tests",
+        setup_column: str | None = None,
+        partial: bool = False,
+        seconds: float = 5.0,
+        memory_mb: int = 1024,
+    ) -> None:
+        if seconds <= 0 or memory_mb < 64:
+            raise ConfigError(f"seconds={seconds} must be above 0 and memory_mb={memory_mb} at least 64")
+        self._column, self._setup_column, self._partial = column, setup_column, partial
+        self._seconds, self._sandbox = seconds, Sandbox(memory_mb)
+
+    def __call__(self, prompts, completions: list[str], **columns) -> list[float]:
+        setups = columns[self._setup_column] if self._setup_column else [""] * len(completions)
+        return [
+            self._score(program_of(completion), _parse_tests(tests), setup)
+            for completion, tests, setup in zip(completions, columns[self._column], setups, strict=True)
+        ]
+
+    def _score(self, program: str, tests: list, setup: str) -> float:
+        if isinstance(tests[0], str):
+            passed = self._passed_asserts(program, tests, setup)
+        else:
+            passed = self._passed_pairs(program, tests)
+        return passed / len(tests) if self._partial else float(passed == len(tests))
+
+    def _passed_asserts(self, program: str, tests: list[str], setup: str) -> int:
+        nonce = secrets.token_hex(16)
+        run = self._sandbox.run(program, self._seconds, tests=marshal.dumps([nonce, setup, tests]))
+        return run.output.split(b"\n")[: len(tests)].count(f"{nonce}1".encode())
+
+    def _passed_pairs(self, program: str, pairs: list[tuple[str, str]]) -> int:
+        passed, left = 0, self._seconds
+        for given, expected in pairs:
+            run = self._sandbox.run(program, left, stdin=given.encode())
+            right = run.exit_code == 0 and _lines(run.output.decode(errors="replace")) == _lines(expected)
+            passed, left = passed + right, left - run.seconds
+            if left <= 0 or not (right or self._partial):
+                break
+        return passed
+
+
+def program_of(completion: str) -> str:
+    """The last block fenced as Python; else the last fenced without a language; else the whole text. A fence that is not
+    closed reaches to the end."""
+    blocks = _BLOCK.findall(completion)
+    python = [program for language, program in blocks if language.lower() in ("python", "python3", "py")]
+    unnamed = [program for language, program in blocks if not language]
+    return (python or unnamed or [completion])[-1]
+
+
+def _parse_tests(value: Any) -> list[str] | list[tuple[str, str]]:
+    tests = json.loads(value) if isinstance(value, str) else value
+    if isinstance(tests, dict):
+        tests = [{"input": i, "output": o} for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
+    if tests and all(isinstance(test, str) for test in tests):
+        return tests
+    pairs = [(test["input"], test["output"]) for test in tests]
+    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise ValueError(f"no tests, or none that are text: {str(value)[:80]!r}")
+    return pairs
+
+
+def _lines(output: str) -> list[str]:
+    """Spaces at the ends of lines and empty lines at the end do not count."""
+    return [line.rstrip() for line in output.rstrip().split("\n")]
