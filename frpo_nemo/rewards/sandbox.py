@@ -4,6 +4,7 @@ and output; a filter of system calls that allows one process. Never without: wha
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import math
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -67,23 +69,19 @@ class Sandbox:
         """Run `program` as a script, or as a module and then `tests` (see `inside.run_tests`), for at most `seconds` of
         time and, over its threads, of processor time, rounded up; the start of the sandbox does not count. Whatever the
         program is, this returns; raises RuntimeError when the sandbox did not start or was ended from outside."""
-        texts = [bpf_filter(), program.encode(errors="replace"), *([] if tests is None else [tests])]
-        stdin, *files = [_memory_file(text) for text in (stdin, *texts)]
+        texts = [stdin, bpf_filter(), program.encode(errors="replace"), *([] if tests is None else [tests])]
         limits = [math.ceil(seconds), self._memory, MAX_THREADS, MAX_OPEN_FILES]
         uid = secrets.randbelow(1 << 30) + (1 << 30) if _is_root() else None  # nobody else's: its threads are counted
-        main = f"{Path(inside.__file__).read_text()}\nmain({uid}, *{limits}, *{files[1:]})"
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_FOR_THE_TRAINER)  # inherited
-        process = subprocess.Popen(
-            [self._bwrap, *_isolation(), "--seccomp", str(files[0]), "--", _python(), "-BSsP", "-c", main],
-            env=ENVIRONMENT,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=files,
-        )
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for file in (stdin, *files):
-            os.close(file)
+        with _memory_files(texts) as (stdin, seccomp, *files), _blocked(SIGNALS_FOR_THE_TRAINER):
+            main = f"{Path(inside.__file__).read_text()}\nmain({uid}, *{limits}, *{files})"
+            process = subprocess.Popen(
+                [self._bwrap, *_isolation(), "--seccomp", str(seccomp), "--", _python(), "-BSsP", "-c", main],
+                env=ENVIRONMENT,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[seccomp, *files],
+            )
         return _watch(process, seconds)
 
 
@@ -142,11 +140,25 @@ def _python() -> str:
     return os.path.realpath(sys.executable)  # that of the virtual environment is a link
 
 
-def _memory_file(content: bytes) -> int:
-    """A descriptor of an unnamed file, at its beginning, that nobody can change any more."""
-    fd = os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-    return fd
+@contextlib.contextmanager
+def _memory_files(contents: list[bytes]) -> Iterator[list[int]]:
+    """A descriptor for each of an unnamed file, at its beginning, that nobody can change any more."""
+    with contextlib.ExitStack() as files:
+        fds = []
+        for content in contents:
+            fds.append(os.memfd_create("sandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            file = files.enter_context(open(fds[-1], "wb"))
+            file.write(content)
+            file.seek(0)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        yield fds
+
+
+@contextlib.contextmanager
+def _blocked(signals: Iterable[int]) -> Iterator[None]:
+    """Blocked here for a moment, and for good in what is started meanwhile."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
