@@ -18,8 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from frpo_nemo.conversion.inputs import Conversion, ConvertRun, check_conversion
 from frpo_nemo.conversion.model_card import model_card
 from frpo_nemo.conversion.verify import verify
-from frpo_nemo.megatron.checkpoint_weights import StoredWeights, write_checkpoint
-from frpo_nemo.megatron.hf_weights.export import write_files
+from frpo_nemo.megatron.checkpoint_weights import MergedWeights, StoredWeights, write_checkpoint
+from frpo_nemo.megatron.hf_weights.export import write_adapter, write_files
 from frpo_nemo.megatron.hf_weights.files import CARD, begin_export, publish_export
 from frpo_nemo.megatron.hf_weights.load import check_checkpoint
 from frpo_nemo.training.hub import is_hub_name
@@ -38,16 +38,25 @@ def convert(cfg: ConvertRun) -> Path:
 
 
 def _to_hugging_face(conversion: Conversion, cfg: ConvertRun) -> None:
-    arch, dtype = conversion.arch, getattr(torch, conversion.dtype)
-    stored = StoredWeights(conversion.checkpoint, arch)
-    card = model_card(conversion.checkpoint, arch)  # first: no mistake in a run's records costs a conversion
+    arch, dtype, lora = conversion.arch, getattr(torch, conversion.dtype), conversion.lora
+    if lora:
+        stored = MergedWeights(conversion.checkpoint, arch, conversion.model)
+    else:
+        stored = StoredWeights(conversion.checkpoint, arch)
+    card = model_card(
+        conversion.checkpoint, arch, adapter=cfg.adapter
+    )  # first: no mistake in a run's records costs a conversion
     temporary = begin_export(conversion.out)
     with _progress(conversion) as advance:
-        stream = _counted(stored.stream(dtype), advance)
-        write_files(stream, arch, conversion.model, temporary, dtype, cfg.max_shard_gb * 1e9)
+        if cfg.adapter:
+            stream = _counted(stored.stream_adapters(dtype), advance)
+            write_adapter(stream, lora["rank"], lora["alpha"], temporary, conversion.base)
+        else:
+            stream = _counted(stored.stream(dtype), advance)
+            write_files(stream, arch, conversion.model, temporary, dtype, cfg.max_shard_gb * 1e9)
     (temporary / CARD).write_text(card)
     if cfg.verify:
-        verify(temporary, conversion.checkpoint, dtype)
+        verify(temporary, conversion.checkpoint, dtype, base=conversion.model if lora else None)
     publish_export(temporary, conversion.out)
 
 

@@ -3,19 +3,22 @@ mistake is told at once."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from frpo_nemo.conversion.model_card import trained_from
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.files import check_replaceable, others
+from frpo_nemo.megatron.hf_weights.files import CARD, check_replaceable, others
 from frpo_nemo.planning.memory import parameters, readable
 from frpo_nemo.training.cli import started_world
 from frpo_nemo.training.config import required
-from frpo_nemo.training.hub import WITHOUT_WEIGHTS, is_hub_name, local_model
+from frpo_nemo.training.hub import FILES, WITHOUT_WEIGHTS, is_hub_name, local_model
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 << 20  # bytes of disk for what is no weight: tokenizers, indices, the headers of chunks
@@ -30,6 +33,7 @@ class ConvertRun:
     out: str = required("runs/first/hf_best")
     checkpoint: str = "newest"  # which of a run directory: newest or best
     base: str | None = None  # configuration and tokenizer; None: what the checkpoint was trained from
+    adapter: bool = False  # of a run with adapters: these alone, in PEFT's format, instead of the merged model
     dtype: str | None = None  # of the weights; None: what config.json names
     max_shard_gb: float = 5.0  # of 10^9 bytes
     verify: bool = False
@@ -38,10 +42,13 @@ class ConvertRun:
 @dataclass(frozen=True)
 class Conversion:
     """What a ConvertRun comes to. checkpoint: the input, or None when `model` is. model: the directory in Hugging Face
-    format that is converted, or that gives configuration and tokenizer."""
+    format that is converted, or that gives configuration and tokenizer, and to adapters (`lora`: their record) the frozen
+    weights. base: its name."""
 
     checkpoint: Path | None
     model: Path
+    base: str
+    lora: dict[str, Any] | None
     arch: Architecture
     dtype: str
     out: Path
@@ -57,7 +64,12 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
     _check_options(cfg)
     out = _out(cfg)
     checkpoint = _checkpoint(cfg)
-    model = Path(local_model(cfg.input, download=True) if checkpoint is None else _base(cfg, checkpoint))
+    lora = None if checkpoint is None else checkpoint_files.read(checkpoint).get("lora")
+    if cfg.adapter and lora is None:
+        raise ConfigError(f"adapter=true, but input={cfg.input} holds no adapters.")
+    base = cfg.input if checkpoint is None else _base(cfg, checkpoint)
+    files = FILES if checkpoint is None or lora else WITHOUT_WEIGHTS
+    model = Path(local_model(base, download=True, files=files))
     arch = Architecture.from_hf(model)
     if checkpoint is None:
         _check_replaceable_checkpoint(out)
@@ -66,9 +78,11 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
             f"{checkpoint} is of another model than base={model}: {', '.join(differing)}; give the one that it was "
             "trained from."
         )
+    elif cfg.adapter:
+        _check_replaceable_adapter(out)
     else:
         check_replaceable(model, out)
-    conversion = Conversion(checkpoint, model, arch, cfg.dtype or arch.dtype or "float32", out)
+    conversion = Conversion(checkpoint, model, base, lora, arch, cfg.dtype or arch.dtype or "float32", out)
     _check_disk(conversion)
     return conversion
 
@@ -80,6 +94,10 @@ def _check_options(cfg: ConvertRun) -> None:
         raise ConfigError(f"checkpoint={cfg.checkpoint} must be newest or best.")
     if cfg.dtype is not None and cfg.dtype not in ITEM_BYTES:
         raise ConfigError(f"dtype={cfg.dtype} must be {', '.join(ITEM_BYTES)} or null.")
+    if cfg.adapter and cfg.verify and importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            "verify=true loads an adapter (adapter=true) with peft, which is not installed; pip install peft."
+        )
     if not cfg.max_shard_gb > 0:
         raise ConfigError(f"max_shard_gb={cfg.max_shard_gb} must be above 0.")
 
@@ -113,7 +131,7 @@ def _base(cfg: ConvertRun, checkpoint: Path) -> str:
             f"{named} is no directory (working directory: {Path.cwd()}); name by base= the model that gives configuration "
             "and tokenizer."
         )
-    return local_model(base, download=True, files=WITHOUT_WEIGHTS)
+    return base
 
 
 def _out(cfg: ConvertRun) -> Path:
@@ -135,6 +153,13 @@ def _check_replaceable_checkpoint(out: Path) -> None:
         raise ConfigError(
             f"out={out} exists and is not an earlier conversion alone: {other[0]} in it is of another origin and would be "
             "lost; choose another directory or remove it."
+        )
+
+
+def _check_replaceable_adapter(out: Path) -> None:
+    if out.exists() and others(out, (PEFT_CONFIG, PEFT_WEIGHTS, CARD)):
+        raise ConfigError(
+            f"out={out} exists and is not an earlier adapter alone; choose another directory or remove it."
         )
 
 

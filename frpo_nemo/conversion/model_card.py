@@ -40,12 +40,13 @@ def trained_from(checkpoint: Path) -> str | None:
     return path
 
 
-def model_card(checkpoint: Path, arch: Architecture) -> str:
+def model_card(checkpoint: Path, arch: Architecture, *, adapter: bool = False) -> str:
     """The README.md of `checkpoint` in Hugging Face format, as far as there is a run around it to tell from. Of absolute
-    paths it has the last part: it is for others, who need not know whose directories those are."""
+    paths it has the last part: it is for others, who need not know whose directories those are. adapter: of PEFT's
+    directory with the checkpoint's adapters alone."""
     record, config, run_dir = checkpoint_files.read(checkpoint), _config(checkpoint), _run_dir(checkpoint)
     origin = trained_from(checkpoint)
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     if origin and is_hub_name(origin):
         front["base_model"] = origin
     parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---"]

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron import checkpoint as checkpoints
-from frpo_nemo.megatron import distributed
+from frpo_nemo.megatron import checkpoint_files, distributed
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.adapter_files import PEFT_CONFIG
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.rollout.verify import GAP_LIMITS, logprob_gap
-from frpo_nemo.training.config import ModelConfig
+from frpo_nemo.training.config import LoRAConfig, ModelConfig
 
 LENGTHS = (2, 17, 64, 256)  # tokens of the sequences
 
@@ -27,14 +28,16 @@ class VerificationError(RuntimeError):
     """What was converted does not compute what the input computes."""
 
 
-def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
+def verify(model: Path, checkpoint: Path, dtype: torch.dtype, base: Path | None = None) -> None:
     """Compare the log-probs of random tokens under `model` (Hugging Face) and `checkpoint`, and print the difference.
-    Raises VerificationError when it is larger than rounding explains (GAP_LIMITS).
+    Raises VerificationError when it is larger than rounding explains (GAP_LIMITS). base: of a checkpoint of adapters, the
+    model that they were trained on; `model` is then the merged model or PEFT's directory.
 
     dtype: what was written. bfloat16 computes in bfloat16, everything else in float32, from weights that are rounded
-    to `dtype` on both sides: the input may hold more digits than were asked for.
+    to `dtype` on both sides: the input may hold more digits than were asked for. Adapters are not merged in the checkpoint,
+    and so not rounded as their sum is: anything but float32 may then differ as bfloat16 may.
     """
-    arch = Architecture.from_hf(model)
+    arch = Architecture.from_hf(base or model)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     generator = torch.Generator().manual_seed(0)
     longest = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
@@ -42,14 +45,15 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
     sequences = [torch.randint(arch.vocab_size, (length,), generator=generator) for length in lengths]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own calls
-        expected = _transformers(model, sequences, precision, dtype)
-        found = _megatron(model, checkpoint, sequences, precision, dtype)
+        expected = _transformers(model, sequences, precision, dtype, base)
+        found = _megatron(base or model, checkpoint, sequences, precision, dtype)
     mean, largest = logprob_gap(found, expected)
-    statistic, limit = GAP_LIMITS[precision]
+    rounding = "bf16" if base and dtype != torch.float32 else precision
+    statistic, limit = GAP_LIMITS[rounding]
     value = mean if statistic == "mean" else largest
     line = (
         f"log-probs of {len(found)} tokens: transformers and Megatron differ by {largest:.2e} at most and {mean:.2e} on "
-        f"average ({precision}: the {statistic} may be {limit:g})"
+        f"average ({rounding}: the {statistic} may be {limit:g})"
     )
     if not value <= limit:
         raise VerificationError(f"{line}: the conversion is wrong. What there is of it: {model} and {checkpoint}.")
@@ -57,14 +61,20 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _transformers(model: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype) -> torch.Tensor:
+def _transformers(
+    model: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype, base: Path | None
+) -> torch.Tensor:
     """Log-probs fp32 of all tokens but the first of each sequence."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False).eval()
+    is_adapter = (model / PEFT_CONFIG).is_file()
+    source = base if is_adapter else model
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False).eval()
+    if is_adapter:
+        reference = _with_adapter(reference, model)
     _round(reference, rounded_to)
     out = []
     for tokens in sequences:
@@ -73,17 +83,26 @@ def _transformers(model: Path, sequences: list[torch.Tensor], precision: str, ro
     return torch.cat(out)
 
 
+def _with_adapter(reference: torch.nn.Module, adapter: Path) -> torch.nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(reference, adapter, autocast_adapter_dtype=False).eval()
+
+
 def _megatron(
     model: Path, checkpoint: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype
 ) -> torch.Tensor:
     """The same from the checkpoint, by the actor that trains."""
-    config = ModelConfig(path=str(model), precision=precision)
+    lora = checkpoint_files.read(checkpoint).get("lora") or {"rank": 0, "alpha": 1.0}
+    adapters = LoRAConfig(rank=lora["rank"], alpha=lora["alpha"])
+    config = ModelConfig(path=str(model), precision=precision, lora=adapters)
     distributed.start_world()
     distributed.start_model_parallel(config, seed=1)
     actor = PolicyActor(config, None, microbatch_tokens=sum(map(len, sequences)))
     with torch.no_grad():
-        for parameter in actor.gpt.parameters():
-            parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
+        for name, parameter in actor.gpt.named_parameters():
+            if not lora["rank"] or ".lora." in name:
+                parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
     checkpoints.load(checkpoint, actor)
     _round(actor.gpt, rounded_to)
     lists = [tokens.tolist() for tokens in sequences]

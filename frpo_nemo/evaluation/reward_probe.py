@@ -14,7 +14,7 @@ from frpo_nemo.data.sources import check_source
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
-from frpo_nemo.training.config import EngineConfig, ModelConfig, RewardConfig, SourceConfig
+from frpo_nemo.training.config import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 
@@ -101,9 +101,13 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     from frpo_nemo.megatron.hf_weights.export import save_hf
     from frpo_nemo.training.hub import local_model
 
-    checkpoint_files.read(checkpoint)  # a ConfigError for what is none of ours
+    lora = checkpoint_files.read(checkpoint).get("lora") or {"rank": 0, "alpha": 1.0}
     run = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
-    model = ModelConfig(path=str(local_model(run.model.path, download=False)), precision=run.model.precision)
+    model = ModelConfig(
+        path=str(local_model(run.model.path, download=False)),
+        precision=run.model.precision,
+        lora=LoRAConfig(rank=lora["rank"], alpha=lora["alpha"]),
+    )
     distributed.start_world()
     distributed.start_model_parallel(model, seed=1)
     actor = PolicyActor(model, None, microbatch_tokens=1)

@@ -60,16 +60,16 @@ def digest(path: str | Path) -> str:
     return found.hexdigest()
 
 
-def peft_config(model, base: str | Path) -> str:
+def peft_config(rank: int, alpha: float, base: str | Path) -> str:
     """adapter_config.json of PEFT. `base`: the model to put the adapter on."""
     modules = [name.split(".")[-3] for row in ADAPTERS for name in row.hugging_face if "lora_A" in name]
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": os.fspath(base),
-        "r": model.lora.rank,
-        "lora_alpha": model.lora.alpha,
-        "lora_dropout": model.lora.dropout,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
         "target_modules": modules,
         "bias": "none",
         "inference_mode": True,

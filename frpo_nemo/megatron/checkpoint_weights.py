@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,12 +38,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron import adapter_files
 from frpo_nemo.megatron import checkpoint as checkpoints
 from frpo_nemo.megatron import checkpoint_files as files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.export import assemble
-from frpo_nemo.megatron.hf_weights.load import read_weight
-from frpo_nemo.megatron.hf_weights.table import Layout, Weight, weights
+from frpo_nemo.megatron.hf_weights.load import check_checkpoint, read_weight
+from frpo_nemo.megatron.hf_weights.table import Layout, Weight, adapter_weights, weights
+from frpo_nemo.megatron.lora import membership, merge
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -55,12 +57,13 @@ class StoredWeights:
     else is read before `stream`.
     """
 
-    def __init__(self, checkpoint: str | Path, arch: Architecture):
+    def __init__(self, checkpoint: str | Path, arch: Architecture, table: Sequence[Weight] | None = None):
+        """table: what to read of it; None: all weights of the model."""
         self._path, self._arch = Path(checkpoint), arch
         self._metadata = checkpoints.read_metadata(checkpoint)
         self._reader = torch_checkpoint.FileSystemReader(checkpoint)
         self._reader.set_up_storage_reader(self._metadata, True)
-        self._pieces = [(weight, self._find(weight)) for weight in weights(arch, Layout())]
+        self._pieces = [(weight, self._find(weight)) for weight in table or weights(arch, Layout())]
         self._check_files({piece.storage_index for _, pieces in self._pieces for piece in pieces})
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -68,8 +71,13 @@ class StoredWeights:
         caller keeps: the largest weight in `dtype`, and once more in `dtype` or as it is stored, whichever is larger.
         Raises ConfigError when a weight does not fit into float16, or a chunk is not the plain tensor that the index
         promises; nothing that is read can run code."""
+        for weight, whole in self.read(dtype):
+            yield from assemble(weight, whole.view(1, -1))
+
+    def read(self, dtype: torch.dtype) -> Iterator[tuple[Weight, Tensor]]:
+        """The same, each weight [*shard_shape] as the table without tensor parallelism has it."""
         for weight, pieces in self._pieces:
-            yield from assemble(weight, self._read(weight, pieces, dtype).view(1, -1))
+            yield weight, self._read(weight, pieces, dtype)
 
     def _find(self, weight: Weight) -> list[ReadItem]:
         """Which parts of which chunks make up a weight."""
@@ -131,6 +139,40 @@ class _Into(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
+
+
+class MergedWeights:
+    """The weights of a model with the updates of a checkpoint of its adapters. Streams as StoredWeights does; memory is the
+    same, and a weight and its update in fp32."""
+
+    def __init__(self, checkpoint: str | Path, arch: Architecture, base: str | Path):
+        """base: the directory, in Hugging Face format, of the model that the adapters were trained on. Raises ConfigError
+        when it is another one, or when either is not whole."""
+        self._record = files.read(checkpoint)["lora"]
+        if self._record["base"] != adapter_files.digest(base):
+            raise ConfigError(
+                f"{checkpoint} holds adapters of a base whose weights are not those in {base}; name the right one by base=."
+            )
+        self._base, self._arch = check_checkpoint(arch, base), arch
+        self._adapters = StoredWeights(checkpoint, arch, adapter_weights(arch, Layout(), self._record["rank"]))
+
+    def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order."""
+        adapters = (
+            value for _, value in self._adapters.read(torch.float32)
+        )  # A and B of each layer, in the table's order
+        for weight in weights(self._arch, Layout()):
+            whole = read_weight(weight, self._base, torch.float32 if weight.is_linear_layer else dtype)
+            if weight.is_linear_layer:
+                a, b = next(adapters), next(adapters)
+                member = membership(weight, 0) if len(weight.hugging_face) > 1 else None
+                whole = merge(whole, a, b, member, self._record["alpha"] / self._record["rank"]).to(dtype)
+            _check_range(weight, whole)
+            yield from assemble(weight, whole.view(1, -1))
+
+    def stream_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(PEFT's name, new tensor in `dtype`) for every A and B."""
+        return self._adapters.stream(dtype)
 
 
 def write_checkpoint(

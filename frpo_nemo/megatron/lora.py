@@ -48,7 +48,10 @@ class Adapter(torch.nn.Module):
         self.enabled = True
         self.a = torch.nn.Parameter(torch.empty(fused * lora.rank, columns, dtype=dtype))
         self.b = torch.nn.Parameter(torch.empty(rows, lora.rank, dtype=dtype))
-        self.register_buffer("member", _membership(weight, dtype) if fused > 1 else None, persistent=False)
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.register_buffer(
+            "member", membership(weight, tensor_rank).to(dtype) if fused > 1 else None, persistent=False
+        )
         # Under sequence parallelism each rank sees a part of the tokens where the parameter is replicated: a sum is owed.
         replicated = self.b if self.row_parallel else self.a
         replicated.sequence_parallel = config.sequence_parallel
@@ -68,19 +71,12 @@ class Adapter(torch.nn.Module):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        return F.linear(hidden, self._wide_b(self.b)) * self.scale
+        return F.linear(hidden, _wide(self.b, self.member)) * self.scale
 
     @torch.no_grad()
     def merge(self, weight: Tensor) -> Tensor:
         """This rank's shard of W + alpha / rank * B A [rows, columns], computed in fp32, in the dtype of `weight`."""
-        update = self._wide_b(self.b.float()) @ self.a.float()
-        return update.mul_(self.scale).add_(weight).to(weight.dtype)
-
-    def _wide_b(self, b: Tensor) -> Tensor:
-        """[rows, S * rank]: zero where a row and an A are of different matrices, so that one product serves all."""
-        if self.member is None:
-            return b
-        return (self.member.to(b.dtype)[:, :, None] * b[:, None, :]).flatten(1)
+        return merge(weight, self.a, self.b, self.member, self.scale)
 
     def _drop(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0:
@@ -163,14 +159,24 @@ def _with_plain_strides(grad: Tensor) -> Tensor:
     return grad.flatten(0, 1).unsqueeze(1)
 
 
-def _membership(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """1 where a row of this rank's shard belongs to one of the fused matrices: [rows, S]."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    member = torch.zeros(weight.shard_shape[0], len(weight.hugging_face), dtype=dtype)
+def merge(weight: Tensor, a: Tensor, b: Tensor, member: Tensor | None, scale: float) -> Tensor:
+    """A shard of W with its update, computed in fp32, in the dtype of `weight`. Shapes as in Adapter; member [rows, S] is
+    None where nothing is fused."""
+    return (_wide(b.float(), member) @ a.float()).mul_(scale).add_(weight).to(weight.dtype)
+
+
+def membership(weight: Weight, tensor_rank: int) -> Tensor:
+    """1 where a row of a tensor rank's shard belongs to one of the fused matrices: [rows, S]."""
+    member = torch.zeros(weight.shard_shape[0], len(weight.hugging_face))
     for run in weight.runs:
-        if run.rank == rank:
+        if run.rank == tensor_rank:
             member[run.offset : run.offset + run.length, run.source] = 1
     return member
+
+
+def _wide(b: Tensor, member: Tensor | None) -> Tensor:
+    """B [rows, S * rank]: zero where a row and an A are of different matrices, so that one product serves all."""
+    return b if member is None else (member.to(b.dtype)[:, :, None] * b[:, None, :]).flatten(1)
 
 
 def _initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:

@@ -183,7 +183,7 @@ class Run:
             out = self.dir / "hf"
             save_hf(actor.gpt, actor.arch, model.path, out)
             if model.lora.rank:
-                save_adapter(actor.gpt, actor.arch, model, self.dir / "adapter", base=self._as_given["model"]["path"])
+                save_adapter(actor.gpt, actor.arch, model.lora, self.dir / "adapter", base=self._as_given["model"]["path"])
         self.say(f"model exported to {out}")
         return out
 

@@ -16,9 +16,11 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.megatron.hf_weights.export import save_hf
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
+from frpo_nemo.megatron.hf_weights.binding import bind_adapters
+from frpo_nemo.megatron.hf_weights.export import save_adapter, save_hf
+from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 
+LORA = LoRAConfig(rank=4, alpha=6.0)
 SHARD_BYTES = 300_000
 SCORE = 0.25
 
@@ -39,6 +41,18 @@ def save_both(path: str, run_dir: str, *, step: int = 1, **layout) -> None:
             parameter.mul_(1 + step / 8)  # every copy of a replicated or tied weight alike
     checkpoint.save(run_dir, actor, {}, step=step, seed=7, score=SCORE - step)
     save_hf(actor.gpt, actor.arch, path, Path(run_dir) / "live", max_shard_bytes=SHARD_BYTES)
+
+
+def save_adapters(path: str, run_dir: str, **layout) -> None:
+    """A checkpoint of adapters, and by `save_hf` and `save_adapter` the same in run_dir/live and run_dir/adapter."""
+    actor = actor_of(path, lora=LORA, **layout)
+    with torch.no_grad():
+        for binding in bind_adapters(actor.gpt, actor.arch):
+            if binding.parameter is not None and binding.parameter is binding.layer.b:
+                binding.parameter.fill_(0.05).mul_(binding.parameter.shape[0] % 7 + 1)
+    checkpoint.save(run_dir, actor, {}, step=1, seed=7)
+    save_hf(actor.gpt, actor.arch, path, Path(run_dir) / "live", max_shard_bytes=SHARD_BYTES)
+    save_adapter(actor.gpt, actor.arch, LORA, Path(run_dir) / "adapter", base=path)
 
 
 def save_trained(path: str, run_dir: str) -> None:

@@ -105,6 +105,31 @@ def test_a_weight_that_float16_cannot_hold_is_named(model, tmp_path):
     assert not (tmp_path / "half").exists()
 
 
+# -- adapters
+
+
+@pytest.mark.parametrize("family, world, layout", [("qwen2", 4, dict(tp=2, pp=2)), ("llama", 4, dict(tp=4))])
+def test_adapters_are_merged_or_written_for_peft_bit_for_bit_as_from_the_live_model(
+    workers, tmp_path, family, world, layout
+):
+    base, run = make_tiny(tmp_path / "base", family), tmp_path / "run"
+    workers.run(world, checks.save_adapters, path=base, run_dir=str(run), **layout)
+    source = dict(input=str(checkpoint_files.newest(run)), base=base)
+    merged = convert(ConvertRun(**source, out=str(tmp_path / "merged"), max_shard_gb=SHARD_GB))
+    assert weights_files(merged) == weights_files(run / "live")
+    alone = convert(ConvertRun(**source, out=str(tmp_path / "alone"), adapter=True))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (alone / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    other = make_tiny(tmp_path / "other", family, seed=1)
+    with pytest.raises(ConfigError, match="holds adapters of a base whose weights are not those in .*other"):
+        convert(ConvertRun(**source | {"base": other}, out=str(tmp_path / "wrong")))
+
+
+def test_a_checkpoint_without_adapters_gives_none(model, converted, tmp_path):
+    with pytest.raises(ConfigError, match="adapter=true, but input=.* holds no adapters"):
+        convert(ConvertRun(input=str(converted), base=model, out=str(tmp_path / "out"), adapter=True))
+
+
 # -- what a converted checkpoint is good for
 
 

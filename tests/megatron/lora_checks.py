@@ -74,5 +74,5 @@ def export_trained(path: str, lora: LoRAConfig, out: str, **layout) -> torch.Ten
     """Train, write PEFT's directory `out`; returns the policy's log-probs of the example's responses."""
     actor = make_actor(path, lora=lora, **layout)
     train(actor, range(3))
-    save_adapter(actor.gpt, actor.arch, actor.config, out, base=path)
+    save_adapter(actor.gpt, actor.arch, lora, out, base=path)
     return actor.get_inference_log_probs(example_batch())

@@ -163,18 +163,26 @@ def save_hf(
     dist.barrier()
 
 
-def save_adapter(model: torch.nn.Module, arch: Architecture, config, out_path: str | Path, *, base: str | Path) -> None:
+def save_adapter(model: torch.nn.Module, arch: Architecture, lora, out_path: str | Path, *, base: str | Path) -> None:
     """Write the adapters to the directory `out_path`, which PEFT loads onto `base`. Every rank calls this; it appears whole,
-    and replaces an earlier one. `config`: a ModelConfig."""
+    and replaces an earlier one. `lora`: a LoRAConfig."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        tensors = {f"{adapter_files.PEFT_PREFIX}{name}": t.cpu() for name, t in stream_adapters(model, arch)}
+        stream = stream_adapters(model, arch)
         if parallel_state.get_model_parallel_group().rank() == 0:
-            out = Path(out_path)
-            temporary = begin_export(out)
-            save_file(tensors, temporary / adapter_files.PEFT_WEIGHTS, {"format": "pt"})
-            (temporary / adapter_files.PEFT_CONFIG).write_text(adapter_files.peft_config(config, base))
-            publish_export(temporary, out)
+            temporary = begin_export(Path(out_path))
+            write_adapter(stream, lora.rank, lora.alpha, temporary, base)
+            publish_export(temporary, Path(out_path))
+        else:
+            for _ in stream:
+                pass
     dist.barrier()
+
+
+def write_adapter(stream: Iterator, rank: int, alpha: float, directory: Path, base: str | Path) -> None:
+    """Write PEFT's files of the adapters of `stream` (as `stream_adapters` yields them) to `directory`."""
+    tensors = {f"{adapter_files.PEFT_PREFIX}{name}": tensor.cpu() for name, tensor in stream}
+    save_file(tensors, directory / adapter_files.PEFT_WEIGHTS, {"format": "pt"})
+    (directory / adapter_files.PEFT_CONFIG).write_text(adapter_files.peft_config(rank, alpha, base))
 
 
 def _write(stream: Iterator, arch: Architecture, source: Path, out: Path, dtype: torch.dtype, max_bytes: float) -> None:
