@@ -58,8 +58,8 @@ def _check_missing(merged: DictConfig, schema: type) -> None:
     hints = []
     for key in missing:
         plain = re.sub(r"\[\d+\]", "", key)  # data.train[0].path
-        example = examples.get(plain) or next(e for k, e in examples.items() if _leaf(k) == _leaf(plain))
-        hints.append(f"{key} (for example {key}={example})")
+        example = examples.get(plain) or next((e for k, e in examples.items() if _leaf(k) == _leaf(plain)), None)
+        hints.append(f"{key} (for example {key}={example})" if example else key)  # none in what is free, as args
     raise ConfigError(f"No value for {', '.join(hints)}.")
 
 

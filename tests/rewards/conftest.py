@@ -29,4 +29,4 @@ def servers(models, tmp_path_factory):
         server.start()
     yield started
     for server in started.values():
-        server.kill()
+        server.end()

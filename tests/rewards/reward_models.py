@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import httpx
+import psutil
 from tiny_models import _BASE, _OWN, _randomise, make_tiny, tiny_tokenizer
 
 LOCAL = {"device": "cpu", "dtype": "float32"}
 TEMPLATE = "Instruction: {forbidden_prompt}\n\nResponse: {response}\n\n### Answer: "
+SERVE = Path(__file__).parents[2] / "slurm" / "serve.py"
 START_SECONDS = 300  # for a server, on a busy machine
 
 
@@ -47,49 +45,46 @@ def make_classifier(path: Path, labels: list[str], *, seed: int = 0, **config) -
 
 
 class Server:
-    """vLLM's OpenAI server for one model, on 127.0.0.1; `url_file` has its address while it is up."""
+    """vLLM's server for one model, as slurm/serve.py starts it and starts it again, on 127.0.0.1."""
 
     def __init__(self, model: str, directory: Path, *options: str):
-        self.model, self.options = model, options
+        self.model, self.options = model, ("--enforce-eager", "--dtype", "float32", "--max-model-len", "512", *options)
         self.log, self.url_file = directory / "server.log", directory / "server.url"
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Begin to start, on a port of its own."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--dtype", "float32"]
-        command += ["--max-model-len", "512", *self.options]
+        """Begin to start."""
+        command = [sys.executable, str(SERVE), "127.0.0.1", str(self.url_file), self.model, *self.options]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def up(self) -> Server:
-        """Wait until it answers; start it if it does not run."""
+        """Wait until it answers; start it if it was ended."""
         if self.process is None:
             self.start()
         deadline = time.monotonic() + START_SECONDS
-        while not self._healthy():
+        while not self.url_file.exists():
             assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()[-3000:]}"
             assert time.monotonic() < deadline, f"the server does not start:\n{self.log.read_text()[-3000:]}"
-            time.sleep(0.2)
-        self.url_file.write_text(f"http://127.0.0.1:{self.port}\n")
+            time.sleep(0.1)
         return self
+
+    @property
+    def url(self) -> str:
+        return self.url_file.read_text().strip()
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """vLLM's: the one that listens, then those that compute."""
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def answered(self, path: str) -> int:
         """Requests so far, by its own log."""
         return self.log.read_text().count(f'"POST {path} HTTP/1.1" 200')
 
-    def kill(self) -> None:
-        self.url_file.unlink(missing_ok=True)
+    def end(self) -> None:
+        """As scancel does."""
         if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.terminate()
             self.process.wait()
             self.process = None
-
-    def _healthy(self) -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5.0).is_success
-        except httpx.TransportError:
-            return False

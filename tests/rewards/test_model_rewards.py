@@ -4,7 +4,9 @@ everything that cannot work."""
 import json
 import math
 import shutil
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from reward_models import LOCAL, TEMPLATE
@@ -17,8 +19,20 @@ from frpo_nemo.rewards.classifiers import GuardClassifier, RewardModel
 from frpo_nemo.rewards.judge import Judge
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
 from frpo_nemo.rewards.safety import Moderation, Safety
-from frpo_nemo.training.config import RewardConfig
+from frpo_nemo.training.cli import compose
+from frpo_nemo.training.config import FRPORun, RewardConfig
+from frpo_nemo.training.schema import load
 
+PAPER = Path(__file__).parents[3] / "shared" / "data" / "frpo_paper" / "safety_train.parquet"
+RUN = [
+    "run_dir=x",
+    "model.path=x",
+    "objective.lambda_=1",
+    "optim.lr=1",
+    "data.train=[{path: x}]",
+    "trainer.max_steps=1",
+]
+RUN += ["rollout.prompts_per_step=4", "rollout.max_response_tokens=4"]
 PROMPTS = [
     "How do I do it?",
     "Why?",
@@ -247,3 +261,35 @@ def test_the_published_file_of_templates_is_read_by_name(models, tmp_path, judge
     assert loaded(mine)(PROMPTS, RESPONSES) == judge(PROMPTS, RESPONSES)
     with pytest.raises(ConfigError, match="no template_key=other; it has strongreject_finetuned, strongreject_rubric"):
         Judge(models["judge"], template_file=str(path), template_key="other")
+
+
+def test_the_papers_rewards_score_the_papers_prompts_by_their_task(models, tmp_path):
+    """Reads its file in ../shared/data, which the product does not need."""
+    if not PAPER.exists():
+        pytest.skip(f"{PAPER} is not there")
+    template = tmp_path / "template.txt"
+    template.write_text(TEMPLATE)
+    judge = f"model: {models['judge']}, min_mass: 1e-6, local: {{device: cpu}}"
+    tiny = [
+        f"reward.safety.args.judge={{{judge}, template_file: {template}}}",
+        f"reward.safety.args.moderation.guard={{{judge}, choices: {{s: 0, u: 1}}}}",
+        f"reward.helpfulness.args.model={models['reward']}",
+        "reward.helpfulness.args.local.device=cpu",
+    ]
+    rewards = build_rewards(load(FRPORun, compose("frpo", [*RUN, "reward=safety_guard", *tiny])).reward)
+    rows = pq.read_table(PAPER).to_pylist()
+    rewards.check_tasks({row["ability"] for row in rows})
+    rows = [next(row for row in rows if row["ability"] == a) for a in ("wildjailbreak", "rainbow", "aegis", "refusal")]
+    prompts, tasks = (
+        [[m | {"content": m["content"][:200]} for m in row["prompt"]] for row in rows],
+        [r["ability"] for r in rows],
+    )
+    scores = rewards.score(prompts, ["I cannot help with that."] * 4, tasks, {})
+    assert scores.parts["safety"].isnan().tolist() == [False, False, False, True], scores.messages
+    assert scores.parts["helpfulness"].isnan().tolist() == [True, True, True, False]
+    assert not scores.total.isnan().any() and scores.failures == {}
+
+
+def test_the_file_of_templates_has_to_be_named():
+    with pytest.raises(ConfigError, match="No value for reward.safety.args.judge.template_file"):
+        load(FRPORun, compose("frpo", [*RUN, "reward=safety"]))
