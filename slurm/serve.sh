@@ -2,7 +2,7 @@
 # vLLM's server for one model, on a node of its own:  sbatch slurm/serve.sh URL_FILE MODEL [option of vllm serve ...]
 #   sbatch slurm/serve.sh runs/servers/reward.url allenai/Llama-3.1-8B-Instruct-RM-RB2 --revision 2 --runner pooling
 #   sbatch --gpus=2 slurm/serve.sh runs/servers/judge.url models/judge --tensor-parallel-size 2
-# A reward finds it by remote.url=URL_FILE (docs/rewards.md). FRPO_SERVE_HOST: where it listens, if not where Slurm reaches
+# A reward finds it by remote.url=URL_FILE (docs/reward_models.md). FRPO_SERVE_HOST: where it listens, if not where Slurm reaches
 # the node. End it with scancel.
 #SBATCH --job-name=serve
 #SBATCH --nodes=1

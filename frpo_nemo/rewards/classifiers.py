@@ -55,7 +55,7 @@ class Classifier:
 
 
 class RewardModel:
-    """The built-in `reward_model`: sigmoid of the output for the conversation. All arguments: docs/rewards.md."""
+    """The built-in `reward_model`: sigmoid of the output for the conversation. All arguments: docs/reward_models.md."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ TOLERANCE = 0.01  # largest error of a score for which the server did not tell a
 
 class Judge:
     """`choices` are the answers and their values; the score is their mean under the judge's next-token distribution
-    restricted to them, as in strong_reject's strongreject_finetuned. All arguments: docs/rewards.md."""
+    restricted to them, as in strong_reject's strongreject_finetuned. All arguments: docs/reward_models.md."""
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class LocalModel:
         would make up the others."""
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()  # of every rank
         auto_class = getattr(transformers, self._auto_class)
         options = dict(dtype=DTYPES[self._dtype], use_safetensors=True, trust_remote_code=False)
         try:

@@ -18,7 +18,7 @@ GUARD_CHOICES = {"safe": 0.0, "unsafe": 1.0}
 
 class Moderation:
     """The largest category score of a moderation service for the response, or the verdict of a guard model. All arguments:
-    docs/rewards.md."""
+    docs/reward_models.md."""
 
     def __init__(
         self,

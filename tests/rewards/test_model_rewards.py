@@ -12,6 +12,7 @@ import torch
 from reward_models import LOCAL, TEMPLATE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from traps import set_traps
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
@@ -187,6 +188,18 @@ def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
     check_rewards(config)
     with pytest.raises(ConfigError, match="reward.r: model=.* lacks weights: score.weight"):
         build_rewards(config)
+
+
+def test_nothing_beside_a_reward_models_weights_is_run(models, tmp_path):
+    for name, make in (("judge", lambda path: Judge(path, template=TEMPLATE, local=LOCAL)), ("reward", RewardModel)):
+        path = tmp_path / name
+        shutil.copytree(models[name], path)
+        set_traps(path)
+        loaded(make(str(path)))(["Why?"], ["So"])
+        (path / "model.safetensors").unlink()
+        with pytest.raises(ConfigError, match="cannot be read"):
+            loaded(make(str(path)))
+        assert not (path / "sprung").exists()
 
 
 JUDGE = {"template": TEMPLATE}

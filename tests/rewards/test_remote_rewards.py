@@ -97,7 +97,7 @@ def test_moderation_is_the_largest_category_and_a_text_without_one_fails_alone(s
     assert [s if isinstance(s, float) else s.kind for s in scores] == [0.9, "error", 0.1, "error", 0.1]
     assert scores[1].message == "the moderation service gave no category scores"
     assert {header for header, _ in service.seen} == {f"Bearer {KEY}"}
-    assert [len(texts) for _, texts in service.seen][:2] == [3, 2]
+    assert sorted(len(texts) for _, texts in service.seen[:2]) == [2, 3]
 
 
 def test_a_text_that_the_service_refuses_does_not_spoil_those_in_its_request(serve, monkeypatch, caplog, capfd):
