@@ -122,6 +122,11 @@ def check(files: Path, overrides: list[str], config: str = "good", world: int = 
 
 # overrides, what the message must contain[, configuration[, number of processes]]
 BAD_INPUT = [
+    (["model.lora.rank=8", "model.lora.dropout=0.1"], ["model.lora.dropout=0.1", "must be 0 here"]),
+    (["model.lora.dropout=1.0"], ["model.lora.dropout=1.0", "at least 0 and below 1"], "good_sft"),
+    (["model.lora.rank=-1"], ["model.lora.rank=-1", "at least 0"]),
+    (["model.lora.rank=8", "model.lora.alpha=0"], ["model.lora.alpha=0", "above 0"]),
+    (["model.lora.r=8"], ["model.lora.r=8", "valid here are rank, alpha, dropout"]),
     # the command line
     (["optim.lrr=1"], ["optim.lrr=1", "nearest valid key is optim.lr"]),
     (["tensor_model_parallel_size=2"], ["tensor_model_parallel_size=2", "model.tensor_model_parallel_size"]),
