@@ -41,3 +41,11 @@ def test_it_is_used_only_with_a_cuda_device():
 def test_its_layer_normalises_queries_and_keys_where_the_family_does(arch):
     attention = layer_spec(arch, transformer_engine=True).submodules.self_attention.submodules
     assert attention.q_layernorm.__name__ != "IdentityOp" and attention.k_layernorm.__name__ != "IdentityOp"
+
+
+@pytest.mark.skipif(not uses_transformer_engine(), reason="Transformer Engine needs a CUDA device")
+def test_layers_with_adapters_show_their_normalised_input(arch):
+    layer = layer_spec(arch, transformer_engine=True, adapters=True).submodules
+    assert layer.input_layernorm.__name__ == layer.pre_mlp_layernorm.__name__ == "TENorm"
+    for linear in (layer.self_attention.submodules.linear_qkv, layer.mlp.submodules.linear_fc1):
+        assert linear.__name__ == "TEColumnParallelLinear"
