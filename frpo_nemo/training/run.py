@@ -220,13 +220,15 @@ class Run:
         return bool(flag.item())
 
     def _gpu_use(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Peak memory, and the model FLOP/s of training (6 per parameter and token) as a share of the GPUs' bf16 peak."""
+        """Peak memory, and the model FLOP/s of training as a share of the GPUs' bf16 peak: 6 per parameter and token, of
+        which frozen weights leave out the 2 of their gradient."""
         if not torch.cuda.is_available():
             return {}
         values = {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         peak = peak_flops(torch.cuda.get_device_name())
         if peak:
-            values["mfu"] = 6 * parameters(self._actor.arch) * tokens / (seconds * peak * self.world_size)
+            flops = 4 if self.cfg.model.lora.rank else 6
+            values["mfu"] = flops * parameters(self._actor.arch) * tokens / (seconds * peak * self.world_size)
         return values
 
     def _write_description(self) -> None:
