@@ -1,4 +1,4 @@
-"""Make a small random model with a tokenizer, to pre-train with recipes/sft.py.
+"""Make a small random model with a tokenizer, to pre-train with recipes/sft.py, or to stand in for a reward model.
 
     python recipes/new_model.py out=runs/demo/base source=world hidden_size=64 num_layers=2 num_heads=2
     python recipes/new_model.py out=runs/gsm8k/base source=train.jsonl columns=[question,answer]
@@ -38,6 +38,7 @@ class NewModel:
     ffn_hidden_size: int | None = None  # None: 4 * hidden_size
     max_position_embeddings: int = 1024
     tie: bool = False
+    head: str = "lm"  # lm, a language model, or reward, one number per sequence
     seed: int = 0
 
 
@@ -72,6 +73,7 @@ def main() -> None:
             ffn_hidden_size=config.ffn_hidden_size or 4 * config.hidden_size,
             max_position_embeddings=config.max_position_embeddings,
             tie=config.tie,
+            head=config.head,
             seed=config.seed,
         )
         temporary.rename(out)

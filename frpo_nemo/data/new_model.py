@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ FAMILIES = {
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
 }
+HEADS = {"lm": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
 BOS, EOS, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -37,22 +37,25 @@ def new_model(
     ffn_hidden_size: int,
     max_position_embeddings: int = 1024,
     tie: bool = False,
+    head: str = "lm",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a randomly initialised model of `family` and its tokenizer to `out_path` (safetensors). The seed
-    decides every weight; torch's global generator is left as it was. Raises ConfigError on an unknown family,
-    sizes that do not divide, or a tokenizer that transformers does not load for this family."""
-    from transformers import AutoModelForCausalLM
+    """Write a randomly initialised model of `family` and its tokenizer to `out_path` (safetensors). head: lm, a language
+    model, or reward, one number per sequence. The seed decides every weight; torch's global generator is left as it
+    was. Raises ConfigError on an unknown family or head, sizes that do not divide, or a tokenizer that transformers does
+    not load for this family."""
+    import transformers
 
-    if family not in FAMILIES:
-        raise ConfigError(f"family={family} is none of {', '.join(FAMILIES)}")
+    for name, value, known in (("family", family, FAMILIES), ("head", head, HEADS)):
+        if value not in known:
+            raise ConfigError(f"{name}={value} is none of {', '.join(known)}")
     if hidden_size % num_heads or num_heads % num_kv_heads:
         raise ConfigError(
             f"num_heads={num_heads} must divide hidden_size={hidden_size}, "
             f"and num_kv_heads={num_kv_heads} must divide num_heads"
         )
-    config = getattr(importlib.import_module("transformers"), FAMILIES[family])(
+    config = getattr(transformers, FAMILIES[family])(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=ffn_hidden_size,
@@ -66,11 +69,13 @@ def new_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if head == "reward":
+        config.num_labels = 1
     if family == "mistral":
         config.sliding_window = None  # the default is that of Mistral's 7B model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = getattr(transformers, HEADS[head]).from_config(config, dtype=dtype)
     model.save_pretrained(out_path)
     tokenizer.save_pretrained(out_path)
     _check_tokenizer_survives(out_path, tokenizer, family)

@@ -72,6 +72,13 @@ class SourceConfig:
     limit: int | None = None  # the first so many rows
     start: int = 0  # skip so many rows first (a validation set cut from the same file)
     at_least: dict[str, float] | None = None  # of those rows, keep the ones with these values or higher
+    where: dict[str, str] | None = None  # of those rows, keep the ones with just these values
+    holdout: float = 0.0  # share of what is left that is held out, at random
+    holdout_by: str | None = None  # column of which every value gives this share of its rows
+    holdout_seed: int = 1  # which rows; the same for both sides
+    held_out: bool = False  # take the rows that are held out, else the others
+    sample: int | None = None  # of the rows that are left, so many, drawn at random
+    sample_seed: int = 1  # of that draw
     streaming: bool = False  # read up to the last row that is needed, instead of downloading the whole set
 
 

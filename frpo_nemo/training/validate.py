@@ -87,7 +87,7 @@ def validate_frpo(cfg, world_size: int) -> None:
         _check_engine(cfg, arch)
     columns = _check_sources(cfg.data)
     check_rewards(cfg.reward, columns)
-    _check_reward_tasks(cfg.reward, (*cfg.data.train, *cfg.data.validation))
+    check_reward_tasks(cfg.reward, (*cfg.data.train, *cfg.data.validation))
     _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
 
@@ -335,7 +335,7 @@ def _check_probe(cfg, arch: Architecture | None) -> None:
     named = [(f"probe.prompts.{i}", source) for i, source in enumerate(probe.prompts)]
     check_rewards(probe.reward, _check_source_list(named))
     check_apart(probe.prompts, cfg.data.train)
-    _check_reward_tasks(probe.reward, probe.prompts)
+    check_reward_tasks(probe.reward, probe.prompts)
 
 
 def _sources(data) -> list[tuple[str, Any]]:
@@ -359,6 +359,7 @@ def _check_source_list(named: list[tuple[str, Any]]) -> list[str]:
             raise ConfigError(f"{key}.limit={source.limit} must be at least 1, or null for all rows.")
         if source.streaming and source.limit is None:
             raise ConfigError(f"{key}.streaming=true needs {key}.limit, the number of rows to read.")
+        _check_holdout(key, source)
         try:
             columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
         except ConfigError as error:
@@ -366,7 +367,16 @@ def _check_source_list(named: list[tuple[str, Any]]) -> list[str]:
     return list(columns)
 
 
-def _check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any]) -> None:
+def _check_holdout(key: str, source: Any) -> None:
+    if not 0 <= source.holdout < 1:
+        raise ConfigError(f"{key}.holdout={source.holdout} must be at least 0 and below 1.")
+    if source.holdout_seed < 0:
+        raise ConfigError(f"{key}.holdout_seed={source.holdout_seed} must be at least 0.")
+    if not source.holdout and (source.held_out or source.holdout_by is not None):
+        raise ConfigError(f"{key}.held_out and {key}.holdout_by need {key}.holdout above 0, the share to hold out.")
+
+
+def check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any]) -> None:
     """Reads the rows, where tasks decide which reward scores them."""
     if all(reward.tasks is None for reward in rewards.values()):
         return
