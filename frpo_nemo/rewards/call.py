@@ -32,6 +32,7 @@ BUILT_IN = {
     "one_boxed": "frpo_nemo.rewards.builtin.one_boxed",
     "length": "frpo_nemo.rewards.builtin.length_penalty",
     "code": "frpo_nemo.rewards.code.CodeTests",
+    "chat_judge": "frpo_nemo.rewards.chat_judge.ChatJudge",
     "judge": "frpo_nemo.rewards.judge.Judge",
     "moderation": "frpo_nemo.rewards.safety.Moderation",
     "reward_model": "frpo_nemo.rewards.classifiers.RewardModel",

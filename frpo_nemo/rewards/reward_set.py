@@ -161,6 +161,7 @@ def _check_arguments(config, columns: list[str] | None) -> None:
         raise ConfigError(f"{config.target} must take (prompts, completions, **columns): it has no **columns")
     if config.target in BUILT_IN:
         named = [args.get(name, p.default) for name, p in parameters.items() if name.endswith("column")]
+        named += (args.get("columns") or {}).values()
         needed += [column for column in named if column is not None]
     if columns is not None:
         _check_columns(config.target, needed, sorted({*columns, *PROVIDED_COLUMNS}))

@@ -75,7 +75,7 @@ class Safety:
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """A number per response."""
-        verdicts = self._judge(prompts, completions)
+        verdicts = self._judge(prompts, completions, **columns)
         scores = self._moderation(prompts, completions)
         return [_safety(as_outcome(v), as_outcome(s)) for v, s in zip(verdicts, scores, strict=True)]
 

@@ -1,6 +1,7 @@
 """Which rows a run reads: a range of a file, directory or stream, and of that range the ones that are good enough."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from frpo_nemo.training.config import SourceConfig
 # OpenCodeInstruct's way: a score of unit tests, written as text.
 ROWS = [{"input": f"Task {i}.", "output": f"f{i}()", "score": "1" if i % 4 == 0 else "0.5"} for i in range(40)]
 COLUMNS = {"prompt": "input", "completion": "output"}
+HARMBENCH = Path(__file__).parents[3] / "shared" / "data" / "harmbench" / "behaviors_text_test.csv"
 
 
 @pytest.fixture
@@ -70,6 +72,35 @@ def test_rows_need_all_of_at_least_and_a_row_without_a_value_is_not_kept(tmp_pat
     assert [row["prompt"] for row in kept] == ["0", "3"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_sample_is_of_the_rows_that_are_left_in_their_order_and_depends_on_its_seed_alone(directory, streaming):
+    def drawn(**fields):
+        some = dict(start=2, limit=30, at_least={"score": 0.5}, where={"score": "0.5"}, streaming=streaming)
+        return [ROWS.index(row) for row in load_rows(source(directory, **some | fields))]
+
+    left = drawn()
+    assert left == [i for i in range(2, 32) if i % 4]
+    first, again, other = drawn(sample=8), drawn(sample=8), drawn(sample=8, sample_seed=2)
+    assert first == again == sorted(first) and len(set(first)) == 8 and set(first) < set(left)
+    assert other != first and set(other) < set(left)
+    assert drawn(sample=len(left)) == left
+
+
+def test_a_hundred_standard_behaviours_of_harmbench_are_the_same_hundred_everywhere():
+    """Those left out are frozen here: other rows would be another benchmark. Reads its file in ../shared/data, which the
+    product does not need."""
+    if not HARMBENCH.exists():
+        pytest.skip(f"{HARMBENCH} is not there")
+    chosen = dict(prompt="Behavior", where={"FunctionalCategory": "standard"})
+    rows = load_rows(SourceConfig(path=str(HARMBENCH), sample=100, **chosen))
+    assert len({row["BehaviorID"] for row in rows}) == 100
+    assert {row["FunctionalCategory"] for row in rows} == {"standard"}
+    standard = [row["BehaviorID"] for row in load_rows(SourceConfig(path=str(HARMBENCH), **chosen))]
+    assert len(standard) == 159
+    left_out = sorted({*range(159)} - {standard.index(row["BehaviorID"]) for row in rows})
+    assert left_out[:8] == [1, 8, 9, 10, 14, 17, 18, 19]
+
+
 @pytest.mark.parametrize("read", [check_source, load_rows])
 @pytest.mark.parametrize(
     "fields, sentence",
@@ -83,6 +114,10 @@ def test_rows_need_all_of_at_least_and_a_row_without_a_value_is_not_kept(tmp_pat
             "none of the 20 rows read has score of at least 1.5; the highest score is 1",
         ),
         ({"at_least": {"output": 1}}, "at_least.output compares numbers, but the column has 'f0()'"),
+        ({"where": {"quality": "1"}}, "no column 'quality' (where={quality: 1}); its columns: input, output, score"),
+        ({"where": {"score": "2"}}, "none of the 40 rows read has {score: 2}; they have {score: 0.5 or 1}"),
+        ({"where": {"score": "1"}, "sample": 11}, "sample=11 must be between 1 and 10, the number of rows"),
+        ({"sample": 0}, "sample=0 must be between 1 and 40"),
         ({"start": 40}, "has 40 rows: none is left with start=40, limit=None"),
         ({"prompt": "{input}\n{context}"}, "no column 'context' (prompt={input} {context}); its columns: input"),
         ({"completion": "answer"}, "no column 'answer' (completion=answer); its columns: input, output, score"),

@@ -16,11 +16,11 @@ SERVE = Path(__file__).parents[2] / "slurm" / "serve.py"
 START_SECONDS = 300  # for a server, on a busy machine
 
 
-def make_judge(path: Path, seed: int = 0) -> str:
+def make_judge(path: Path, seed: int = 0, **config) -> str:
     """A causal LM, whose tokenizer puts <bos> before a text as Gemma's does."""
     from tokenizers.processors import TemplateProcessing
 
-    make_tiny(path, "llama", layers=2, seed=seed)
+    make_tiny(path, "llama", layers=2, seed=seed, **config)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     bos = ("<bos>", tokenizer.bos_token_id)

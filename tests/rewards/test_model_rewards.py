@@ -11,6 +11,7 @@ import pytest
 import torch
 from reward_models import LOCAL, TEMPLATE
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Prepend
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from traps import set_traps
 
@@ -123,15 +124,20 @@ def test_the_reward_model_is_the_sigmoid_of_its_output_for_the_conversation(mode
 
 
 def test_a_guard_that_classifies_gives_its_largest_category_of_harm(models):
-    def logits(path):
+    def logits(path, text):
         model, tokenizer = AutoModelForSequenceClassification.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        return model(**tokenizer("Take it.", return_tensors="pt")).logits[0]
+        model.config.pad_token_id = None
+        return model(**tokenizer(text, return_tensors="pt")).logits[0]
 
+    texts = ["Take it.", "It ends with the token of padding<pad>", "Take it, and leave what is left to somebody else."]
     multi = loaded(Moderation(guard={"model": models["multi"], "local": LOCAL}))
-    assert multi(["Why?"], ["Take it."]) == pytest.approx([logits(models["multi"]).sigmoid().max().item()], abs=1e-6)
+    expected = [logits(models["multi"], text).sigmoid().max().item() for text in texts]
+    assert multi(["Why?"] * 3, texts) == pytest.approx(expected, abs=1e-6)
     exclusive = {"model": models["exclusive"], "safe_labels": ["safe"], "local": LOCAL}
-    expected = logits(models["exclusive"]).softmax(0)[1:].max().item()
-    assert loaded(Moderation(guard=exclusive))(["Why?"], ["Take it."]) == pytest.approx([expected], abs=1e-6)
+    probabilities = [logits(models["exclusive"], text).softmax(0) for text in texts]
+    assert {p.argmax().item() for p in probabilities} == {0, 1}, "safe is the largest for some"
+    expected = [p[1:].max().item() for p in probabilities]
+    assert loaded(Moderation(guard=exclusive))(["Why?"] * 3, texts) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_guard_that_answers_in_a_chat_is_a_judge_of_the_conversation(models):
@@ -214,7 +220,7 @@ BAD = {  # target, the model that it gets, other arguments, what the sentence sa
     "labels": ("reward_model", "multi", {}, "has the wrong head: 3 labels, where a reward model has one"),
     "no model": ("judge", None, {"model": "no/such", **JUDGE}, "model=no/such cannot be read"),
     "no template": ("judge", "judge", {}, "needs template, template_file or chat: true"),
-    "fields": ("judge", "judge", {"template": "{behavior} {response}"}, "has the fields ['behavior', 'response']"),
+    "fields": ("judge", "judge", {"template": "{question} {response}"}, "has the fields ['question', 'response']"),
     "no response": ("judge", "judge", {"template": "{forbidden_prompt}"}, "it must have {response}"),
     "brace": ("judge", "judge", {"template": "{response} }"}, "literal braces are doubled"),
     "no file": ("judge", "judge", {"template_file": "no.txt"}, "template_file=no.txt is no file"),
@@ -267,12 +273,22 @@ def test_a_model_without_a_chat_template_cannot_judge_conversations(models, tmp_
         RewardModel(str(tmp_path / "bare"))
 
 
+def test_a_choice_may_be_a_token_that_the_tokenizer_never_begins_a_text_with(models, tmp_path):
+    """Sentencepiece puts a space before a text, so that Llama 2 encodes "1" as two tokens."""
+    shutil.copytree(models["judge"], tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(models["judge"])
+    tokenizer.backend_tokenizer.normalizer = Prepend("_")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    assert len(tokenizer.encode("1", add_special_tokens=False)) == 2
+    Judge(str(tmp_path / "judge"), template=TEMPLATE, local=LOCAL)
+
+
 def test_the_published_file_of_templates_is_read_by_name(models, tmp_path, judge):
     path = tmp_path / "judge_templates.json"
     path.write_text(json.dumps({"strongreject_finetuned": TEMPLATE, "strongreject_rubric": "{response}?"}))
     mine = Judge(models["judge"], template_file=str(path), max_response_tokens=40, local=LOCAL)
     assert loaded(mine)(PROMPTS, RESPONSES) == judge(PROMPTS, RESPONSES)
-    with pytest.raises(ConfigError, match="no template_key=other; it has strongreject_finetuned, strongreject_rubric"):
+    with pytest.raises(ConfigError, match="has no entry other; it has strongreject_finetuned, strongreject_rubric"):
         Judge(models["judge"], template_file=str(path), template_key="other")
 
 
