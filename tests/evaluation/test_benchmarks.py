@@ -130,7 +130,7 @@ def test_evalplus_understands_its_command_line(name, dataset, model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def evaluated(model, tmp_path_factory):
+def evaluated(model, tmp_path_factory, request):
     """(finished process, out) of the recipe on local data: two problems of each kind, and one benchmark without data."""
     data = tmp_path_factory.mktemp("data")
     write_lines(data / "math.jsonl", [{"problem": f"{n} + 2?", "solution": f"\\boxed{{{n + 2}}}"} for n in (2, 3)])
@@ -153,7 +153,11 @@ def evaluated(model, tmp_path_factory):
     options = ["backend=hf", "dtype=float32", "batch_size=2", "max_gen_tokens=12", f"include_path={data}"]
     arguments = [f"model.path={model.parent}", "benchmarks=[mbpp_plus,math500,humaneval_plus]", f"out={out}", *options]
     command = [sys.executable, str(RECIPE), *arguments]
-    return subprocess.run(command, env=environment, cwd=RECIPE.parent, capture_output=True, text=True), out
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, cwd=RECIPE.parent, **options)
+    request.getfixturevalue("study")  # which the next files need, on the other core
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), out
 
 
 def problem(index: int, solution: str) -> dict:

@@ -20,7 +20,7 @@ from frpo_nemo.megatron.hf_weights.export import stream_adapters
 from frpo_nemo.megatron.hf_weights.load import fill
 from frpo_nemo.objective import build_objective
 from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
-from frpo_nemo.training.loss import PolicyLoss
+from frpo_nemo.training.loss import CompletionLoss, PolicyLoss
 
 GROUPS, GROUP_SIZE = 4, 4
 
@@ -90,6 +90,31 @@ def step_gradient(
         actor.accumulate_gradient(batch, PolicyLoss(goal, batch.num_sequences))
     gradients = hugging_face_gradients(actor)
     return gradients if dist.get_rank() == 0 else None
+
+
+def supervised_gradient(path: str, *, tp=1, pp=1, sp=False, microbatch_tokens=4096) -> dict:
+    """As step_gradient, of supervised training's loss of `example_batch`."""
+    model = ModelConfig(
+        path=path,
+        precision="fp32",
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sp,
+    )
+    use_layout(model)
+    actor, batch = PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens), example_batch()
+    with megatron_device():
+        columns, _ = actor.accumulate_gradient(batch, CompletionLoss(int(batch.response_lengths.sum())))
+    gradients = {**hugging_face_gradients(actor), "loss": columns["loss"].sum()}
+    return gradients if dist.get_rank() == 0 else None
+
+
+def cross_entropy_gradient(path: str) -> dict[str, torch.Tensor]:
+    """What supervised_gradient should be: of the mean cross-entropy of all completion tokens."""
+    model = hugging_face_model(path)
+    loss = -torch.cat(response_logprobs(model, example_batch())).mean()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()} | {"loss": loss.detach()}
 
 
 @torch.no_grad()

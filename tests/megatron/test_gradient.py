@@ -46,6 +46,17 @@ def test_gradient_is_that_of_the_group_loss_in_every_layout(workers, model, expe
     assert relative_error(gradient, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "name", ["a microbatch per sequence", "DP2, groups straddle replicas", "TP2 PP2 with sequence parallelism"]
+)
+def test_supervised_training_has_loss_and_gradient_of_the_cross_entropy_of_completions(workers, model, name):
+    layout = dict(LAYOUTS[name])
+    [found, *_] = workers.run(layout.pop("world"), gradient_checks.supervised_gradient, path=model, **layout)
+    expected = gradient_checks.cross_entropy_gradient(model)
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_the_comparison_notices_a_wrong_objective(workers, model, expected):
     wrong = SETTINGS | {"jackknife": False}
     gradient = workers.run(1, gradient_checks.step_gradient, path=model, objective=wrong)[0]

@@ -14,13 +14,13 @@ def tiny(tmp_path_factory) -> dict[str, str]:
     return {name: make_tiny(base / name, **settings) for name, settings in checks.MODELS.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # every engine keeps its KV cache of 1 GiB
 def one(tiny):
     """`one(check)`: run a check in a world of one process, which keeps its engines between checks."""
     yield from _world(1, tiny)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def two(tiny):
     """`two(check)`: run a check in a world of two."""
     yield from _world(2, tiny)

@@ -127,10 +127,8 @@ def test_a_node_that_does_not_share_the_disk_is_excluded(cluster, model, tmp_pat
     cluster.cluster("node-exec", "2", *hidden)
     overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", "trainer.max_steps=2"]
     try:
-        options = ["--nodelist=node1,node2"]
-        job = cluster.submit(
-            "slurm/sft_7b.sh", *overrides, f"run_dir={run_dir}", log=tmp_path / "log", ranks=1, options=options
-        )
+        settings = dict(log=tmp_path / "log", ranks=1, options=["--nodelist=node1,node2"], FRPO_PATIENCE=10)
+        job = cluster.submit("slurm/sft_7b.sh", *overrides, f"run_dir={run_dir}", **settings)
         assert job.succeed() == 1
     finally:
         cluster.cluster("node-exec", "2", "umount", str(run_dir))

@@ -28,20 +28,26 @@ def overrides(model: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def probed(model, tmp_path_factory):
-    """The run directory of a fine-tuning with probes, killed between two of them and continued."""
-    run_dir = tmp_path_factory.mktemp("probed") / "run"
+def both(model, tmp_path_factory):
+    """(the run directory of a fine-tuning with probes, killed between two of them and continued; that of one without)"""
+    directory = tmp_path_factory.mktemp("both")
+    unprobed = Job("sft.py", [*overrides(model), "probe.interval=0", "probe.prompts=[]"], directory / "unprobed")
     command = [*overrides(model), *PROBE, "trainer.save_interval=5"]
-    job = Job("sft.py", command, run_dir)
+    job = Job("sft.py", command, directory / "probed")
     job.wait_for_step(13)
     job.kill()
-    return Job("sft.py", command, run_dir).succeed().run_dir
+    probed = Job("sft.py", command, directory / "probed").succeed()
+    return probed.run_dir, unprobed.succeed().run_dir
 
 
 @pytest.fixture(scope="module")
-def unprobed(model, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("unprobed") / "run"
-    return Job("sft.py", [*overrides(model), "probe.interval=0", "probe.prompts=[]"], run_dir).succeed().run_dir
+def probed(both):
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def unprobed(both):
+    return both[1]
 
 
 def test_probes_leave_the_training_as_it_was_bit_for_bit(probed, unprobed):

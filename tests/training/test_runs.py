@@ -299,27 +299,16 @@ def test_the_history_of_a_resumed_run_has_every_step_once_and_the_same_values(di
     assert checkpoints(disturbed.run_dir) == checkpoints(reference), "half-written checkpoints are cleared away"
 
 
-def test_a_run_continues_on_another_layout(reference, model, tmp_path):
-    """TP2's checkpoint of step 8 in a single process: the same policy, so the same distance from the reference (on
-    other samples: there is one engine now instead of two)."""
-    run_dir = tmp_path / "run"
+@pytest.fixture(scope="module")
+def elsewhere(reference, model, tmp_path_factory):
+    """TP2's checkpoint of step 8 continued in a single process, which runs beside other tests until it is asked for."""
+    run_dir = tmp_path_factory.mktemp("elsewhere") / "run"
     shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}", "hf"))
     layout = ["parallel=single", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
-    job = Job("frpo.py", [*frpo_overrides(model), *layout], run_dir).succeed()
-    assert "step_00000008 after step 8" in job.output
-    rows, before = steps(run_dir), steps(reference)
-    assert [without_times(row) for row in rows[:8]] == [without_times(row) for row in before[:8]]
-    assert [row["step"] for row in rows[8:]] == [9, 10]
-    for row, other in zip(rows[8:], before[8:], strict=True):
-        assert row["rollout_mismatch/max_abs_logprob_gap"] < 1e-4
-        assert row["learning_rate"] == other["learning_rate"]
-        assert row["kl/reference"] == pytest.approx(other["kl/reference"], rel=0.3)
-    weights, others = exported(run_dir), exported(reference)
-    distance = max((weights[name] - others[name]).abs().max().item() for name in weights)
-    assert distance < 2 * sum(row["learning_rate"] for row in rows[8:]) + 1e-6, "Adam moves a weight by about lr a step"
+    return Job("frpo.py", [*frpo_overrides(model), *layout], run_dir)
 
 
-def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(model, tmp_path):
+def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(model, elsewhere, tmp_path):
     """Plain python, several updates per rollout, options on the command line, SIGUSR1 as Slurm sends it."""
     groups = ["model=tiny_fp32", "data=world_prompts", "reward=world", "objective=grpo"]
     sizes = ["rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.max_response_tokens=6"]
@@ -351,6 +340,23 @@ def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(mod
     more = [f"trainer.max_steps={last + 1}", "trainer.val_interval=1"]
     Job("frpo.py", more, job.run_dir, resume=start["resume"]).succeed()
     assert [row["step"] for row in validations(job.run_dir)] == [last + 1]
+
+
+def test_a_run_continues_on_another_layout(elsewhere, reference):
+    """The same policy, so the same distance from the reference (on other samples: there is one engine now instead of
+    two)."""
+    run_dir = elsewhere.succeed().run_dir
+    assert "step_00000008 after step 8" in elsewhere.output
+    rows, before = steps(run_dir), steps(reference)
+    assert [without_times(row) for row in rows[:8]] == [without_times(row) for row in before[:8]]
+    assert [row["step"] for row in rows[8:]] == [9, 10]
+    for row, other in zip(rows[8:], before[8:], strict=True):
+        assert row["rollout_mismatch/max_abs_logprob_gap"] < 1e-4
+        assert row["learning_rate"] == other["learning_rate"]
+        assert row["kl/reference"] == pytest.approx(other["kl/reference"], rel=0.3)
+    weights, others = exported(run_dir), exported(reference)
+    distance = max((weights[name] - others[name]).abs().max().item() for name in weights)
+    assert distance < 2 * sum(row["learning_rate"] for row in rows[8:]) + 1e-6, "Adam moves a weight by about lr a step"
 
 
 @pytest.mark.parametrize("objective", ["frpo", "grpo", "dr_grpo"])

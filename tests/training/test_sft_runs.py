@@ -20,10 +20,11 @@ def model(tmp_path_factory) -> str:
 def test_the_same_seed_gives_the_same_bits_in_supervised_training(model, tmp_path):
     """In two runs, of which one validates."""
     overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=single", "trainer.max_steps=3"]
-    runs = [
-        Job("sft.py", [*overrides, f"trainer.val_interval={interval}"], tmp_path / f"run_{interval}").succeed().run_dir
+    jobs = [
+        Job("sft.py", [*overrides, f"trainer.val_interval={interval}"], tmp_path / f"run_{interval}")
         for interval in (0, 3)
     ]
+    runs = [job.succeed().run_dir for job in jobs]
     first, second = ([without_times(row) for row in steps(run_dir)] for run_dir in runs)
     assert first == second and len(first) == 3
     assert [[row["step"] for row in validations(run_dir)] for run_dir in runs] == [[], [0, 3]]
@@ -76,4 +77,4 @@ def fill(file) -> None:
             while sink.write(b"\0" * 4096):
                 pass
     except OSError:
-        time.sleep(0.001)
+        time.sleep(0.01)
