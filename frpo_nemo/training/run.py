@@ -7,6 +7,7 @@ run_dir/hf/               the trained model in Hugging Face format (at the end);
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -97,6 +98,8 @@ class Run:
             self.step = self._saved_step = state["step"]
             self.memory = state["memory"]
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
+        gc.freeze()  # what is loaded stays, and is not searched again
+        gc.enable()
         if self.rank == 0:
             self._write_description()
         resume_step = None if self._resumed_from is None else self.step
