@@ -23,6 +23,7 @@ from frpo_nemo.rewards.call import Failure
 logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
 
 AWAY = {429, 502, 503, 504}  # too busy, or a proxy before a server that starts
+NO_LIMITS = httpx.Limits(max_connections=None)  # `concurrency` is the limit
 LONGEST_PAUSE = 5.0  # seconds; a server that is back is seen within them
 
 
@@ -76,7 +77,7 @@ class RemoteServer:
             return []
         self._last_answer = time.monotonic()
         with (
-            httpx.Client(timeout=self._timeout, headers=self._headers) as client,
+            httpx.Client(timeout=self._timeout, headers=self._headers, limits=NO_LIMITS) as client,
             ThreadPoolExecutor(self._concurrency) as threads,
         ):
             return list(threads.map(lambda body: self._post(client, path, body), bodies))
@@ -98,7 +99,7 @@ class RemoteServer:
     def _attempt(self, client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
         try:
             response = client.post(self._address() + path, json=body)
-        except (httpx.ConnectError, httpx.ConnectTimeout, FileNotFoundError) as problem:
+        except (httpx.ConnectError, httpx.ConnectTimeout, OSError) as problem:  # OSError: the URL file
             return Trouble(Failure("died", str(problem)), taken=False)
         except httpx.TimeoutException:
             return Trouble(Failure("timeout", f"no answer within timeout={self._timeout:g} s"), taken=True)
@@ -106,7 +107,7 @@ class RemoteServer:
             return Trouble(Failure("died", f"{type(problem).__name__}: {problem}"), taken=True)
         if response.is_success:
             self._last_answer = time.monotonic()
-            return response.json()
+            return _json(response)
         failure = Failure("error", f"{response.url} answered {response.status_code}: {response.text[:300]}")
         if response.status_code in AWAY or response.is_server_error:
             return Trouble(failure, taken=response.status_code not in AWAY)
@@ -121,6 +122,13 @@ class RemoteServer:
         while True:
             yield pause * self._random.uniform(0.5, 1.0)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return Failure("error", f"{response.url} answered no JSON: {response.text[:300]}")
 
 
 def _checked(url: str) -> str:

@@ -128,7 +128,8 @@ def test_a_server_that_is_busy_is_asked_again(serve):
         busy, _ = not first.is_set(), first.set()
         return (429, "slow down") if busy else (200, {"hate": 0.5})
 
-    assert Moderation(remote={"url": serve(busy_once).url, "retries": 0})(["p"], ["calm"]) == [0.5]
+    moderation = Moderation(inputs_per_request=1, remote={"url": serve(busy_once).url, "retries": 0})
+    assert moderation(["p"], ["calm"]) == [0.5]
 
 
 def test_a_server_that_does_not_answer_in_time_is_a_timeout(serve):
