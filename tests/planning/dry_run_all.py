@@ -1,4 +1,4 @@
-"""Every known model at a layout of its own, each pipeline stage, printed as JSON: a process of its own, because the
+"""Every known model at a layout of its own, and the jobs' experiments, each pipeline stage, printed as JSON: a process of its own, because the
 fake process group and the meta device are no company for other tests."""
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from known_models import MODELS, write_config
 
 from frpo_nemo.planning.dry_run import dry_run
 from frpo_nemo.planning.memory import Layout
-from frpo_nemo.training.config import LoRAConfig, ModelConfig
+from frpo_nemo.training.cli import compose
+from frpo_nemo.training.config import FRPORun, LoRAConfig, ModelConfig, SFTRun
+from frpo_nemo.training.resources import layout_of
+from frpo_nemo.training.schema import load
 
 # name -> TP, PP, DP[, layers of the first stage, of the last]
 LAYOUTS = {
@@ -26,6 +29,7 @@ LAYOUTS = {
     "Llama-3.1-8B-Instruct": (8, 3, 1, 12, None),
     "Llama-3.1-70B-Instruct": (8, 4, 2, None, 17),
 }
+EXPERIMENTS = ("frpo_7b", "frpo_70b", "sft_7b", "sft_70b")  # of slurm/*.sh, in their own layouts
 ADAPTERS = {"Mistral-7B-Instruct-v0.1": 64, "Llama-3.1-70B-Instruct": 64}  # name -> rank; the others have none
 
 
@@ -45,8 +49,18 @@ def main() -> None:
                 lora=LoRAConfig(rank=ADAPTERS.get(name, 0)),
             )
             stages = dry_run(model, Layout(tp=tp, pp=pp, dp=dp, first=first, last=last, lora_rank=model.lora.rank))
-            rows = [(len(stage.layers), stage.bytes, stage.estimate) for stage in stages]
-            print(json.dumps({"name": name, "tp": tp, "stages": rows}), flush=True)
+            report(name, stages)
+        for name in EXPERIMENTS:
+            composed = compose(f"experiment/{name}", ["run_dir=run"])
+            cfg = load(FRPORun if "objective" in composed else SFTRun, composed)
+            cfg.model.path = str(write_config(cfg.model.path.rpartition("/")[2], Path(directory)))
+            cfg.trainer.num_nodes, cfg.trainer.devices = (8 if name.endswith("70b") else 1), 8
+            report(name, dry_run(cfg.model, layout_of(cfg, cfg.trainer.num_nodes * 8, gpu=True)))
+
+
+def report(name: str, stages: list) -> None:
+    rows = [(len(stage.layers), stage.bytes, stage.estimate) for stage in stages]
+    print(json.dumps({"name": name, "stages": rows}), flush=True)
 
 
 if __name__ == "__main__":

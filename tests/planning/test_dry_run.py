@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dry_run_all import LAYOUTS
+from dry_run_all import EXPERIMENTS, LAYOUTS
 from known_models import MODELS
 from scripts import printed_by
 
@@ -42,6 +42,13 @@ def test_every_stage_holds_the_bytes_of_the_arithmetic(name, built):
     stages = built[name]["stages"]
     assert len(stages) == LAYOUTS[name][1]
     assert sum(layers for layers, _, _ in stages) == MODELS[name]["num_hidden_layers"]
+    assert [real for _, real, _ in stages] == [estimate for _, _, estimate in stages]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_models_of_the_jobs_build_in_their_layouts(name, built):
+    stages = built[name]["stages"]
+    assert len(stages) == (4 if name.endswith("70b") else 1)
     assert [real for _, real, _ in stages] == [estimate for _, _, estimate in stages]
 
 

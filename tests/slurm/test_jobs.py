@@ -138,6 +138,23 @@ def test_a_node_that_does_not_share_the_disk_is_excluded(cluster, model, tmp_pat
     assert [row["step"] for row in steps(run_dir)] == [1, 2]
 
 
+def test_where_too_few_nodes_would_be_left_none_is_excluded(cluster, model, tmp_path):
+    """As before, but the job needs all three nodes."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    cluster.cluster("node-exec", "2", "mount", "-t", "tmpfs", "tmpfs", str(run_dir))
+    overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", f"run_dir={run_dir}"]
+    settings = dict(log=tmp_path / "log", nodes=3, ranks=1, FRPO_PATIENCE=10, FRPO_MAX_FAILURES=1)
+    try:
+        job = cluster.submit("slurm/sft_7b.sh", *overrides, **settings)
+        assert job.wait() == ("FAILED", 0)
+    finally:
+        cluster.cluster("node-exec", "2", "umount", str(run_dir))
+    assert re.search(r"preflight: node2: no report in \d+ s", job.output)
+    assert "without node2 the partition has 2 nodes, too few for this job: none is excluded" in job.output
+    assert "giving up after 1 failed starts" in job.output
+
+
 @pytest.fixture(scope="module")
 def undisturbed(model, tmp_path_factory) -> Path:
     """The same run without Slurm: two ranks of torchrun."""
@@ -178,6 +195,14 @@ def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cl
     starts = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text().splitlines()]
     assert [start["restart"] for start in starts] == [0, 1, 2, 3]
     assert all(start["resume"].startswith(f"cd '{ROOT}' && sbatch --nodes=2") for start in starts)
+
+
+def test_a_checkpoint_is_converted_by_a_job(cluster, undisturbed, tmp_path):
+    out = tmp_path / "hf"
+    arguments = [f"input={undisturbed}", f"base={undisturbed / 'hf'}", f"out={out}"]
+    job = cluster.submit("slurm/convert.sh", *arguments, log=tmp_path / "log", nodes=1, ranks=1, options=["--mem=0"])
+    assert job.succeed() == 0
+    assert (out / "model.safetensors").read_bytes() == (undisturbed / "hf" / "model.safetensors").read_bytes()
 
 
 def test_the_login_node_checks_before_it_submits(cluster, model, tmp_path):
