@@ -20,7 +20,13 @@ from frpo_nemo.evaluation.benchmarks import (
     write_json,
     write_summary,
 )
-from frpo_nemo.evaluation.reward_probe import check_reward_probe, export_checkpoint, probe_settings, run_reward_probe
+from frpo_nemo.evaluation.reward_probe import (
+    SAMPLES,
+    check_reward_probe,
+    export_checkpoint,
+    probe_settings,
+    run_reward_probe,
+)
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.training.cli import started_world
 from frpo_nemo.training.run import ignore_warnings_of_libraries
@@ -40,9 +46,8 @@ def evaluate(cfg: EvaluateRun) -> bool:
         cfg.model.path = str(exported(Path(cfg.model.path), Path(cfg.out) / "hf"))
     if cfg.benchmarks:
         check_model(cfg)
-    if cfg.probe.prompts:
-        _probe(cfg, model_directory(cfg.model.path))
-    return run_benchmarks(cfg) if cfg.benchmarks else True
+    probed = _probe(cfg, model_directory(cfg.model.path)) if cfg.probe.prompts else True
+    return (run_benchmarks(cfg) if cfg.benchmarks else True) and probed
 
 
 def exported(checkpoint: Path, out: Path) -> Path:
@@ -64,9 +69,12 @@ def exported(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _probe(cfg: EvaluateRun, model: Path) -> None:
+def _probe(cfg: EvaluateRun, model: Path) -> bool:
+    """Measure, write and print. False if a reward scored none of the responses: then there is no result, so that the same
+    command measures again, but the responses and what the other rewards gave them are kept."""
     directory = Path(cfg.out) / PROBE
     file, settings = directory / "result.json", probe_settings(cfg) | {"weights": weights_stamp(model)}
+    silent: list[str] = []
     if file.is_file():
         result = json.loads(file.read_text())
         if result["settings"] != settings:
@@ -74,11 +82,20 @@ def _probe(cfg: EvaluateRun, model: Path) -> None:
     else:
         directory.mkdir(parents=True, exist_ok=True)
         scores = run_reward_probe(cfg, model, directory)
+        silent = [name for name in cfg.probe.reward if not scores[f"scored/{name}"]]
         if started_world()[0] > 0:
-            return
+            return not silent
         result = {"settings": settings, "model": str(model), "scores": scores}
-        write_json(file, result)
-        write_summary(cfg.out)
+        if not silent:
+            write_json(file, result)
+            write_summary(cfg.out)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     shown = {name: value for name, value in result["scores"].items() if name.endswith("/mean")}
     console.print("probe: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    if silent:
+        console.print(
+            f"probe failed: {', '.join(silent)} scored no response, for the reason above. The responses are in "
+            f"{directory / SAMPLES}; the same command measures again.",
+            style="red",
+        )
+    return not silent

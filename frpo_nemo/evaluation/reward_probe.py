@@ -15,8 +15,10 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
 from frpo_nemo.training.config import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
+from frpo_nemo.training.validate import check_reward_tasks
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
+SAMPLES = "samples.jsonl"
 
 
 @dataclass
@@ -28,7 +30,7 @@ class RewardProbeConfig:
     samples: int = 1  # responses to each prompt
     max_prompt_tokens: int = 1024  # longer ones are dropped
     max_response_tokens: int = 2048
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     seed: int = 1  # of sampling
 
@@ -40,9 +42,15 @@ def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
     for name in ("samples", "max_prompt_tokens", "max_response_tokens"):
         if getattr(probe, name) < 1:
             raise ConfigError(f"probe.{name}={getattr(probe, name)} must be at least 1.")
-    if not probe.temperature > 0 or not 0 < probe.top_p <= 1:
+    if not probe.temperature >= 0 or not 0 < probe.top_p <= 1:
         raise ConfigError(
-            f"probe.temperature={probe.temperature} must be above 0, and probe.top_p={probe.top_p} above 0 and at most 1."
+            f"probe.temperature={probe.temperature} must be at least 0, and probe.top_p={probe.top_p} above 0 and at most 1."
+        )
+    if probe.temperature != 1 and probe.top_p < 1:
+        raise ConfigError(f"probe.top_p={probe.top_p} needs probe.temperature=1, and it is {probe.temperature}.")
+    if probe.temperature == 0 and probe.samples > 1:
+        raise ConfigError(
+            f"probe.samples={probe.samples}: with probe.temperature=0 they would all be the same; take 1."
         )
     if dtype not in PRECISION:
         raise ConfigError(f"dtype={dtype} must be {' or '.join(PRECISION)} for a probe.")
@@ -50,18 +58,21 @@ def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
     for source in probe.prompts:
         columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
     check_rewards(probe.reward, list(columns))
+    check_reward_tasks(probe.reward, probe.prompts)
 
 
 def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
-    """Rewards, lengths and shares of failures as training logs them; every response is in directory/samples.jsonl.
-    cfg: EvaluateRun. Every process of the world calls this; all get the numbers."""
+    """Rewards, lengths and shares of failures as training logs them, and how many responses each reward scored; every
+    response is in directory/SAMPLES, scored or not. cfg: EvaluateRun. Every process of the world calls this; all get
+    the numbers."""
     from frpo_nemo.megatron import distributed
     from frpo_nemo.training.metrics import Phases
     from frpo_nemo.training.rollouts import RolloutWorker, ScoredPrompts
-    from frpo_nemo.training.statistics import rollout_statistics
+    from frpo_nemo.training.statistics import rollout_statistics, scored_counts
 
     probe = cfg.probe
     rank, _ = distributed.start_world()
+    rewards = build_rewards(probe.reward)  # before the model: what is wrong with theirs is told sooner
     worker = RolloutWorker(
         ModelConfig(path=str(model), precision=PRECISION[cfg.dtype]),
         EngineConfig(
@@ -75,14 +86,14 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
         max_model_len=probe.max_prompt_tokens + probe.max_response_tokens,
         load_format="safetensors",
     )
-    scored = ScoredPrompts.load(probe.prompts, build_rewards(probe.reward), worker.tokenizer, probe.max_prompt_tokens)
+    scored = ScoredPrompts.load(probe.prompts, rewards, worker.tokenizer, probe.max_prompt_tokens)
     everything, limit = range(len(scored.prompts)), probe.max_response_tokens
     rollouts = worker.roll_out(scored, everything, samples=probe.samples, max_tokens=limit, seed_step=0)
     if rank == 0:
-        worker.write_samples(directory / "samples.jsonl", rollouts)
+        worker.write_samples(directory / SAMPLES, rollouts)
     scored.rewards.close()
     worker.close()
-    return rollout_statistics(rollouts)
+    return rollout_statistics(rollouts) | scored_counts(rollouts)
 
 
 def probe_settings(cfg) -> dict[str, Any]:

@@ -52,8 +52,9 @@ class RolloutEngine:
         load_format: str = "dummy",
     ):
         """dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. temperature: of the rollouts;
-        their log-probs are those of softmax(logits / temperature). load_format: "dummy" leaves the weights to the
-        first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does not fit.
+        their log-probs are those of softmax(logits / temperature), or at 0 (greedy) of softmax(logits). load_format:
+        "dummy" leaves the weights to the first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for
+        a layout that does not fit.
         """
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed must be initialised before a RolloutEngine, also in a world of one")

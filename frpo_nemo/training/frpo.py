@@ -59,6 +59,7 @@ def train(cfg) -> bool:
                 max_tokens=cfg.rollout.max_response_tokens,
                 seed_step=step,
             )
+            rollouts.require_scores()
             goal = objective.for_batch(rollouts.rewards, rollouts.groups, run.memory)
             results = learn(run, goal, worker, actor, rollouts, step)
             worker.refit(actor)

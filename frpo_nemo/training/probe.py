@@ -13,7 +13,7 @@ from frpo_nemo.objective.kl import k3
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
-from frpo_nemo.training.statistics import rollout_statistics
+from frpo_nemo.training.statistics import rollout_statistics, scored_counts
 
 VALIDATION, PROBE = 1 << 31, 1 << 31 | 1  # take the step's place in sampling seeds: no randomness of training is shared
 
@@ -41,7 +41,8 @@ class Probe:
                 max_tokens=self.cfg.probe.max_response_tokens,
                 seed_step=PROBE,
             )
-            values = rollout_statistics(rollouts) | distance_from_reference(self.worker, actor, rollouts, step)
+            values = rollout_statistics(rollouts) | scored_counts(rollouts)
+            values |= distance_from_reference(self.worker, actor, rollouts, step)
             if run.rank == 0:
                 self.worker.write_samples(run.dir / "probe" / f"step_{step:08d}.jsonl", rollouts)
         run.record_probe(step, values)

@@ -44,6 +44,13 @@ class Rollouts:
     def groups(self) -> Tensor:
         return self.batch.columns["group"]
 
+    def require_scores(self) -> None:
+        """Raise RuntimeError if not one response has a reward: there is nothing to learn from."""
+        if self.rewards.isnan().all():
+            raise RuntimeError(
+                f"None of {len(self.rewards)} responses could be scored; the rewards failed as shown above."
+            )
+
 
 @dataclass
 class ScoredPrompts:
@@ -113,12 +120,7 @@ class RolloutWorker:
         with self.phases("reward"):
             scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
-            rollouts = self._gather(examples, samples, mine, completions, scores, scored.tasks)
-        if rollouts.rewards.isnan().all():
-            raise RuntimeError(
-                f"None of {len(rollouts.rewards)} responses could be scored; the rewards failed as shown above."
-            )
-        return rollouts
+            return self._gather(examples, samples, mine, completions, scores, scored.tasks)
 
     def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
         """(places of the prompts whose responses this rank scores, their responses)."""

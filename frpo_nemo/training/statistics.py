@@ -39,6 +39,12 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
     )
 
 
+def scored_counts(rollouts: Rollouts) -> dict[str, float]:
+    """How many responses each reward scored: with its std, what the standard error of its mean follows from."""
+    parts = {name: values for name, values in rollouts.batch.columns.items() if name.startswith("reward/")}
+    return {f"scored/{name.removeprefix('reward/')}": float((~values.isnan()).sum()) for name, values in parts.items()}
+
+
 def step_statistics(objective: Objective, batch: SequenceBatch, results: list[StepResult]) -> dict[str, float]:
     """The objective's own statistics, and those of the updates: means over all minibatches."""
     columns = batch.columns

@@ -2,10 +2,9 @@
 that the protocol is not only ours."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from recorded_judge import RecordedJudge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frpo_nemo.errors import ConfigError
@@ -18,56 +17,20 @@ KEY = "open-sesame-of-the-judge"  # like no known service's
 YES_NO = {"template": "{prompt}|{response}", "choices": {"yes": 0, "no": 1}}
 
 
-class RecordedJudge:
-    """An HTTP server that answers a request for the response R with answers[R]: the text, or a whole JSON answer. It goes
-    away after `lives` answers. `seen`: the requests."""
-
-    def __init__(self, answers, lives=1 << 30):
-        judge, lock = self, threading.Lock()
-        self.seen: list[tuple[str | None, dict]] = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    judge.seen.append((self.headers.get("Authorization"), body))
-                    if len(judge.seen) > lives:
-                        judge.close_soon()
-                        self.close_connection = True
-                        return
-                answer = answers[body["messages"][-1]["content"].split("|")[-1]]
-                if not isinstance(answer, dict | bytes):
-                    answer = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
-                reply = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(reply)))
-                self.end_headers()
-                self.wfile.write(reply)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close_soon(self):
-        self.http.socket.close()  # nobody is accepted any more
-        threading.Thread(target=self.http.shutdown).start()
-
-
 @pytest.fixture
 def recorded():
     judges = []
 
     def start(answers, **options):
-        judges.append(RecordedJudge(answers, **options))
+        """answers: what it says to a text that ends in |RESPONSE, by the response."""
+        judges.append(
+            RecordedJudge(lambda body, n: answers[body["messages"][-1]["content"].rpartition("|")[2]], **options)
+        )
         return judges[-1]
 
     yield start
     for judge in judges:
-        judge.http.shutdown()
-        judge.http.server_close()
+        judge.close()
 
 
 def ask(judge, responses, **arguments):
@@ -145,7 +108,7 @@ def test_a_judge_is_sent_its_own_question_with_the_last_request_and_columns_of_t
     columns = {"ContextString": [None], "SemanticCategory": ["chemical"]}
     rewards = build_rewards({"judge": RewardConfig(target="chat_judge", args=arguments)})
     assert rewards.score([prompt], ["r{0}"], ["t"], columns).total.tolist() == [1.0]
-    ((authorization, body),) = judge.seen
+    ((authorization, body, _),) = judge.seen
     assert authorization == f"Bearer {KEY}"
     assert body == {
         "model": "served",
@@ -166,7 +129,7 @@ def test_a_judge_that_dies_in_a_batch_fails_what_it_did_not_answer_and_nothing_e
     )
     scores = rewards.score(["How?"] * 60, responses, [None] * 60, {})
     lost = int(scores.total.isnan().sum())
-    assert 36 <= lost <= 40 and scores.failures == {"refusal": {"died": lost}}
+    assert lost == 40 and scores.failures == {"refusal": {"died": lost}}
     assert set(scores.total[~scores.total.isnan()].tolist()) == {1.0}
 
 
