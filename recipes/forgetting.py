@@ -4,7 +4,7 @@
     python recipes/forgetting.py --config-name my_study out=runs/study      # options: configs/forgetting.yaml
 
 Started again, it goes on where it stopped. Exit code 1: some runs failed. out/report.html is the result;
-recipes/report.py makes it anew.
+recipes/report.py makes it anew. On a Slurm cluster: slurm/forgetting.sh.
 """
 
 from __future__ import annotations
@@ -13,28 +13,15 @@ import sys
 from pathlib import Path
 
 
-def check(recipe: str, arguments: list[str]) -> None:
-    """Compose what the command would run with; raises ConfigError."""
-    from frpo_nemo.objective import build_objective
-    from frpo_nemo.training.cli import compose
-    from frpo_nemo.training.config import FRPORun, SFTRun
-    from frpo_nemo.training.schema import load
-
-    named = arguments[:1] == ["--config-name"]
-    name, overrides = (arguments[1], arguments[2:]) if named else (recipe, arguments)
-    cfg = load(FRPORun if recipe == "frpo" else SFTRun, compose(name, overrides))
-    if recipe == "frpo":
-        build_objective(cfg.objective)
-
-
 def main() -> None:
     from frpo_nemo.errors import ConfigError
-    from frpo_nemo.evaluation.forgetting import ForgettingStudy, StudyConfig
+    from frpo_nemo.evaluation.forgetting import ForgettingStudy
+    from frpo_nemo.evaluation.parts import StudyConfig, check_command
     from frpo_nemo.evaluation.report import print_summary, write_report
     from frpo_nemo.training.cli import from_command_line
 
     try:
-        study = ForgettingStudy(from_command_line(StudyConfig, "forgetting"), check)
+        study = ForgettingStudy(from_command_line(StudyConfig, "forgetting"), check_command)
         rows = study.run()
         page = write_report(rows, study.out)
     except (ConfigError, RuntimeError) as problem:

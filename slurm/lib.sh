@@ -5,6 +5,7 @@
 #   FRPO_MOUNTS        more --container-mounts; checkout and run_dir are mounted at their own paths
 #   FRPO_VENV          the virtual environment (default: .venv of the checkout)
 #   FRPO_GRACE         seconds that a step may still take after the signal, which comes 300 s before the limit (default 240)
+#   FRPO_PATIENCE      seconds in which every node must report in the preflight (default 40)
 #   FRPO_MAX_FAILURES  give up after so many failed starts without a new checkpoint (default 3)
 #
 # How a job ends. By itself with 0: done. A wrong configuration ends it before anything is loaded (exit code 2). After any
@@ -168,6 +169,12 @@ frpo_own_run_dir() {
     stop 2 "run_dir=$RUN_DIR belongs to job $other, which is still in the queue; cancel it first, or take another run_dir"
   fi
   echo "$SLURM_JOB_ID" >"$RUN_DIR/slurm_job"
+  rm -f "$RUN_DIR/slurm_finished"
+}
+
+frpo_finished() { # slurm/forgetting.sh looks for the file
+  echo "$SLURM_JOB_ID" >"$RUN_DIR/slurm_finished"
+  stop 0 "finished"
 }
 
 # Outside of a job: check the configuration for the nodes that the script asks for, then submit it.
@@ -221,7 +228,7 @@ frpo_train() {
   training=1
   frpo_step -- python "recipes/$recipe" "${arguments[@]}"
   code=$?
-  [ "$code" = 0 ] && stop 0 "finished"
+  [ "$code" = 0 ] && frpo_finished
   [ "$code" = 2 ] && stop 2 "the configuration is wrong, see above"
   [ "$signalled" = 2 ] && frpo_continue "stopped by the signal"
   frpo_retry "srun ended with exit code $code"

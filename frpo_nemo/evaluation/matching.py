@@ -39,10 +39,14 @@ def not_matched(study: Study) -> list[str]:
 
 def failures(study: Study) -> list[str]:
     """One sentence for each failed run, with the last line of its error."""
-    return [
-        f"{row['arm']}, seed {row['seed']}: {stage_text(row['stage'], row['task'])} failed: {_last_line(row['error'])}"
-        for row in study.failed
-    ]
+    return [failure(row) for row in study.failed]
+
+
+def failure(row: Row) -> str:
+    what = stage_text("train" if row["task"] is None else "finetune", row["task"])
+    if row["stage"] == "evaluate":
+        what = f"evaluation {row['evaluation']} after {what}"
+    return f"{row['arm']}, seed {row['seed']}: {what} failed: {_last_line(row['error'])}"
 
 
 def differing_settings(study: Study, stage: str, task: str | None = None) -> dict[str, dict[str, str]]:

@@ -20,7 +20,7 @@ from frpo_nemo.evaluation.curves import draw_finetuning, draw_stage_one
 from frpo_nemo.evaluation.endpoints import Comparison, comparisons
 from frpo_nemo.evaluation.figures import Picture
 from frpo_nemo.evaluation.landscape import draw_landscape
-from frpo_nemo.evaluation.matching import RULE, failures, not_matched, stage_text
+from frpo_nemo.evaluation.matching import RULE, failure, failures, not_matched, stage_text
 from frpo_nemo.evaluation.results import Row
 from frpo_nemo.evaluation.statistics import WILCOXON_SEEDS
 from frpo_nemo.evaluation.study import KL_NAMES, Study, reward_label
@@ -30,6 +30,7 @@ from frpo_nemo.evaluation.tables import (
     Table,
     comparison_table,
     distance_table,
+    evaluation_table,
     reward_table,
     settings_table,
     stage_one_table,
@@ -44,6 +45,7 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, *, title: str = "Rewa
         *_introduction(study),
         *_landscapes(study, out_dir),
         *_end_points(study),
+        *_evaluations(study),
         *_sweeps(study, out_dir),
         *_curves(study, out_dir),
         *_not_matched(study),
@@ -64,6 +66,8 @@ def print_summary(rows: Iterable[Row], console: Console | None = None) -> None:
     for task in study.tasks:
         console.print(_rich(reward_table(study, task), f"Reward before and after fine-tuning on {task}"))
         console.print(_rich(distance_table(study, task), f"Distance and learning: {task}"))
+    for name in dict.fromkeys(row["evaluation"] for row in study.evaluations):
+        console.print(_rich(evaluation_table(study, name), f"Evaluation {name}"))
     for sentence in not_matched(study):
         console.print(f"not matched: {sentence}", markup=False, highlight=False)
 
@@ -108,6 +112,14 @@ def _end_points(study: Study) -> list[str]:
     if before:
         parts += [page.heading("Paired differences of the reward before fine-tuning", 3), page.table(before)]
     return parts + [page.paragraph(text, note=True) for text in explain_tests(study)]
+
+
+def _evaluations(study: Study) -> list[str]:
+    parts = []
+    for name in dict.fromkeys(row["evaluation"] for row in study.evaluations):
+        parts += [page.heading(f"Evaluation {name}"), page.table(evaluation_table(study, name))]
+    failed = [row for row in study.evaluations if row["status"] == "failed"]
+    return parts + ([page.paragraph("Failed evaluations:"), page.bullets(map(failure, failed))] if failed else [])
 
 
 def explain_tests(study: Study) -> list[str]:

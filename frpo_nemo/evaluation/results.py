@@ -1,4 +1,5 @@
-"""Rows of a study, one for each run: of stage one ("train") or of a later fine-tuning ("finetune").
+"""Rows of a study, one for each run: of stage one ("train"), of a later fine-tuning ("finetune"), or of a model's evaluation
+("evaluate").
 
 Reading and checking results.jsonl, and making a row from a run's directory (config.yaml, metrics.jsonl,
 environment.jsonl). Nothing of the run needs to be alive. What rows mean together is in study.py.
@@ -45,18 +46,45 @@ def check_row(row: Any, where: str = "row") -> Row:
     missing = [key for key in _REQUIRED if key not in row]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}.")
-    if row["stage"] not in ("train", "finetune"):
-        raise ConfigError(f"{where}: stage={row['stage']!r} must be train or finetune.")
-    if (row["task"] is None) != (row["stage"] == "train"):
-        raise ConfigError(f"{where}: task={row['task']!r}; a finetune row names its task, a train row has null.")
+    if row["stage"] not in ("train", "finetune", "evaluate"):
+        raise ConfigError(f"{where}: stage={row['stage']!r} must be train, finetune or evaluate.")
     if row["status"] not in ("finished", "failed"):
         raise ConfigError(f"{where}: status={row['status']!r} must be finished or failed.")
+    if row["stage"] == "evaluate":
+        if not {"evaluation", "scores"} <= set(row):
+            raise ConfigError(f"{where} is of an evaluation and lacks evaluation or scores.")
+        return row
+    if (row["task"] is None) != (row["stage"] == "train"):
+        raise ConfigError(f"{where}: task={row['task']!r}; a finetune row names its task, a train row has null.")
     steps = [point.get("step") for point in row["points"]]
     if None in steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
         raise ConfigError(f"{where}: the steps of its points must grow, but are {steps}.")
     if row["status"] == "finished" and not steps:
         raise ConfigError(f"{where}: a finished run needs points.")
     return row
+
+
+def row_of_evaluation(
+    directory: str | Path, *, arm: str, seed: int, task: str | None, evaluation: str, error: str | None = None
+) -> Row:
+    """The row of what recipes/evaluate.py measured in `directory`, of the model after `task` (None: after stage one). It
+    has failed with an `error`, or where there are no results."""
+    path = Path(directory) / "results.json"
+    if error is None and not path.is_file():
+        error = f"{path} was not written"
+    return {
+        "arm": arm,
+        "seed": seed,
+        "stage": "evaluate",
+        "task": task,
+        "evaluation": evaluation,
+        "status": "finished" if error is None else "failed",
+        "error": error,
+        "run_dir": str(directory),
+        "settings": {},
+        "points": [],
+        "scores": json.loads(path.read_text()) if path.is_file() else {},
+    }
 
 
 def row_of_run(

@@ -1,4 +1,5 @@
-"""`Study`: the rows of results.jsonl by arm, seed, stage and task, and the values of their points; no statistics.
+"""`Study`: the rows of results.jsonl by arm, seed, stage and task, and the values of their points; no statistics. Rows of
+evaluations are apart, in `evaluations`.
 
 A value that a point lacks, or that was not finite, is None everywhere: it is never counted as a number.
 """
@@ -27,8 +28,9 @@ class Study:
     the order in which they first came. ConfigError for a row that cannot be used, or for none."""
 
     def __init__(self, rows: Iterable[Row]):
-        latest = {(r["arm"], r["seed"], r["stage"], r["task"]): r for r in map(check_row, rows)}
-        self.rows: list[Row] = list(latest.values())
+        latest = {(r["arm"], r["seed"], r["stage"], r["task"], r.get("evaluation")): r for r in map(check_row, rows)}
+        self.rows: list[Row] = [row for row in latest.values() if row["stage"] != "evaluate"]
+        self.evaluations: list[Row] = [row for row in latest.values() if row["stage"] == "evaluate"]
         if not self.rows:
             raise ConfigError("There are no results to report.")
         self.arms: list[str] = _unique(row["arm"] for row in self.rows)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from frpo_nemo.evaluation.endpoints import Comparison, comparisons, end_points, kl_values
-from frpo_nemo.evaluation.matching import differing_settings
+from frpo_nemo.evaluation.matching import differing_settings, stage_text
 from frpo_nemo.evaluation.statistics import PairedDifference, Summary, p_text, summarize
 from frpo_nemo.evaluation.study import Study, at_end, at_start, by_seed, reward_label
 
 NONE = "–"
+_SPREADS = ("/std", "_stderr", "/max")  # of scores: not shown beside their means
 
 
 @dataclass
@@ -79,6 +80,25 @@ def stage_one_table(study: Study) -> Table:
         "Reward on held-out prompts at the first and the last validation of stage one; KL in nats per response "
         f"({_measured(study.kl_name('train'))}). Mean ± sample standard deviation over the seeds."
     )
+    return table
+
+
+def evaluation_table(study: Study, name: str) -> Table:
+    """What recipes/evaluate.py measured of each arm. A section for stage one's models, and for those after each task."""
+    rows = [row for row in study.evaluations if row["evaluation"] == name]
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    scores = [name for name in names if not name.endswith(_SPREADS)]
+    table = Table(["arm", "seeds", *(score.removeprefix("probe/") for score in scores)])
+    for task in (None, *study.tasks):
+        for arm in study.arms:
+            mine = [row for row in rows if (row["arm"], row["task"]) == (arm, task)]
+            if mine:
+                measured = [row["scores"] for row in mine if row["status"] == "finished"]
+                failed = f" ({len(mine) - len(measured)} failed)" if len(measured) < len(mine) else ""
+                cells = [value_text(summarize(s[score] for s in measured if score in s)) for score in scores]
+                section = table.sections.setdefault(stage_text("finetune", task) if task else "stage one", [])
+                section.append([arm, f"{len(measured)}{failed}", *cells])
+    table.note = "Mean ± sample standard deviation over the seeds. Spreads within a seed are in results.jsonl."
     return table
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from tiny_study import check, tiny_study
+from tiny_study import tiny_study
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.forgetting import ForgettingStudy, PartConfig, StudyConfig
+from frpo_nemo.evaluation.forgetting import ForgettingStudy
+from frpo_nemo.evaluation.parts import EvaluationConfig, PartConfig, ServerConfig, StudyConfig, check_command
 from frpo_nemo.evaluation.results import read_results
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.schema import load
@@ -38,7 +40,7 @@ def test_started_again_it_repeats_the_failed_part_alone(study, monkeypatch):
     started = []
     real = ForgettingStudy._start
     monkeypatch.setattr(ForgettingStudy, "_start", lambda self, part: started.append(part.title) or real(self, part))
-    again = ForgettingStudy(config, check).run()
+    again = ForgettingStudy(config, check_command).run()
     assert started == ["seed 5 impossible train"]
     assert [r for r in again if r["status"] == "finished"] == [r for r in rows if r["status"] == "finished"]
 
@@ -46,7 +48,7 @@ def test_started_again_it_repeats_the_failed_part_alone(study, monkeypatch):
 def test_rows_of_arms_that_are_no_longer_named_stay_in_the_file_and_out_of_the_result(study):
     config, rows = study
     alone = tiny_study(config.out, arms={"frpo": config.arms["frpo"]})
-    assert ForgettingStudy(alone, check).run() == [row for row in rows if row["arm"] == "frpo"]
+    assert ForgettingStudy(alone, check_command).run() == [row for row in rows if row["arm"] == "frpo"]
 
 
 def test_finished_runs_with_other_settings_are_not_taken_for_these(study):
@@ -55,7 +57,7 @@ def test_finished_runs_with_other_settings_are_not_taken_for_these(study):
     with pytest.raises(
         ConfigError, match=r"seed 5 frpo train with other settings: objective\.lambda_=0\.5 then, .*0\.7"
     ):
-        ForgettingStudy(other, check)
+        ForgettingStudy(other, check_command)
 
 
 @pytest.mark.parametrize(
@@ -71,18 +73,20 @@ def test_finished_runs_with_other_settings_are_not_taken_for_these(study):
         ({"tasks": {"a": PartConfig("convert")}}, r"tasks\.a\.recipe=convert must be one of frpo, sft"),
         ({"tasks": {"a": PartConfig("sft", "experiment/nothing")}}, "experiment/nothing"),
         ({"prepare": [PartConfig("none")]}, "there is no recipe none"),
+        ({"evaluations": {"e": EvaluationConfig("sft")}}, r"evaluations\.e\.recipe=sft must be evaluate"),
+        ({"evaluations": {"e": EvaluationConfig(overrides=["limt=4"])}}, r"Unknown key limt=4.*limit"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        ForgettingStudy(tiny_study(tmp_path / "out", **changes), check)
+        ForgettingStudy(tiny_study(tmp_path / "out", **changes), check_command)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_studies_in_configs_are_in_order(name, tmp_path):
     config = load(StudyConfig, compose(name, [f"out={tmp_path / 'out'}"]))
-    parts = list(ForgettingStudy(config, check).parts(config.seeds))
+    parts = list(ForgettingStudy(config, check_command).parts(config.seeds))
     assert len({part.directory for part in parts}) == len(parts)
     assert len(parts) == len(config.seeds) * (len(config.prepare) + len(config.arms) * (1 + len(config.tasks)))
 
@@ -93,3 +97,5 @@ def test_options_are_documented_with_their_defaults():
         default = field.default_factory() if callable(field.default_factory) else field.default
         shown = "" if isinstance(default, PartConfig) else default if default == "???" else json.dumps(default)
         assert f"# {name}: {shown}".rstrip() in text, name
+    for name in (*PartConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__):
+        assert re.search(rf"^#   (- |  ){name}: ", text, re.MULTILINE), name

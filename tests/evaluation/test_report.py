@@ -18,7 +18,7 @@ from frpo_nemo.evaluation.endpoints import comparisons, end_points
 from frpo_nemo.evaluation.report import explain_tests, print_summary, write_report
 from frpo_nemo.evaluation.study import Study
 from frpo_nemo.evaluation.sweeps import baselines_of, find_sweeps, frontier
-from frpo_nemo.evaluation.tables import comparison_table, reward_table
+from frpo_nemo.evaluation.tables import comparison_table, evaluation_table, reward_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,6 +160,26 @@ def test_the_page_stands_alone_with_every_picture_and_a_caption_for_each(tmp_pat
         assert heading in page.text
     assert "What was not matched between arms" in page.text and "Configurations" in page.text
     assert "Stage one: beta differs" in page.text
+
+
+def test_evaluations_have_a_table_with_a_section_for_the_models_of_each_stage(tmp_path):
+    def evaluated(arm, task, score, **more):
+        row = dict(arm=arm, seed=1, stage="evaluate", task=task, evaluation="harm", status="finished", error=None)
+        return row | dict(settings={}, points=[], scores={"probe/reward/mean": score, "probe/reward/std": 0.3}) | more
+
+    failed = evaluated("grpo", "alpaca", 0.0, status="failed", error="cuda\nout of memory", scores={})
+    rows = [evaluated("frpo", None, 0.9), evaluated("grpo", None, 0.8), evaluated("frpo", "alpaca", 0.7), failed]
+    rows = [*two_arms({1: 0.8}, {1: 0.6}), *rows]
+    table = evaluation_table(Study(rows), "harm")
+    assert table.headings == ["arm", "seeds", "reward/mean"]
+    assert table.sections == {
+        "stage one": [["frpo", "1", "0.900"], ["grpo", "1", "0.800"]],
+        "fine-tuning on alpaca": [["frpo", "1", "0.700"], ["grpo", "0 (1 failed)", "–"]],
+    }
+    text = report(rows, tmp_path).text
+    assert "Evaluation harm" in text
+    assert "grpo, seed 1: evaluation harm after fine-tuning on alpaca failed: out of memory" in text
+    assert Study(rows).rows == rows[:4]
 
 
 def test_names_and_errors_are_escaped(tmp_path):

@@ -161,7 +161,7 @@ def test_results_are_read_and_a_line_that_is_still_written_is_left_out(tmp_path)
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"stage": "probe"}, "line 1: stage='probe' must be train or finetune"),
+        ({"stage": "probe"}, "line 1: stage='probe' must be train, finetune or evaluate"),
         ({"task": "math"}, "line 1: task='math'; a finetune row names its task, a train row has null"),
         ({"status": "ok"}, "line 1: status='ok' must be finished or failed"),
         ({"points": []}, "line 1: a finished run needs points"),

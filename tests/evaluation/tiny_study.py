@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from frpo_nemo.evaluation.forgetting import PartConfig, StudyConfig
-from frpo_nemo.training.cli import CONFIGS
-
-sys.path.append(str(CONFIGS.parent / "recipes"))
-from forgetting import check  # noqa: E402, F401
+from frpo_nemo.evaluation.parts import PartConfig, StudyConfig
 
 
 def tiny_study(out, **changes) -> StudyConfig:

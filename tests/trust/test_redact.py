@@ -12,7 +12,8 @@ import pytest
 
 from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.forgetting import ForgettingStudy, PartConfig, StudyConfig
+from frpo_nemo.evaluation.forgetting import ForgettingStudy
+from frpo_nemo.evaluation.parts import PartConfig, StudyConfig
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, probe_settings
 from frpo_nemo.rewards.call import Failure, bind, call_batch
 from frpo_nemo.training import record

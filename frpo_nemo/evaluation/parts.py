@@ -1,0 +1,212 @@
+"""The parts of a forgetting study: which recipe runs with which options, where, and after which other part.
+
+Nothing here runs or records anything: forgetting.py does on this machine, slurm_chain.py as a chain of jobs. Every part
+comes after one other part at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from frpo_nemo import redact
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.benchmarks import EvaluateRun
+from frpo_nemo.objective import build_objective
+from frpo_nemo.training.cli import compose
+from frpo_nemo.training.config import FRPORun, SFTRun
+from frpo_nemo.training.schema import load
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes"
+TRAINING_RECIPES = ("frpo", "sft")
+SCHEMAS = {"frpo": FRPORun, "sft": SFTRun, "evaluate": EvaluateRun}
+
+
+@dataclass
+class PartConfig:
+    """A recipe with its configuration. In texts {seed}, {out} (of the study) and {dir} (of the seed) are filled in."""
+
+    recipe: str = "frpo"
+    config: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    script: str | None = None
+    sbatch: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationConfig(PartConfig):
+    recipe: str = "evaluate"
+
+
+@dataclass
+class ServerConfig:
+    """A model server of slurm/serve.sh. Its address is in {out}/servers/NAME.url."""
+
+    model: str = field(default="???", metadata={"example": "models/judge"})
+    options: list[str] = field(default_factory=list)
+    script: str = "slurm/serve.sh"
+    sbatch: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StudyConfig:
+    """configs/forgetting.yaml explains the fields."""
+
+    out: str = field(default="???", metadata={"example": "runs/forgetting"})
+    seeds: list[int] = field(default_factory=lambda: [1])
+    num_seeds: int | None = None
+    prepare: list[PartConfig] = field(default_factory=list)
+    model: str = field(default="???", metadata={"example": "Qwen/Qwen2.5-7B-Instruct"})
+    train: PartConfig = field(default_factory=PartConfig)
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    tasks: dict[str, PartConfig] = field(default_factory=dict)
+    evaluations: dict[str, EvaluationConfig] = field(default_factory=dict)
+    processes: int = 1
+    jobs: int = 1
+    launcher: str | None = None
+    sbatch: list[str] = field(default_factory=list)
+    servers: dict[str, ServerConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of the study: what it is, its command, the directory that it writes, and the part that must have finished
+    before it starts."""
+
+    seed: int
+    arm: str | None  # None: preparation of the seed
+    task: str | None  # None: stage one
+    evaluation: str | None  # of the arm's model: after the task, or after stage one
+    config: PartConfig
+    arguments: list[str]
+    directory: Path
+    after: Part | None
+
+    @property
+    def recipe(self) -> str:
+        return self.config.recipe
+
+    @property
+    def stage(self) -> str:
+        if self.evaluation:
+            return "evaluate"
+        return "prepare" if self.arm is None else "train" if self.task is None else "finetune"
+
+    @property
+    def title(self) -> str:
+        own = (self.arm, self.task or "train") if self.arm else (self.directory.name,)
+        return " ".join((f"seed {self.seed}", *own, *filter(None, [self.evaluation])))
+
+    @property
+    def log(self) -> Path:
+        """The output of its command, beside its directory. Names may have dots."""
+        return self.directory.with_name(f"{self.directory.name}.log")
+
+    @property
+    def key(self) -> tuple:
+        """What its row in results.jsonl is known by."""
+        return self.arm, self.seed, self.task, self.evaluation
+
+    @property
+    def recorded(self) -> list[str]:
+        """The arguments as they are written down and compared: without secrets."""
+        return redact.arguments(self.arguments)
+
+
+def check_command(recipe: str, arguments: list[str]) -> None:
+    """Compose what a recipe of SCHEMAS would run with; raises ConfigError."""
+    named = arguments[:1] == ["--config-name"]
+    name, overrides = (arguments[1], arguments[2:]) if named else (recipe, arguments)
+    cfg = load(SCHEMAS[recipe], compose(name, overrides))
+    if recipe == "frpo":
+        build_objective(cfg.objective)
+
+
+class StudyParts:
+    """The parts of a study. Raises ConfigError for options that contradict each other."""
+
+    def __init__(self, config: StudyConfig):
+        _check(config)
+        self.config, self.out = config, Path(config.out)
+
+    def all(self, seeds: Iterable[int]) -> Iterator[Part]:
+        """In an order in which they can run."""
+        for seed in seeds:
+            yield from self.preparation(seed)
+            for arm in self.config.arms:
+                yield from self.chain(seed, arm)
+
+    def preparation(self, seed: int) -> list[Part]:
+        parts: list[Part] = []
+        for number, config in enumerate(self.config.prepare):
+            directory, before = self._seed_dir(seed) / f"prepare_{number}", parts[-1] if parts else None
+            parts.append(Part(seed, None, None, None, config, self._arguments(config, seed), directory, before))
+        return parts
+
+    def chain(self, seed: int, arm: str) -> list[Part]:
+        """Stage one of an arm, then every task; after each the evaluations of its model."""
+        directory, prepared = self._seed_dir(seed) / arm, self.preparation(seed)
+        own = [self._fill(text, seed) for text in self.config.arms[arm]]
+        model = self._fill(self.config.model, seed)
+        before = prepared[-1] if prepared else None
+        train = self._training(self.config.train, seed, arm, None, directory / "train", model, own, before)
+        parts = [train, *self._evaluations(train)]
+        for task, config in self.config.tasks.items():
+            trained = str(train.directory / "hf")
+            part = self._training(config, seed, arm, task, directory / task, trained, [], train)
+            parts += [part, *self._evaluations(part)]
+        return parts
+
+    def _training(self, config, seed, arm, task, directory, model, more, after) -> Part:
+        own = [f"run_dir={directory}", f"model.path={model}", f"trainer.seed={seed}"]
+        arguments = [*self._arguments(config, seed), *more, *own]
+        return Part(seed, arm, task, None, config, arguments, directory, after)
+
+    def _evaluations(self, part: Part) -> list[Part]:
+        parts = []
+        for name, config in self.config.evaluations.items():
+            directory = part.directory / "eval" / name
+            own = [f"model.path={part.directory / 'hf'}", f"out={directory}"]
+            arguments = [*self._arguments(config, part.seed), *own]
+            parts.append(Part(part.seed, part.arm, part.task, name, config, arguments, directory, part))
+        return parts
+
+    def _arguments(self, config: PartConfig, seed: int) -> list[str]:
+        named = ["--config-name", config.config] if config.config else []
+        return named + [self._fill(text, seed) for text in config.overrides]
+
+    def _fill(self, text: str, seed: int) -> str:
+        for name, value in (("seed", seed), ("dir", self._seed_dir(seed)), ("out", self.out)):
+            text = text.replace(f"{{{name}}}", str(value))
+        return text
+
+    def _seed_dir(self, seed: int) -> Path:
+        return self.out / f"seed_{seed}"
+
+
+def _check(config: StudyConfig) -> None:
+    for name, value in (("seeds", config.seeds), ("arms", config.arms), ("tasks", config.tasks)):
+        if not value:
+            raise ConfigError(f"{name} is empty; a study needs at least one.")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"seeds={config.seeds} names a seed twice.")
+    for name in ("processes", "jobs"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.num_seeds is not None and not 1 <= config.num_seeds <= len(config.seeds):
+        raise ConfigError(f"num_seeds={config.num_seeds} must be from 1 to {len(config.seeds)}, the number of seeds.")
+    if "train" in config.tasks or any("/" in name for name in (*config.arms, *config.tasks, *config.evaluations)):
+        raise ConfigError(
+            "arms, tasks and evaluations name directories: no '/', and no task called train (that is stage one)."
+        )
+    for name, part in {"train": config.train, **{f"tasks.{k}": v for k, v in config.tasks.items()}}.items():
+        if part.recipe not in TRAINING_RECIPES:
+            raise ConfigError(f"{name}.recipe={part.recipe} must be one of {', '.join(TRAINING_RECIPES)}.")
+    for name, part in config.evaluations.items():
+        if part.recipe != "evaluate":
+            raise ConfigError(f"evaluations.{name}.recipe={part.recipe} must be evaluate.")
+    for part in config.prepare:
+        if not (RECIPES / f"{part.recipe}.py").is_file():
+            raise ConfigError(f"prepare: there is no recipe {part.recipe}; recipes/ has it without .py.")

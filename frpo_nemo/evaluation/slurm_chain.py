@@ -1,0 +1,215 @@
+"""A study as a chain of Slurm jobs: one for each part that has not finished, after the one that it needs, and a report.
+
+Slurm says what is in the queue; that a part has finished says slurm_finished in its directory, which slurm/lib.sh writes;
+what was submitted, and with which settings, is in OUT/jobs.jsonl. Jobs write no rows: the report does, when all ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from frpo_nemo import redact
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.forgetting import LAST_LINES, ForgettingStudy, check_same_settings
+from frpo_nemo.evaluation.parts import ROOT, TRAINING_RECIPES, Part, ServerConfig
+
+REPORT = "report"
+REPORT_SCRIPT = "slurm/forgetting.sh"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What sbatch is asked for."""
+
+    name: str  # a part's directory below the study's; servers/NAME; report
+    script: str
+    arguments: list[str]
+    options: list[str]  # of sbatch
+    log: Path
+    recorded: list[str]  # arguments that make two jobs of one name the same: without secrets
+    needs: list[str] = field(default_factory=list)  # names of jobs that must have ended well, if they are in the queue
+    follows: list[str] = field(default_factory=list)  # ... that must have ended, well or not
+    uses: list[str] = field(default_factory=list)  # ... that must have started
+    ends: list[str] = field(default_factory=list)  # ... that it cancels at its end
+
+
+class SlurmChain:
+    """The jobs of a study. arguments: of the command line that named it, for the report's job."""
+
+    def __init__(self, study: ForgettingStudy, arguments: Sequence[str]):
+        self.study, self.arguments = study, list(arguments)
+        self._file = study.out / "jobs.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._submitted: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in map(json.loads, lines)}
+        for job in (*map(self._job, self._parts()), *map(self._server, study.config.servers)):
+            if not (ROOT / job.script).is_file():
+                raise ConfigError(f"{job.name}: script={job.script} does not exist; job scripts are in slurm/.")
+
+    def submit(self, dry_run: bool = False) -> list[dict[str, Any]]:
+        """Submit what has neither finished nor is in the queue: all of it, or, if Slurm refuses a job, nothing. Returns the
+        new lines of jobs.jsonl. With dry_run commands are printed instead. Raises ConfigError, or RuntimeError with
+        Slurm's words."""
+        queue = self._queue() if not dry_run or self._submitted else {}
+        jobs = self._missing(queue)
+        if dry_run:
+            numbers = queue | {job.name: f"<{job.name}>" for job in jobs}
+            for job in jobs:
+                print(shlex.join(redact.arguments(_command(job, numbers))))
+            return []
+        for script, options in {(job.script, tuple(job.options)) for job in jobs}:
+            _slurm("sbatch", "--test-only", *options, script)
+        if jobs and REPORT in queue:
+            self._cancel_report(queue.pop(REPORT))
+        return self._submit(jobs, queue)
+
+    def collect(self) -> list[Part]:
+        """Record what ended; returns the parts that have not finished: failed, or never started because of one that did.
+        For when no job of the study is left."""
+        for part in self._parts():
+            if self.study.finished(part):
+                continue
+            if self._has_finished(part):
+                self.study.record(part)
+            elif part.log.exists():
+                self.study.record(part, error=_last_words(part))
+        return [part for part in self._parts() if not self.study.finished(part)]
+
+    def _missing(self, queue: dict[str, str]) -> list[Job]:
+        """In an order in which they can be submitted."""
+        parts = [part for part in self._parts() if not self.study.finished(part)]
+        for part in parts:
+            if self._name(part) in queue or self._has_finished(part):
+                check_same_settings(part, self._submitted[self._name(part)]["arguments"])
+        pending = [self._job(part) for part in parts if not self._has_finished(part)]
+        jobs = [job for job in pending if job.name not in queue]
+        used = {name for job in pending for name in job.uses}
+        servers = [server for server in map(self._server, self.study.config.servers) if server.name in used]
+        for server in servers:
+            if server.name in queue and self._submitted[server.name]["arguments"] != server.recorded:
+                raise ConfigError(
+                    f"{server.name} is in the queue with other settings, as job {queue[server.name]}; cancel it first."
+                )
+        jobs = [*(server for server in servers if server.name not in queue), *jobs]
+        reported = REPORT in queue or (not parts and (self.study.out / "report.html").exists())
+        if reported and not jobs:
+            return []
+        running = [name for name in (*queue, *(job.name for job in jobs)) if name.startswith("servers/")]
+        return [*jobs, self._report(follows=[job.name for job in pending], ends=running)]
+
+    def _submit(self, jobs: list[Job], queue: dict[str, str]) -> list[dict[str, Any]]:
+        numbers, entries = dict(queue), []
+        for job in jobs:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                numbers[job.name] = _slurm(*_command(job, numbers)).strip().partition(";")[0]  # ;cluster may follow
+            except RuntimeError:
+                if entries:
+                    _slurm("scancel", *(entry["job"] for entry in entries))
+                raise
+            after = [numbers[name] for name in (*job.needs, *job.follows, *job.uses) if name in numbers]
+            entry = dict(name=job.name, job=numbers[job.name], after=after, script=job.script, arguments=job.recorded)
+            entries.append(entry | {"time": time.strftime("%Y-%m-%d %H:%M:%S%z")})
+            with self._file.open("a") as file:
+                file.write(json.dumps(entries[-1]) + "\n")
+        return entries
+
+    def _queue(self) -> dict[str, str]:
+        """{name: number} of this study's jobs that are pending or running. Numbers may come again: the name decides too."""
+        lines = _slurm("squeue", "--me", "--noheader", "--format=%A %j").splitlines()
+        queued = {number: name.strip() for number, name in (line.strip().split(" ", 1) for line in lines)}
+        return {name: job["job"] for name, job in self._submitted.items() if queued.get(job["job"]) == name}
+
+    def _cancel_report(self, number: str) -> None:
+        """The waiting one: another will wait for the new jobs as well."""
+        _slurm("scancel", "--state=PENDING", number)
+        if REPORT in self._queue():
+            raise ConfigError(f"The report is just being written, by job {number}; start again when that has ended.")
+
+    def _parts(self) -> list[Part]:
+        return list(self.study.parts(self.study.config.seeds))
+
+    def _has_finished(self, part: Part) -> bool:
+        """Whether a job of this chain ended well; it may not be on record yet."""
+        return self._name(part) in self._submitted and (part.directory / "slurm_finished").exists()
+
+    def _name(self, part: Part) -> str:
+        return str(part.directory.relative_to(self.study.out))
+
+    def _job(self, part: Part) -> Job:
+        config = part.config
+        if part.recipe in TRAINING_RECIPES:
+            named = [] if config.config else ["--config-name", part.recipe]  # else the script would choose its own
+            script, arguments = f"slurm/{part.recipe}_7b.sh", [*named, *part.arguments]
+        else:
+            script, arguments = "slurm/recipe.sh", [str(part.directory), part.recipe, *part.arguments]
+        return Job(
+            name=self._name(part),
+            script=config.script or script,
+            arguments=arguments,
+            options=[*self.study.config.sbatch, *config.sbatch],
+            log=part.log,
+            recorded=part.recorded,
+            needs=[self._name(part.after)] if part.after else [],
+            uses=[
+                f"servers/{name}"
+                for name in self.study.config.servers
+                if any(str(self._url_file(name)) in argument for argument in part.arguments)
+            ],
+        )
+
+    def _server(self, name: str) -> Job:
+        config: ServerConfig = self.study.config.servers[name]
+        arguments = [str(self._url_file(name)), config.model, *config.options]
+        return Job(
+            name=f"servers/{name}",
+            script=config.script,
+            arguments=arguments,
+            options=[*self.study.config.sbatch, *config.sbatch],
+            log=self._url_file(name).with_suffix(".log"),
+            recorded=redact.arguments(arguments),
+        )
+
+    def _report(self, follows: list[str], ends: list[str]) -> Job:
+        log, recorded = self.study.out / f"{REPORT}.log", redact.arguments(self.arguments)
+        return Job(
+            REPORT, REPORT_SCRIPT, self.arguments, self.study.config.sbatch, log, recorded, follows=follows, ends=ends
+        )
+
+    def _url_file(self, server: str) -> Path:
+        return self.study.out / "servers" / f"{server}.url"
+
+
+def _command(job: Job, numbers: dict[str, str]) -> list[str]:
+    """sbatch for the job. numbers: {name: number} of the jobs in the queue; nothing else has to be waited for."""
+    kinds = {"afterok": job.needs, "afterany": job.follows, "after": job.uses}
+    found = {kind: [numbers[name] for name in names if name in numbers] for kind, names in kinds.items()}
+    dependency = ",".join(":".join([kind, *ids]) for kind, ids in found.items() if ids)
+    waiting = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
+    own = [f"--job-name={job.name}", f"--output={job.log}", *waiting, *job.options]
+    ends = [f"--end={','.join(numbers[name] for name in job.ends)}"] if job.ends else []
+    return ["sbatch", "--parsable", *own, job.script, *ends, *job.arguments]
+
+
+def _last_words(part: Part) -> str:
+    """What its processes said last (srun puts a number before their lines), or else what the job said."""
+    lines = part.log.read_text().splitlines()
+    return "\n".join(([line for line in lines if re.match(r"\d+: ", line)] or lines)[-LAST_LINES:])
+
+
+def _slurm(*command: str) -> str:
+    """The output of a Slurm command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no {command[0]} here; start this on a login node of a Slurm cluster.") from error
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(redact.arguments(command))}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout

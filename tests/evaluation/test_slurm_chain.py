@@ -1,0 +1,105 @@
+"""What a study asks Slurm for, without a cluster: the lines that --dry-run prints. Jobs that run: tests/slurm/test_chain.py."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+from tiny_study import tiny_study
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.forgetting import ForgettingStudy
+from frpo_nemo.evaluation.parts import EvaluationConfig, PartConfig, ServerConfig
+from frpo_nemo.evaluation.slurm_chain import SlurmChain
+
+PROBE = ["probe.prompts=[{path: 'world:prompts?seed=5&heldout=1', limit: 8}]", "probe.reward.world.target=world"]
+
+
+@pytest.fixture
+def sbatch_lines(tmp_path, capsys):
+    """Function of a study's changes: {name of the job: what --dry-run prints for it}"""
+
+    def lines(**changes) -> dict[str, list[str]]:
+        study = ForgettingStudy(tiny_study(tmp_path / "out", **changes), lambda recipe, arguments: None)
+        SlurmChain(study, ["--config-name", "study/tiny"]).submit(dry_run=True)
+        commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+        return {next(w for w in c if w.startswith("--job-name=")).partition("=")[2]: c for c in commands}
+
+    return lines
+
+
+def dependency(command: list[str]) -> str | None:
+    return next((word.partition("=")[2] for word in command if word.startswith("--dependency=")), None)
+
+
+def test_every_part_waits_for_the_one_that_it_needs_and_the_report_for_all(sbatch_lines):
+    lines = sbatch_lines(evaluations={"world": EvaluationConfig(overrides=PROBE)})
+    needs = {name: dependency(command) for name, command in lines.items()}
+    report = needs.pop("report")
+    assert needs == {
+        "seed_5/prepare_0": None,
+        **{f"seed_5/{arm}/train": "afterok:<seed_5/prepare_0>" for arm in ("frpo", "impossible")},
+        **{f"seed_5/{arm}/alpaca": f"afterok:<seed_5/{arm}/train>" for arm in ("frpo", "impossible")},
+        **{
+            f"seed_5/{arm}/{run}/eval/world": f"afterok:<seed_5/{arm}/{run}>"
+            for arm in ("frpo", "impossible")
+            for run in ("train", "alpaca")
+        },
+    }
+    assert report == "afterany:" + ":".join(f"<{name}>" for name in needs)
+    assert lines["report"][-3:] == ["slurm/forgetting.sh", "--config-name", "study/tiny"]
+
+
+def test_a_part_is_the_job_script_with_the_parts_own_arguments(sbatch_lines, tmp_path):
+    train = PartConfig("frpo", "experiment/forgetting_train", ["trainer.max_steps=1"], sbatch=["--nodes=2"])
+    tasks = {"own": PartConfig("sft", overrides=["data.train=[]"], script="slurm/sft_70b.sh")}
+    lines = sbatch_lines(train=train, tasks=tasks, sbatch=["--partition=a"], arms={"a": ["objective=dr_grpo"]})
+    arm = tmp_path / "out/seed_5/a"
+    command = lines["seed_5/a/train"]
+    assert command[command.index("--partition=a") :] == [
+        *["--partition=a", "--nodes=2", "slurm/frpo_7b.sh", "--config-name", "experiment/forgetting_train"],
+        *["trainer.max_steps=1", "objective=dr_grpo", f"run_dir={arm}/train"],
+        *[f"model.path={tmp_path}/out/seed_5/base", "trainer.seed=5"],
+    ]
+    command = lines["seed_5/a/own"]
+    # sft_70b.sh alone would begin with experiment/sft_70b.
+    assert command[command.index("slurm/sft_70b.sh") + 1 :][:3] == ["--config-name", "sft", "data.train=[]"]
+
+
+def test_servers_are_started_for_the_parts_that_name_them_and_ended_by_the_report(sbatch_lines, tmp_path):
+    url = "probe.reward.judge.args.remote.url={out}/servers/judge.url"
+    servers = {"judge": ServerConfig("models/judge", ["--runner", "pooling"]), "idle": ServerConfig("models/idle")}
+    lines = sbatch_lines(servers=servers, arms={"a": []}, tasks={"t": PartConfig("sft", overrides=[url])}, prepare=[])
+    assert list(lines) == ["servers/judge", "seed_5/a/train", "seed_5/a/t", "report"]
+    serve = ["slurm/serve.sh", f"{tmp_path}/out/servers/judge.url", "models/judge", "--runner", "pooling"]
+    assert lines["servers/judge"][-5:] == serve
+    assert dependency(lines["seed_5/a/t"]) == "afterok:<seed_5/a/train>,after:<servers/judge>"
+    assert dependency(lines["seed_5/a/train"]) is None
+    assert "--end=<servers/judge>" in lines["report"]
+
+
+def test_a_job_script_that_does_not_exist_is_told_before_anything_is_submitted(sbatch_lines):
+    with pytest.raises(ConfigError, match=r"seed_5/frpo/train: script=slurm/none\.sh does not exist"):
+        sbatch_lines(train=PartConfig(script="slurm/none.sh"))
+
+
+def test_servers_are_not_for_a_study_on_this_machine(tmp_path):
+    study = ForgettingStudy(tiny_study(tmp_path / "out", servers={"judge": ServerConfig("m")}), lambda *_: None)
+    with pytest.raises(ConfigError, match=r"servers are started by slurm/forgetting\.sh only.*add ~servers"):
+        study.run()
+
+
+def test_what_failed_is_recorded_with_the_last_words_of_its_processes(tmp_path):
+    study = ForgettingStudy(tiny_study(tmp_path / "out"), lambda *_: None)
+    first, failed, later, *_ = study.parts([5])
+    failed.log.parent.mkdir(parents=True)
+    failed.log.write_text("0: sft.py: no such thing\nsrun: error: node1: task 0: Exited\n2026 job 7: see above\n")
+    first.directory.mkdir()
+    (first.directory / "slurm_finished").touch()
+    (tmp_path / "out/jobs.jsonl").write_text(json.dumps({"name": "seed_5/prepare_0", "job": "6"}) + "\n")
+    unfinished = SlurmChain(study, []).collect()
+    assert study.finished(first)
+    assert [part.title for part in unfinished[:2]] == ["seed 5 frpo train", "seed 5 frpo alpaca"]
+    assert [(row["arm"], row["error"]) for row in study.rows()] == [("frpo", "0: sft.py: no such thing")]
+    assert not later.log.exists()

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# sft_7b.sh for small jobs of tests: without the preflight, which has tests of its own.
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --mem=2G
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+source slurm/lib.sh
+frpo_preflight() { :; }
+frpo_train sft.py experiment/sft_7b "$@"
