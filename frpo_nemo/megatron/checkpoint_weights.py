@@ -245,7 +245,7 @@ class _FromHuggingFace(SavePlanner):
             self._written_last.untyped_storage().resize_(0)
         whole = self._written_last = read_weight(weight, self._source, self._dtype)
         _check_range(weight, whole)
-        self._written(whole.nbytes)
+        self._written(sum(math.prod(shape) for _, shape in weight.hugging_face) * whole.itemsize)  # without padding
         return whole.view(tuple(write_item.tensor_data.chunk.sizes))
 
 

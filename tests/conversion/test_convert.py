@@ -130,6 +130,20 @@ def test_a_checkpoint_without_adapters_gives_none(model, converted, tmp_path):
         convert(ConvertRun(input=str(converted), base=model, out=str(tmp_path / "out"), adapter=True))
 
 
+# -- what is seen of it
+
+
+def test_a_terminal_shows_progress_and_a_log_does_not(model, tmp_path):
+    """The bar ends at the size of the weights; in a file there would be a line for each of its moves."""
+    command = f"{sys.executable} {CONFIGS.parent / 'recipes/convert.py'} input={model} out={tmp_path / 'out'}"
+    wide = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    in_terminal = subprocess.run(["script", "-qec", command, "/dev/null"], env=wide, capture_output=True, text=True)
+    size = sum(tensor.nbytes for tensor in checks.tensors(Path(model)).values()) / 1e6
+    assert f" {size:.1f}/{size:.1f} MB" in in_terminal.stdout, in_terminal.stdout[-500:]
+    in_log = subprocess.run(command.split(), capture_output=True, text=True)
+    assert in_log.returncode == 0 and in_log.stderr == ""
+
+
 # -- what a converted checkpoint is good for
 
 

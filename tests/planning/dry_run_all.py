@@ -1,5 +1,5 @@
-"""Every known model at a layout of its own, and the jobs' experiments, each pipeline stage, printed as JSON: a process of its own, because the
-fake process group and the meta device are no company for other tests."""
+"""Every known model at a layout of its own, and the jobs' experiments, each pipeline stage, printed as JSON: a process of
+its own, because the fake process group and the meta device are no company for other tests."""
 
 from __future__ import annotations
 

@@ -172,8 +172,13 @@ def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cl
     overrides = [*frpo_overrides(model), f"run_dir={run_dir}"]
     job = cluster.submit("slurm/frpo_7b.sh", *overrides, log=tmp_path / "log", ranks=1, **faults.environment)
     job.wait_until(lambda: faults.happened("node"))
-    node = cluster.slurm("scontrol", "show", "hostnames", job.show()["NodeList"]).split()[1]
-    cluster.cluster("kill-node", node)
+    nodes = cluster.slurm("scontrol", "show", "hostnames", job.show()["NodeList"]).split()
+    for node in nodes:
+        number = node.removeprefix("node")
+        sockets = cluster.cluster("node-exec", number, "ss", "-ltnpH").stdout.splitlines()
+        heard_at = {line.split()[3].rpartition(":")[0] for line in sockets if '"python' in line}
+        assert heard_at == {f"10.77.0.{number}"}, "the ranks listen where the others reach them and nowhere else"
+    cluster.cluster("kill-node", nodes[1])
     job.wait_until(lambda: faults.happened("signal"))
     cluster.slurm("scancel", "--batch", "--signal=USR1", job.number)  # what --signal=B:USR1@300 does
     job.wait_until(lambda: "the time limit is near" in job.output)

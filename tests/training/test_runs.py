@@ -118,7 +118,8 @@ def disturbed(model, tmp_path_factory):
 
 
 def test_a_run_records_every_metric_and_all_are_finite(reference):
-    """Those that the issue names. NaN and infinity are null in the file."""
+    """NaN and infinity are null in the file. The console begins with the plan."""
+    assert reference.with_suffix(".log").read_text().startswith("plan: TP2 PP1 DP1, vLLM TP1, fp32")
     rows = steps(reference)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     names = {
