@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from frpo_nemo.data.new_model import FAMILIES, new_model, train_tokenizer
 from frpo_nemo.data.world import world_tokenizer
@@ -30,6 +30,14 @@ def test_every_family_loads_with_its_tokenizer(family, tmp_path):
     assert tokenizer.decode(ids) == f"<|bos|><|user|>\n{TEXT}\n<|assistant|>\n"
     assert ids == trained.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert model(torch.tensor([ids])).logits.shape == (1, len(ids), len(trained))
+
+
+def test_a_reward_model_gives_one_number_and_another_head_is_refused(tmp_path):
+    new_model(tmp_path, tokenizer=world_tokenizer(), head="reward", **SIZES)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert model(torch.tensor([[4, 2, 1]])).logits.shape == (1, 1)
+    with pytest.raises(ConfigError, match="head=value is none of lm, reward"):
+        new_model(tmp_path, tokenizer=world_tokenizer(), head="value", **SIZES)
 
 
 def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path):

@@ -221,6 +221,9 @@ BAD_INPUT = [
     (["data.train.0.task=sum", "data.train.0.task_column=kind"], ["task=sum", "task_column=kind"]),
     (["data.train.0.limit=0"], ["data.train.0.limit=0", "at least 1"]),
     (["data.train.0.start=-1"], ["data.train.0.start=-1", "at least 0"]),
+    (["data.train.0.holdout=1"], ["data.train.0.holdout=1", "at least 0 and below 1"]),
+    (["data.train.0.holdout_seed=-1"], ["data.train.0.holdout_seed=-1", "at least 0"]),
+    (["data.train.0.held_out=true"], ["data.train.0.held_out", "data.train.0.holdout above 0"]),
     (["trainer.val_interval=5"], ["trainer.val_interval=5", "data.validation"]),
     # rewards
     (["reward.right.target=exactt"], ["reward.right", "exactt", "exact"]),
