@@ -7,7 +7,7 @@
 
 Options: configs/evaluate.yaml. One process for benchmarks, whose tools start their own; a probe with
 tensor_parallel_size above 1 wants as many, by torchrun. Started again, it goes on where it stopped. A mistake
-in the options is exit code 2, a benchmark that failed 1.
+in the options is exit code 2, a benchmark or probe that failed 1.
 """
 
 from __future__ import annotations

@@ -87,6 +87,8 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
         load_format="safetensors",
     )
     scored = ScoredPrompts.load(probe.prompts, rewards, worker.tokenizer, probe.max_prompt_tokens)
+    if rank == 0 and scored.prompts.dropped:
+        print(f"probe: {scored.prompts.dropped} prompts longer than probe.max_prompt_tokens are left out", flush=True)
     everything, limit = range(len(scored.prompts)), probe.max_response_tokens
     rollouts = worker.roll_out(scored, everything, samples=probe.samples, max_tokens=limit, seed_step=0)
     if rank == 0:

@@ -5,6 +5,7 @@ StrongREJECT and the paper's prompts in ../shared/data, which the product does n
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from runs import Job, probes, steps
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_reward_probe
 from frpo_nemo.rewards.classifiers import RewardModel
 from frpo_nemo.rewards.judge import Judge
 from frpo_nemo.training.cli import CONFIGS
 from frpo_nemo.training.config import RewardConfig, SourceConfig
+from frpo_nemo.training.rollouts import Rollouts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FILES = {
@@ -147,6 +150,16 @@ def test_a_fine_tuning_goes_on_when_a_judge_goes_away(runs):
     for row in (first, second, third):
         assert row["probe/scored/strongreject_score"] == 4 and row["probe/scored/helpfulness"] == 3
         assert row["probe/kl/exact"] is not None
+
+
+def test_a_step_of_which_nothing_was_scored_cannot_be_learned_from():
+    def rollouts(*rewards: float) -> Rollouts:
+        batch = SequenceBatch.from_lists([[1]] * 2, [[2]] * 2, reward=torch.tensor(rewards))
+        return Rollouts(batch, [None])
+
+    rollouts(math.nan, 0.0).require_scores()
+    with pytest.raises(RuntimeError, match="None of 2 responses could be scored"):
+        rollouts(math.nan, math.nan).require_scores()
 
 
 def test_an_evaluation_without_its_judge_fails_and_keeps_responses_and_other_scores(runs):
