@@ -1,4 +1,5 @@
-"""recipes/plan.py without its command line: the options, and the search from a model and a cluster to a printed plan."""
+"""recipes/plan.py without its command line: the options, the search from a model and a cluster to a printed plan, and the
+hours of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.layouts import default_base, find_layouts
-from frpo_nemo.planning.memory import parameters
+from frpo_nemo.planning.memory import Layout, parameters, phases, readable
 from frpo_nemo.planning.report import print_choice, print_layouts, print_rejected
-from frpo_nemo.planning.timing import Workload
+from frpo_nemo.planning.timing import Workload, seconds
 
 
 @dataclass
@@ -65,6 +66,25 @@ def plan(cfg: PlanRun, console: Console) -> None:
     print_layouts(console, found, cfg.show)
     print_choice(console, found[0], cluster, work)
     print_rejected(console, rejected)
+
+
+def print_hours(cfg: PlanRun, layout: Layout, work: Workload, steps: int) -> None:
+    """Print the estimated time of `steps` steps of cfg's model on cfg's cluster, whose GPUs `layout` takes all."""
+    _check(cfg)
+    arch, cluster = Architecture.from_hf(cfg.model.path), cfg.cluster
+    parts = phases(arch, layout, cluster.gpu_memory)
+    cache = next((phase.parts["vLLM KV cache"] for phase in parts if phase.name == "generate"), None)
+    spent = seconds(arch, layout, cluster, work, cache)
+    step, peak = sum(spent.values()), max(phase.total for phase in parts)
+    hours = steps * step / 3600
+    print(
+        f"{layout} on {cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}, {readable(peak)} of "
+        f"{readable(cluster.gpu_memory)}; {work.sequences} sequences a step, of {work.prompt_tokens} + "
+        f"{work.response_tokens} tokens on average\n"
+        f"step: {step:.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in spent.items())})\n"
+        f"{steps} steps: {hours:.2g} hours, {hours * cluster.world_size:.2g} GPU hours, without rewards, validations, "
+        "probes, loading and checkpoints"
+    )
 
 
 def _check(cfg: PlanRun) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from frpo_nemo.errors import ConfigError
@@ -23,6 +24,7 @@ from frpo_nemo.planning.memory import (
     readable,
 )
 from frpo_nemo.planning.report import summary
+from frpo_nemo.planning.timing import Workload
 
 # What to change when most of a phase's memory is the key.
 _REMEDIES = {
@@ -133,6 +135,28 @@ def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
         gpu=gpu,
         transformer_engine=gpu and importlib.util.find_spec("transformer_engine") is not None,
     )
+
+
+def step_of(cfg, means: Workload) -> tuple[Layout, Workload]:
+    """Layout and work of one step of a typed FRPORun or SFTRun on GPUs, to estimate its seconds. `means`: its
+    prompt_tokens and response_tokens (of a completion, in supervised training) are what no configuration tells."""
+    trainer, is_rl = cfg.trainer, hasattr(cfg, "objective")
+    layout = layout_of(cfg, trainer.num_nodes * trainer.devices, gpu=True)
+    if is_rl:
+        batch = dict(prompts_per_step=cfg.rollout.prompts_per_step, group_size=cfg.rollout.group_size)
+        longest, updates = cfg.rollout.max_response_tokens, trainer.updates_per_rollout
+        passes = (_beta(cfg) > 0) + (updates > 1)
+    else:
+        layout = replace(layout, engine=None)  # it is there for probes alone
+        batch = dict(prompts_per_step=cfg.data.sequences_per_step, group_size=1)
+        longest, updates, passes = cfg.data.max_tokens, 1, 0
+    lengths = dict(
+        prompt_tokens=min(means.prompt_tokens, cfg.data.max_prompt_tokens),
+        response_tokens=min(means.response_tokens, longest),
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        max_response_tokens=longest,
+    )
+    return layout, Workload(**batch, **lengths, updates_per_rollout=updates, logprob_passes=passes)
 
 
 def memory_limit(cfg) -> int:

@@ -1,6 +1,7 @@
-"""The search for a layout: what it chooses fits, what it rejects has a reason, and both commands print."""
+"""The search for a layout: what it chooses fits, what it rejects has a reason; the hours of a run; and all commands print."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,14 +16,15 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import CLUSTERS, peak_flops
 from frpo_nemo.planning.layouts import default_base, find_layouts, overrides
 from frpo_nemo.planning.plan import PlanRun, plan
-from frpo_nemo.planning.timing import seconds
+from frpo_nemo.planning.timing import Workload, seconds
 from frpo_nemo.training import validate
 from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun
-from frpo_nemo.training.resources import layout_of
+from frpo_nemo.training.config import FRPORun, SFTRun
+from frpo_nemo.training.resources import layout_of, step_of
 from frpo_nemo.training.schema import load
 
 REPOSITORY = Path(__file__).parents[2]
+HOURS = r"step: ([\d.]+) s .*: ([\d.e+]+) hours, ([\d.e+]+) GPU hours"
 
 
 def options(*given: str) -> PlanRun:
@@ -135,6 +137,35 @@ def test_command_prints_the_plan_and_a_mistake_is_one_line(known):
     assert "rollout.tensor_model_parallel_size=" in printed.stdout and "others do not fit" in printed.stdout
     wrong = run(f"model.path={path}", "cluster.num_nodes=0")
     assert wrong.returncode == 2 and wrong.stderr == "plan.py: cluster.num_nodes=0 must be above 0.\n"
+
+
+def test_hours_of_an_experiment_are_its_steps_times_seconds_times_gpus(known):
+    given = [f"model.path={known['Mistral-7B-Instruct-v0.1']}", "objective.lambda_=0.5", "trainer.max_steps=36000"]
+    given += ["cluster=h200", "workload.prompt_tokens=110", "workload.response_tokens=300"]
+    printed = run("--hours", "--config-name", "experiment/safety_mistral_7b", *given)
+    assert printed.returncode == 0, printed.stderr
+    assert "TP2 PP1 DP4, vLLM TP8 on 1 x 8 H200" in printed.stdout
+    assert "128 sequences a step, of 110 + 300 tokens" in printed.stdout
+    step, hours, gpu_hours = map(float, re.search(HOURS, printed.stdout, re.DOTALL).groups())
+    assert hours == pytest.approx(10 * step, rel=0.06) and gpu_hours == pytest.approx(80 * step, rel=0.06)
+
+
+def test_a_step_of_supervised_training_is_its_training_alone(known):
+    """The engine that its probes have takes no time of a step."""
+    given = [f"model.path={known['Qwen2.5-7B-Instruct']}", "run_dir=none"]
+    cfg = load(SFTRun, compose("experiment/sft_code", given))
+    layout, work = step_of(cfg, Workload(prompt_tokens=200, response_tokens=10_000))
+    assert layout_of(cfg, 8, gpu=True).engine is not None
+    assert (work.sequences, work.prompt_tokens, work.response_tokens) == (64, 200, 4096)  # as long as it may be
+    spent = seconds(Architecture.from_hf(cfg.model.path), layout, options("model.path=x").cluster, work)
+    assert list(spent) == ["training"]
+
+
+def test_passes_before_training_are_those_that_the_configuration_needs(known):
+    for beta, updates, passes in ((0, 1, 0), (0.1, 1, 1), (0, 2, 1), (0.1, 2, 2)):
+        given = [f"objective.beta={beta}", f"trainer.updates_per_rollout={updates}"]
+        cfg = load(FRPORun, compose("experiment/gsm8k_frpo", given))
+        assert step_of(cfg, Workload())[1].logprob_passes == passes
 
 
 def test_dry_run_of_an_experiment_shows_every_stage(known):
