@@ -152,6 +152,30 @@ def check_responses(tiny) -> list:
     return first
 
 
+def check_top_p(tiny) -> None:
+    """Tokens come from the nucleus, their log-probs from the full distribution."""
+    engine, model = refitted(tiny), hf_model(tiny["qwen2"])
+    responses = sample(engine, top_p=0.5)
+    rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
+    assert logprob_gap(rollout, reference_logprobs(model, responses))[1] < 1e-5
+    assert (
+        likelier_mass(model, responses).max() < 0.5
+    )  # of tokens before it: else it were not among those that reach 0.5
+    assert likelier_mass(model, sample(engine)).max() > 0.5
+
+
+@torch.no_grad()
+def likelier_mass(model, responses, samples: int = 3) -> Tensor:
+    """For each token of the responses to prompts(), the total probability of the tokens that were likelier there."""
+    out = []
+    for i, (tokens, _, _) in enumerate(responses):
+        prompt = prompts()[i // samples]
+        probs = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double().softmax(-1)
+        own = probs[torch.arange(len(tokens)), torch.tensor(tokens)].unsqueeze(-1)
+        out.append(probs.where(probs > own, 0).sum(-1))
+    return torch.cat(out)
+
+
 def check_other_sampling(tiny) -> None:
     """Another temperature gives no log-probs; top-k at temperature 1 gives those of the full distribution."""
     engine = refitted(tiny)

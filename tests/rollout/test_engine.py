@@ -29,6 +29,10 @@ def test_bfloat16_differs_by_rounding_alone(one):
     one(checks.check_bfloat16)
 
 
+def test_with_top_p_tokens_are_of_the_nucleus_and_logprobs_of_the_full_distribution(one):
+    one(checks.check_top_p)
+
+
 def test_other_sampling_settings(one):
     one(checks.check_other_sampling)
 
