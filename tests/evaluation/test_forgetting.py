@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ def test_every_run_has_a_row_with_its_points_and_a_failed_arm_is_a_row_too(study
     config, rows = study
     written = read_results(Path(config.out) / "results.jsonl")
     assert sorted(written, key=str) == sorted(rows, key=str)
-    by_run = {(row["arm"], row["task"]): row for row in rows}
+    by_run = {(row["arm"], row["task"]): row for row in rows if row["stage"] != "evaluate"}
     assert set(by_run) == {("frpo", None), ("frpo", "alpaca"), ("impossible", None)}
     train, alpaca, failed = by_run["frpo", None], by_run["frpo", "alpaca"], by_run["impossible", None]
     assert [point["step"] for point in train["points"]] == [0, 2]
@@ -35,6 +37,17 @@ def test_every_run_has_a_row_with_its_points_and_a_failed_arm_is_a_row_too(study
     assert failed["status"] == "failed" and "model.sequence_parallel=true needs" in failed["error"]
 
 
+def test_every_model_is_measured(study):
+    config, rows = study
+    measured = {row["task"]: row for row in rows if row["stage"] == "evaluate"}
+    assert set(measured) == {None, "alpaca"}
+    for task, row in measured.items():
+        assert (row["arm"], row["evaluation"], row["status"]) == ("frpo", "world", "finished")
+        assert 0 <= row["scores"]["probe/reward/mean"] <= 1
+        result = json.loads((Path(row["run_dir"]) / "probe/result.json").read_text())
+        assert result["model"] == str(Path(config.out).resolve() / "seed_5/frpo" / (task or "train") / "hf")
+
+
 def test_started_again_it_repeats_the_failed_part_alone(study, monkeypatch):
     config, rows = study
     started = []
@@ -43,6 +56,29 @@ def test_started_again_it_repeats_the_failed_part_alone(study, monkeypatch):
     again = ForgettingStudy(config, check_command).run()
     assert started == ["seed 5 impossible train"]
     assert [r for r in again if r["status"] == "finished"] == [r for r in rows if r["status"] == "finished"]
+
+
+def test_an_interrupted_study_goes_on_with_what_has_no_row(study):
+    """Killed while its last fine-tuning ran: that part's checkpoints are there, its row is not."""
+    config, rows = study
+    results = Path(config.out) / "results.jsonl"
+    kept = [line for line in results.read_text().splitlines() if json.loads(line)["task"] != "alpaca"]
+    results.write_text("".join(f"{line}\n" for line in kept))
+    again = ForgettingStudy(tiny_study(config.out, arms={"frpo": config.arms["frpo"]}), check_command).run()
+    found, expected = (next(row for row in some if row["task"] == "alpaca") for some in (again, rows))
+    assert found["status"] == "finished" and found["points"] == expected["points"]
+    assert len(results.read_text().splitlines()) == len(kept) + 1, "the first stage was not run again"
+
+
+def test_the_recipe_makes_the_page_of_run_directories_alone(study, tmp_path):
+    """It finds by itself which run was fine-tuned from which."""
+    runs = Path(study[0].out) / "seed_5" / "frpo"
+    command = [sys.executable, CONFIGS.parent / "recipes/report.py", runs / "train", runs / "alpaca", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"report: {tmp_path / 'report.html'}\n")
+    page = (tmp_path / "report.html").read_text()
+    assert "alpaca" in page and "lambda_" in page and "data:image/png" in page
 
 
 def test_rows_of_arms_that_are_no_longer_named_stay_in_the_file_and_out_of_the_result(study):
@@ -88,7 +124,8 @@ def test_the_studies_in_configs_are_in_order(name, tmp_path):
     config = load(StudyConfig, compose(name, [f"out={tmp_path / 'out'}"]))
     parts = list(ForgettingStudy(config, check_command).parts(config.seeds))
     assert len({part.directory for part in parts}) == len(parts)
-    assert len(parts) == len(config.seeds) * (len(config.prepare) + len(config.arms) * (1 + len(config.tasks)))
+    models = len(config.arms) * (1 + len(config.tasks))
+    assert len(parts) == len(config.seeds) * (len(config.prepare) + models * (1 + len(config.evaluations)))
 
 
 def test_options_are_documented_with_their_defaults():

@@ -14,6 +14,7 @@ import pytest
 from evaluation.studies import FRPO, GRPO, failed_row, finetune_row, like_real, train_row, two_arms
 from rich.console import Console
 
+from frpo_nemo.evaluation.demo_report import forgetting_sentence
 from frpo_nemo.evaluation.endpoints import comparisons, end_points
 from frpo_nemo.evaluation.report import explain_tests, print_summary, write_report
 from frpo_nemo.evaluation.study import Study
@@ -61,6 +62,17 @@ def test_end_points_are_means_over_the_finished_seeds():
     assert end.rewards["reward/task/harmful/mean"]["after"].std == pytest.approx(0.0)
     assert (end.kl_reference.mean, end.kl_finetuning.mean) == (0.75, 1.5)
     assert end.downstream["downstream/accuracy"].mean == 1.0 and end.seeds == (1, 2)
+
+
+def test_the_demo_says_what_each_arm_lost_and_that_it_is_one_seed():
+    rows = [train_row("GRPO", 0, GRPO, kl=0.86), train_row("FRPO", 0, FRPO, kl=1.17)]
+    rows += [
+        finetune_row("GRPO", 0, "alpaca", 0.9, 0.8, tasks={"harmful": (0.97, 0.58)}),
+        finetune_row("FRPO", 0, "alpaca", 0.9, 0.8, tasks={"harmful": (1.0, 0.96)}),
+    ]
+    said = forgetting_sentence(Study(rows))
+    assert "GRPO lost 0.39 of its 0.97" in said and "FRPO lost 0.04 of its 1.00" in said
+    assert "one seed" in said and "0.86 (GRPO)" in said and "1.17 (FRPO)" in said
 
 
 def test_comparisons_are_paired_by_seed_against_every_baseline():
