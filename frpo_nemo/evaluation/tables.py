@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from frpo_nemo.evaluation.endpoints import Comparison, comparisons, end_points, kl_values
-from frpo_nemo.evaluation.matching import differing_settings, stage_text
+from frpo_nemo.evaluation.matching import differing_settings
+from frpo_nemo.evaluation.results import Row
 from frpo_nemo.evaluation.statistics import PairedDifference, Summary, p_text, summarize
 from frpo_nemo.evaluation.study import Study, at_end, at_start, by_seed, reward_label
 
@@ -84,20 +85,19 @@ def stage_one_table(study: Study) -> Table:
 
 
 def evaluation_table(study: Study, name: str) -> Table:
-    """What recipes/evaluate.py measured of each arm. A section for stage one's models, and for those after each task."""
+    """What recipes/evaluate.py measured of each arm after stage one and after each task. A section for each score."""
     rows = [row for row in study.evaluations if row["evaluation"] == name]
-    names = dict.fromkeys(name for row in rows for name in row["scores"])
-    scores = [name for name in names if not name.endswith(_SPREADS)]
-    table = Table(["arm", "seeds", *(score.removeprefix("probe/") for score in scores)])
-    for task in (None, *study.tasks):
-        for arm in study.arms:
-            mine = [row for row in rows if (row["arm"], row["task"]) == (arm, task)]
-            if mine:
-                measured = [row["scores"] for row in mine if row["status"] == "finished"]
-                failed = f" ({len(mine) - len(measured)} failed)" if len(measured) < len(mine) else ""
-                cells = [value_text(summarize(s[score] for s in measured if score in s)) for score in scores]
-                section = table.sections.setdefault(stage_text("finetune", task) if task else "stage one", [])
-                section.append([arm, f"{len(measured)}{failed}", *cells])
+    tasks = [task for task in (None, *study.tasks) if any(row["task"] == task for row in rows)]
+    table = Table(["arm", *(f"after {task}" if task else "stage one" for task in tasks)])
+    for score in dict.fromkeys(score for row in rows for score in row["scores"]):
+        if not score.endswith(_SPREADS):
+            table.sections[score.removeprefix("probe/")] = [
+                [
+                    arm,
+                    *(_score_text([r for r in rows if (r["arm"], r["task"]) == (arm, task)], score) for task in tasks),
+                ]
+                for arm in study.arms
+            ]
     table.note = "Mean ± sample standard deviation over the seeds. Spreads within a seed are in results.jsonl."
     return table
 
@@ -154,6 +154,13 @@ def seeds_text(study: Study, arm: str, stage: str, task: str | None) -> str:
     if not failed:
         return str(finished) if finished else "no run"
     return f"{finished} ({failed} failed)" if finished else "failed"
+
+
+def _score_text(rows: list[Row], score: str) -> str:
+    """0.950 ± 0.020; with (1 failed) if a seed's evaluation did."""
+    failed = sum(row["status"] == "failed" for row in rows)
+    values = [row["scores"][score] for row in rows if row["status"] == "finished" and score in row["scores"]]
+    return value_text(summarize(values)) + (f" ({failed} failed)" if failed else "")
 
 
 def _measured(kl_name: str | None) -> str:

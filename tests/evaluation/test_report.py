@@ -174,7 +174,7 @@ def test_the_page_stands_alone_with_every_picture_and_a_caption_for_each(tmp_pat
     assert "Stage one: beta differs" in page.text
 
 
-def test_evaluations_have_a_table_with_a_section_for_the_models_of_each_stage(tmp_path):
+def test_evaluations_have_a_table_with_each_score_before_and_after_every_task(tmp_path):
     def evaluated(arm, task, score, **more):
         row = dict(arm=arm, seed=1, stage="evaluate", task=task, evaluation="harm", status="finished", error=None)
         return row | dict(settings={}, points=[], scores={"probe/reward/mean": score, "probe/reward/std": 0.3}) | more
@@ -183,11 +183,8 @@ def test_evaluations_have_a_table_with_a_section_for_the_models_of_each_stage(tm
     rows = [evaluated("frpo", None, 0.9), evaluated("grpo", None, 0.8), evaluated("frpo", "alpaca", 0.7), failed]
     rows = [*two_arms({1: 0.8}, {1: 0.6}), *rows]
     table = evaluation_table(Study(rows), "harm")
-    assert table.headings == ["arm", "seeds", "reward/mean"]
-    assert table.sections == {
-        "stage one": [["frpo", "1", "0.900"], ["grpo", "1", "0.800"]],
-        "fine-tuning on alpaca": [["frpo", "1", "0.700"], ["grpo", "0 (1 failed)", "–"]],
-    }
+    assert table.headings == ["arm", "stage one", "after alpaca"]
+    assert table.sections == {"reward/mean": [["frpo", "0.900", "0.700"], ["grpo", "0.800", "– (1 failed)"]]}
     text = report(rows, tmp_path).text
     assert "Evaluation harm" in text
     assert "grpo, seed 1: evaluation harm after fine-tuning on alpaca failed: out of memory" in text

@@ -13,8 +13,6 @@ from frpo_nemo.evaluation.forgetting import ForgettingStudy
 from frpo_nemo.evaluation.parts import EvaluationConfig, PartConfig, ServerConfig
 from frpo_nemo.evaluation.slurm_chain import SlurmChain
 
-PROBE = ["probe.prompts=[{path: 'world:prompts?seed=5&heldout=1', limit: 8}]", "probe.reward.world.target=world"]
-
 
 @pytest.fixture
 def sbatch_lines(tmp_path, capsys):
@@ -34,7 +32,7 @@ def dependency(command: list[str]) -> str | None:
 
 
 def test_every_part_waits_for_the_one_that_it_needs_and_the_report_for_all(sbatch_lines):
-    lines = sbatch_lines(evaluations={"world": EvaluationConfig(overrides=PROBE)})
+    lines = sbatch_lines(evaluations={"world": EvaluationConfig(overrides=["benchmarks=[mmlu]"])})
     needs = {name: dependency(command) for name, command in lines.items()}
     report = needs.pop("report")
     assert needs == {
