@@ -82,9 +82,13 @@ def print_hours(cfg: PlanRun, layout: Layout, work: Workload, steps: int) -> Non
         f"{readable(cluster.gpu_memory)}; {work.sequences} sequences a step, of {work.prompt_tokens} + "
         f"{work.response_tokens} tokens on average\n"
         f"step: {step:.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in spent.items())})\n"
-        f"{steps} steps: {hours:.2g} hours, {hours * cluster.world_size:.2g} GPU hours, without rewards, validations, "
+        f"{steps} steps: {_rounded(hours)} hours, {_rounded(hours * cluster.world_size)} GPU hours, without rewards, validations, "
         "probes, loading and checkpoints"
     )
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _check(cfg: PlanRun) -> None:
