@@ -119,7 +119,7 @@ def test_a_server_that_tells_the_largest_log_probs_alone_is_enough_to_decide(cla
 def test_yes_and_no_are_text_in_the_configuration_and_the_rest_is_the_procedure_of_these_tests():
     run = load(EvaluateRun, compose("evaluate", ["probe=safety_benchmarks", "model.path=x", "out=x"]))
     given = run.probe.reward["harmbench_refusal"].args
-    assert given["choices"] == {"yes": 0.0, "no": 1.0}
+    assert given["choices"] == {"yes": 0.0, "no": 1.0, "▁yes": 0.0, "▁no": 1.0}
     own = {"max_response_tokens": 512, "min_mass": 0.5, "model": given["model"]}
     assert {"local": LOCAL} | given == procedure("") | own | {
         k: given[k] for k in ("choices", "template_file", "remote")
