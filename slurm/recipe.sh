@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A recipe that trains nothing, in one process on one GPU:  sbatch slurm/recipe.sh DIRECTORY RECIPE [option ...]
 #   sbatch slurm/recipe.sh runs/first/eval evaluate model.path=runs/first benchmarks=[math500] out=runs/first/eval
-#   sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/recipe.sh runs/70b/eval evaluate tensor_parallel_size=8 ...
+#   sbatch --ntasks-per-node=8 --gpus-per-node=8 --mem=0 slurm/recipe.sh runs/70b/eval evaluate tensor_parallel_size=8 ...
 # DIRECTORY belongs to this job while it is in the queue; slurm_finished is written there when it ended well. A recipe that
 # failed is not started again by itself.
 #SBATCH --job-name=recipe

@@ -58,7 +58,7 @@ class SlurmChain:
         new lines of jobs.jsonl. With dry_run commands are printed instead. Raises ConfigError, or RuntimeError with
         Slurm's words."""
         queue = self._queue() if not dry_run or self._submitted else {}
-        jobs = self._missing(queue)
+        jobs = self.missing(queue)
         if dry_run:
             numbers = queue | {job.name: f"<{job.name}>" for job in jobs}
             for job in jobs:
@@ -72,23 +72,29 @@ class SlurmChain:
 
     def collect(self) -> list[Part]:
         """Record what ended; returns the parts that have not finished: failed, or never started because of one that did.
-        For when no job of the study is left."""
+        For when no job of the study is left. Raises ConfigError if a part ran with other settings than it has now."""
         for part in self._parts():
             if self.study.finished(part):
                 continue
             if self._has_finished(part):
+                self._check_same_settings(part)
                 self.study.record(part)
             elif part.log.exists():
                 self.study.record(part, error=_last_words(part))
         return [part for part in self._parts() if not self.study.finished(part)]
 
-    def _missing(self, queue: dict[str, str]) -> list[Job]:
-        """In an order in which they can be submitted."""
+    def missing(self, queue: dict[str, str]) -> list[Job]:
+        """What is neither finished nor in the queue ({name: number}), in an order in which it can be submitted. Jobs that
+        wait for one that failed are taken out of the queue."""
         parts = [part for part in self._parts() if not self.study.finished(part)]
         for part in parts:
             if self._name(part) in queue or self._has_finished(part):
-                check_same_settings(part, self._submitted[self._name(part)]["arguments"])
+                self._check_same_settings(part)
         pending = [self._job(part) for part in parts if not self._has_finished(part)]
+        unfinished = {job.name for job in pending}
+        for job in pending:
+            if any(name in unfinished and name not in queue for name in job.needs):
+                queue.pop(job.name, None)  # Slurm is about to cancel it
         jobs = [job for job in pending if job.name not in queue]
         used = {name for job in pending for name in job.uses}
         servers = [server for server in map(self._server, self.study.config.servers) if server.name in used]
@@ -139,6 +145,9 @@ class SlurmChain:
     def _has_finished(self, part: Part) -> bool:
         """Whether a job of this chain ended well; it may not be on record yet."""
         return self._name(part) in self._submitted and (part.directory / "slurm_finished").exists()
+
+    def _check_same_settings(self, part: Part) -> None:
+        check_same_settings(part, self._submitted[self._name(part)]["arguments"])
 
     def _name(self, part: Part) -> str:
         return str(part.directory.relative_to(self.study.out))

@@ -77,6 +77,22 @@ def test_servers_are_started_for_the_parts_that_name_them_and_ended_by_the_repor
     assert "--end=<servers/judge>" in lines["report"]
 
 
+def test_what_is_in_the_queue_is_not_submitted_unless_what_it_waits_for_has_failed(tmp_path):
+    study = ForgettingStudy(tiny_study(tmp_path / "out"), lambda *_: None)
+    prepared, train, later, *_ = study.parts([5])
+    parts = [prepared, train, later]
+    names = [str(part.directory.relative_to(tmp_path / "out")) for part in parts]
+    entries = [dict(name=name, job="1", arguments=part.recorded) for name, part in zip(names, parts, strict=True)]
+    prepared.directory.mkdir(parents=True)
+    (prepared.directory / "slurm_finished").touch()
+    (tmp_path / "out/jobs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    chain, other = SlurmChain(study, []), ["seed_5/impossible/train", "seed_5/impossible/alpaca", "report"]
+    running, waiting = {names[1]: "2"}, {names[2]: "3"}
+    assert [job.name for job in chain.missing(running | waiting)] == other
+    assert chain.missing(running | waiting)[-1].follows == [*names[1:], *other[:-1]]
+    assert [job.name for job in chain.missing(dict(waiting))] == [*names[1:], *other]
+
+
 def test_a_job_script_that_does_not_exist_is_told_before_anything_is_submitted(sbatch_lines):
     with pytest.raises(ConfigError, match=r"seed_5/frpo/train: script=slurm/none\.sh does not exist"):
         sbatch_lines(train=PartConfig(script="slurm/none.sh"))
@@ -95,7 +111,8 @@ def test_what_failed_is_recorded_with_the_last_words_of_its_processes(tmp_path):
     failed.log.write_text("0: sft.py: no such thing\nsrun: error: node1: task 0: Exited\n2026 job 7: see above\n")
     first.directory.mkdir()
     (first.directory / "slurm_finished").touch()
-    (tmp_path / "out/jobs.jsonl").write_text(json.dumps({"name": "seed_5/prepare_0", "job": "6"}) + "\n")
+    submitted = {"name": "seed_5/prepare_0", "job": "6", "arguments": first.recorded}
+    (tmp_path / "out/jobs.jsonl").write_text(json.dumps(submitted) + "\n")
     unfinished = SlurmChain(study, []).collect()
     assert study.finished(first)
     assert [part.title for part in unfinished[:2]] == ["seed 5 frpo train", "seed 5 frpo alpaca"]
