@@ -36,10 +36,10 @@ def frpo_overrides(model: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("script", ["frpo_7b", "frpo_70b", "sft_7b", "sft_70b", "convert", "serve"])
+@pytest.mark.parametrize("script", ["frpo_7b", "frpo_70b", "sft_7b", "sft_70b", "convert", "serve", "recipe", "forgetting"])
 def test_slurm_accepts_each_script(cluster, script):
     """Its options are valid, and the cluster could run it on the two nodes that we offer."""
-    nodes = [] if script in ("convert", "serve") else ["--nodes=2"]
+    nodes = ["--nodes=2"] if script.endswith("b") else []
     done = cluster.cluster("exec", "sbatch", "--test-only", *nodes, f"slurm/{script}.sh", check=False)
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
