@@ -36,7 +36,9 @@ def frpo_overrides(model: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("script", ["frpo_7b", "frpo_70b", "sft_7b", "sft_70b", "convert", "serve", "recipe", "forgetting"])
+@pytest.mark.parametrize(
+    "script", ["frpo_7b", "frpo_70b", "sft_7b", "sft_70b", "convert", "serve", "recipe", "forgetting"]
+)
 def test_slurm_accepts_each_script(cluster, script):
     """Its options are valid, and the cluster could run it on the two nodes that we offer."""
     nodes = ["--nodes=2"] if script.endswith("b") else []
