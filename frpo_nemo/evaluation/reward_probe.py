@@ -15,7 +15,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
 from frpo_nemo.training.config import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
-from frpo_nemo.training.validate import check_reward_tasks
+from frpo_nemo.training.validate_data import check_reward_tasks
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 SAMPLES = "samples.jsonl"

@@ -82,8 +82,8 @@ def print_hours(cfg: PlanRun, layout: Layout, work: Workload, steps: int) -> Non
         f"{readable(cluster.gpu_memory)}; {work.sequences} sequences a step, of {work.prompt_tokens} + "
         f"{work.response_tokens} tokens on average\n"
         f"step: {step:.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in spent.items())})\n"
-        f"{steps} steps: {_rounded(hours)} hours, {_rounded(hours * cluster.world_size)} GPU hours, without rewards, validations, "
-        "probes, loading and checkpoints"
+        f"{steps} steps: {_rounded(hours)} hours, {_rounded(hours * cluster.world_size)} GPU hours, without rewards, "
+        "validations, probes, loading and checkpoints"
     )
 
 

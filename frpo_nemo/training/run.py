@@ -181,12 +181,12 @@ class Run:
 
     def export(self) -> Path:
         """Write the trained model to run_dir/hf, and adapters by themselves to run_dir/adapter as well."""
-        actor, model = self._actor, self.cfg.model
+        actor, model, named = self._actor, self.cfg.model, self._as_given["model"]["path"]
         with self.phases("export"):
             out = self.dir / "hf"
             save_hf(actor.gpt, actor.arch, model.path, out)
             if model.lora.rank:
-                save_adapter(actor.gpt, actor.arch, model.lora, self.dir / "adapter", base=self._as_given["model"]["path"])
+                save_adapter(actor.gpt, actor.arch, model.lora, self.dir / "adapter", base=named)
         self.say(f"model exported to {out}")
         return out
 

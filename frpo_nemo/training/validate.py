@@ -9,21 +9,19 @@ import difflib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from frpo_nemo.data.overlap import check_apart
-from frpo_nemo.data.prompts import row_task
-from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.objective import build_objective
-from frpo_nemo.rewards.reward_set import Reward, RewardSet, check_rewards
+from frpo_nemo.rewards.reward_set import check_rewards
 from frpo_nemo.training import resources
 from frpo_nemo.training.hub import is_hub_name
 from frpo_nemo.training.resume import check_resume
+from frpo_nemo.training.validate_data import check_reward_tasks, check_source_list, check_sources, named_sources
 
 CHOICES = {
     "model.precision": ("bf16", "fp32"),
@@ -85,7 +83,7 @@ def validate_frpo(cfg, world_size: int) -> None:
     arch = _check_model(cfg.model, longest)
     if arch:
         _check_engine(cfg, arch)
-    columns = _check_sources(cfg.data)
+    columns = check_sources(cfg.data)
     check_rewards(cfg.reward, columns)
     check_reward_tasks(cfg.reward, (*cfg.data.train, *cfg.data.validation))
     _check_probe(cfg, arch)
@@ -108,11 +106,11 @@ def validate_sft(cfg, world_size: int) -> None:
             f"data.max_prompt_tokens={cfg.data.max_prompt_tokens}."
         )
     _check_longest(cfg, cfg.data.max_tokens, "data.max_tokens")
-    for key, source in _sources(cfg.data):
+    for key, source in named_sources(cfg.data):
         if source.completion is None:
             raise ConfigError(f"{key}.completion is not set; supervised training needs the column with the answers.")
     arch = _check_model(cfg.model, cfg.data.max_tokens)
-    _check_sources(cfg.data)
+    check_sources(cfg.data)
     if cfg.probe.interval:
         _check_engine_options(cfg, world_size)
         if cfg.rollout.temperature != 1:
@@ -333,60 +331,9 @@ def _check_probe(cfg, arch: Architecture | None) -> None:
     if arch:
         arch.check_sequence_length(longest)
     named = [(f"probe.prompts.{i}", source) for i, source in enumerate(probe.prompts)]
-    check_rewards(probe.reward, _check_source_list(named))
+    check_rewards(probe.reward, check_source_list(named))
     check_apart(probe.prompts, cfg.data.train)
     check_reward_tasks(probe.reward, probe.prompts)
-
-
-def _sources(data) -> list[tuple[str, Any]]:
-    named = [(f"data.train.{i}", source) for i, source in enumerate(data.train)]
-    return named + [(f"data.validation.{i}", source) for i, source in enumerate(data.validation)]
-
-
-def _check_sources(data) -> list[str]:
-    """The columns of all sources together, but for the prompt."""
-    if not data.train:
-        raise ConfigError("data.train is empty; give at least one source, such as [{path: prompts.jsonl}].")
-    return _check_source_list(_sources(data))
-
-
-def _check_source_list(named: list[tuple[str, Any]]) -> list[str]:
-    columns: dict[str, None] = {}
-    for key, source in named:
-        if source.start < 0:
-            raise ConfigError(f"{key}.start={source.start} must be at least 0.")
-        if source.limit is not None and source.limit < 1:
-            raise ConfigError(f"{key}.limit={source.limit} must be at least 1, or null for all rows.")
-        if source.streaming and source.limit is None:
-            raise ConfigError(f"{key}.streaming=true needs {key}.limit, the number of rows to read.")
-        _check_holdout(key, source)
-        try:
-            columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from error
-    return list(columns)
-
-
-def _check_holdout(key: str, source: Any) -> None:
-    if not 0 <= source.holdout < 1:
-        raise ConfigError(f"{key}.holdout={source.holdout} must be at least 0 and below 1.")
-    if source.holdout_seed < 0:
-        raise ConfigError(f"{key}.holdout_seed={source.holdout_seed} must be at least 0.")
-    if not source.holdout and (source.held_out or source.holdout_by is not None):
-        raise ConfigError(f"{key}.held_out and {key}.holdout_by need {key}.holdout above 0, the share to hold out.")
-
-
-def check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any]) -> None:
-    """Reads the rows, where tasks decide which reward scores them."""
-    if all(reward.tasks is None for reward in rewards.values()):
-        return
-    tasks = set()
-    for source in sources:
-        tasks |= {source.task} if source.task_column is None else {row_task(row, source) for row in load_rows(source)}
-    named = [
-        Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in rewards.items()
-    ]
-    RewardSet(named, []).check_tasks(tasks)
 
 
 def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:
