@@ -48,20 +48,9 @@ def example_batch(groups: int = GROUPS) -> SequenceBatch:
     return batch
 
 
-def step_gradient(
-    path: str,
-    objective: dict,
-    *,
-    tp=1,
-    pp=1,
-    sp=False,
-    microbatch_tokens=4096,
-    recompute="none",
-    lora: LoRAConfig | None = None,
-    adapter: str | None = None,
-) -> dict:
-    """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`. With `lora`
-    those of adapters alone, whose values are read from PEFT's directory `adapter`."""
+def make_actor(
+    path: str, *, tp=1, pp=1, sp=False, microbatch_tokens=4096, recompute="none", lora: LoRAConfig | None = None
+) -> PolicyActor:
     model = ModelConfig(
         path=path,
         precision="fp32",
@@ -73,7 +62,13 @@ def step_gradient(
         lora=lora or LoRAConfig(),
     )
     use_layout(model)
-    actor = PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens)
+    return PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens)
+
+
+def step_gradient(path: str, objective: dict, *, adapter: str | None = None, **layout) -> dict:
+    """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`. With `lora`
+    in the layout those of adapters alone, whose values are read from PEFT's directory `adapter`."""
+    actor = make_actor(path, **layout)
     if adapter:
         set_adapters(actor, adapter)
     batch, goal = example_batch(), build_objective(objective)
@@ -92,17 +87,9 @@ def step_gradient(
     return gradients if dist.get_rank() == 0 else None
 
 
-def supervised_gradient(path: str, *, tp=1, pp=1, sp=False, microbatch_tokens=4096) -> dict:
+def supervised_gradient(path: str, **layout) -> dict:
     """As step_gradient, of supervised training's loss of `example_batch`."""
-    model = ModelConfig(
-        path=path,
-        precision="fp32",
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        sequence_parallel=sp,
-    )
-    use_layout(model)
-    actor, batch = PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens), example_batch()
+    actor, batch = make_actor(path, **layout), example_batch()
     with megatron_device():
         columns, _ = actor.accumulate_gradient(batch, CompletionLoss(int(batch.response_lengths.sum())))
     gradients = {**hugging_face_gradients(actor), "loss": columns["loss"].sum()}

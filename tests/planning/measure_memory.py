@@ -21,6 +21,7 @@ SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=32, n
 LAYERS, VOCABULARY, CHUNK = 2, 2048, 256
 LENGTHS = [524, 614, 910]  # attention makes one rectangle of them, 3 x 910
 RANK = 32  # of adapters
+CASES = {"none": [(0, 0.0), (RANK, 0.0)], "full": [(0, 0.0), (RANK, 0.1)]}  # recompute -> (rank, dropout)
 
 
 def resident(kind: str = "VmRSS") -> int:
@@ -72,7 +73,7 @@ def main() -> None:
             (precision, recompute, rank, dropout)
             for precision in ("fp32", "bf16")
             for recompute in sys.argv[1:]
-            for rank, dropout in ((0, 0.0), (RANK, 0.0), (RANK, 0.1))
+            for rank, dropout in CASES[recompute]
         ]
         distributed.start_model_parallel(ModelConfig(path=directory), seed=1)
         warm_up(directory)

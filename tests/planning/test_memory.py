@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from measure_memory import CHUNK, LAYERS, LENGTHS, RANK, SHAPE, VOCABULARY
+from measure_memory import CASES, CHUNK, LAYERS, LENGTHS, SHAPE, VOCABULARY
 from scripts import printed_by
 from tiny_models import make_tiny
 
@@ -38,8 +38,9 @@ def on_cpu(precision: str, recompute: str, rank: int, dropout: float) -> Layout:
     )
 
 
-@pytest.mark.parametrize("rank, dropout", [(0, 0.0), (RANK, 0.0), (RANK, 0.1)])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    "recompute, rank, dropout", [(recompute, *case) for recompute in CASES for case in CASES[recompute]]
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_estimate_is_within_a_tenth_of_measured_memory(precision, recompute, rank, dropout, measured, small):
     case = (precision, recompute, rank, dropout)
