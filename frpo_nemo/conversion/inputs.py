@@ -15,7 +15,7 @@ from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.files import CARD, check_replaceable, others
-from frpo_nemo.planning.memory import parameters, readable
+from frpo_nemo.planning.memory import adapter_parameters, parameters, readable
 from frpo_nemo.training.cli import started_world
 from frpo_nemo.training.config import required
 from frpo_nemo.training.hub import FILES, WITHOUT_WEIGHTS, is_hub_name, local_model
@@ -43,19 +43,23 @@ class ConvertRun:
 class Conversion:
     """What a ConvertRun comes to. checkpoint: the input, or None when `model` is. model: the directory in Hugging Face
     format that is converted, or that gives configuration and tokenizer, and to adapters (`lora`: their record) the frozen
-    weights. base: its name."""
+    weights. base: its name. adapter: they alone are written."""
 
     checkpoint: Path | None
     model: Path
     base: str
     lora: dict[str, Any] | None
+    adapter: bool
     arch: Architecture
     dtype: str
     out: Path
 
     @property
     def weight_bytes(self) -> int:
-        return parameters(self.arch) * ITEM_BYTES[self.dtype]
+        """That are written."""
+        arch = self.arch
+        count = arch.num_layers * adapter_parameters(arch, self.lora["rank"], 1) if self.adapter else parameters(arch)
+        return count * ITEM_BYTES[self.dtype]
 
 
 def check_conversion(cfg: ConvertRun) -> Conversion:
@@ -82,7 +86,7 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
         _check_replaceable_adapter(out)
     else:
         check_replaceable(model, out)
-    conversion = Conversion(checkpoint, model, base, lora, arch, cfg.dtype or arch.dtype or "float32", out)
+    conversion = Conversion(checkpoint, model, base, lora, cfg.adapter, arch, cfg.dtype or arch.dtype or "float32", out)
     _check_disk(conversion)
     return conversion
 

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
-from frpo_nemo.megatron import distributed, lora, optimizer, packing
+from frpo_nemo.megatron import adapter_files, distributed, lora, optimizer, packing
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.hf_weights.export import stream_hf_weights
@@ -74,6 +74,9 @@ class PolicyActor:
         self.config, self.optim = model, optim
         self.microbatch_tokens, self.temperature = microbatch_tokens, temperature
         self.device = distributed.device()
+        self.adapter_record = adapter_files.record(
+            model
+        )  # of the base as it is read here, whatever becomes of the files
         self.gpt = build_model(self.arch, model).to(self.device)
         load_hf_weights(self.gpt, self.arch, model.path)
         lora.initialise_adapters(self.gpt, self.arch, seed)

@@ -11,6 +11,7 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.hf_weights.files import INDEX, SINGLE
 from frpo_nemo.megatron.hf_weights.table import ADAPTERS
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,9 +26,10 @@ def record(model) -> dict[str, Any] | None:
     return {"rank": model.lora.rank, "alpha": model.lora.alpha, "base": digest(model.path)}
 
 
-def check(checkpoint: str | Path, model) -> None:
-    """Raise ConfigError when `checkpoint` holds adapters that `model` (a ModelConfig) would not have, on this base."""
-    saved, ours = checkpoint_files.read(checkpoint).get("lora"), record(model)
+def check(checkpoint: str | Path, model, ours: dict[str, Any] | None) -> None:
+    """Raise ConfigError when `checkpoint` holds adapters that `model` (a ModelConfig) would not have, on this base. `ours`:
+    its record."""
+    saved = checkpoint_files.read(checkpoint).get("lora")
     if saved == ours:
         return
     if saved is None:
@@ -47,10 +49,13 @@ def check(checkpoint: str | Path, model) -> None:
 
 
 def digest(path: str | Path) -> str:
-    """Of the weights in a Hugging Face directory: names, sizes and samples spread over every file. Quick at any size, and
-    different for any two sets of trained weights."""
-    found = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.safetensors")):
+    """Of the weights that are loaded from a Hugging Face directory: names, sizes and samples spread over every file. Quick at
+    any size, and practically different for any two sets of trained weights. Raises ConfigError when a file is missing."""
+    found, index = hashlib.sha256(), Path(path, INDEX)
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SINGLE}
+    for file in (Path(path, name) for name in sorted(names)):
+        if not file.is_file():
+            raise ConfigError(f"{file} does not exist, so which weights the adapters belong to cannot be seen.")
         size = file.stat().st_size
         found.update(f"{file.name} {size}".encode())
         with file.open("rb") as weights:

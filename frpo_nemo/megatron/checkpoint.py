@@ -111,7 +111,7 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     """
     record = files.read(checkpoint)
     files.check_matches(checkpoint, actor.arch)
-    adapter_files.check(checkpoint, actor.config)
+    adapter_files.check(checkpoint, actor.config, actor.adapter_record)
     if actor.optimizer is not None:
         files.check_resumable(checkpoint)
     read_metadata(checkpoint)
@@ -258,7 +258,7 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
         "precision": actor.config.precision,
         "layout": _layout(actor),
         "architecture": files.identity(actor.arch),
-        "lora": adapter_files.record(actor.config),
+        "lora": actor.adapter_record,
         "versions": versions(),
         "state": state,
     }

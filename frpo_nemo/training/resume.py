@@ -78,7 +78,7 @@ def check_resume(cfg, arch: Architecture | None) -> None:
         checkpoint_files.check_resumable(checkpoint)
         if arch:
             checkpoint_files.check_matches(checkpoint, arch)
-            adapter_files.check(checkpoint, cfg.model)
+            adapter_files.check(checkpoint, cfg.model, adapter_files.record(cfg.model))
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={resume}: {error}") from error
 

@@ -120,6 +120,9 @@ def test_adapters_are_merged_or_written_for_peft_bit_for_bit_as_from_the_live_mo
     alone = convert(ConvertRun(**source, out=str(tmp_path / "alone"), adapter=True))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (alone / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    written = sum(tensor.nbytes for tensor in checks.tensors(alone).values())
+    alone_again = ConvertRun(**source, out=str(tmp_path / "alone"), adapter=True)
+    assert inputs.check_conversion(alone_again).weight_bytes == written, "no more disk is asked for"
     other = make_tiny(tmp_path / "other", family, seed=1)
     with pytest.raises(ConfigError, match="holds adapters of a base whose weights are not those in .*other"):
         convert(ConvertRun(**source | {"base": other}, out=str(tmp_path / "wrong")))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 from checkpoint_checks import make_actor, train
 from gradient_checks import example_batch, set_adapters
 from megatron.core import parallel_state
 
-from frpo_nemo.megatron import distributed, rng
+from frpo_nemo.megatron import checkpoint, distributed, rng
 from frpo_nemo.megatron.hf_weights.binding import bind_adapters
 from frpo_nemo.megatron.hf_weights.export import save_adapter, stream_adapters
 from frpo_nemo.megatron.optimizer_state import _parts
@@ -47,6 +50,8 @@ def check_only_adapters_are_trained(path: str, lora: LoRAConfig, **layout) -> No
     actor = make_actor(path, lora=lora, **layout)
     before = {name: parameter.clone() for name, parameter in actor.gpt.named_parameters()}
     train(actor, range(3))
+    once, again = (actor.get_inference_log_probs(example_batch()) for _ in range(2))
+    assert torch.equal(once, again), "nothing is dropped but in training"
     trained = 0
     for name, parameter in actor.gpt.named_parameters():
         is_adapter = ".lora." in name
@@ -61,6 +66,13 @@ def check_only_adapters_are_trained(path: str, lora: LoRAConfig, **layout) -> No
     for stage, others in everywhere:
         if stage == parallel_state.get_pipeline_model_parallel_rank():
             assert all(torch.equal(own, other) for own, other in zip(common, others, strict=True))
+
+
+def save_after_the_base_was_replaced(path: str, other: str, run_dir: str, lora: LoRAConfig) -> None:
+    """As by a first stage that is run again into the directory from which a second one began."""
+    actor = make_actor(path, lora=lora)
+    shutil.copyfile(Path(other) / "model.safetensors", Path(path) / "model.safetensors")
+    checkpoint.save(run_dir, actor, {}, step=1, seed=7)
 
 
 def losses_with(path: str, lora: LoRAConfig, **layout) -> list[float]:

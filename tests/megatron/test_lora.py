@@ -1,6 +1,7 @@
 """Adapters on the Megatron policy: PEFT's in every layout, and nothing else is trained."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import checkpoint_checks
@@ -164,6 +165,19 @@ def test_a_checkpoint_holds_adapters_alone_and_loads_in_any_layout(workers, mode
         )
 
 
+def test_a_checkpoint_belongs_to_the_base_that_was_loaded_not_to_what_took_its_place(workers, model, tmp_path):
+    base = shutil.copytree(model, tmp_path / "base")
+    other = make_tiny(tmp_path / "other", "qwen2", layers=2, seed=1)
+    workers.run(
+        1, lora_checks.save_after_the_base_was_replaced, path=str(base), other=other, run_dir=str(tmp_path), lora=LORA
+    )
+    saved, replaced = checkpoint_files.newest(tmp_path), ModelConfig(path=str(base), lora=LORA)
+    with pytest.raises(ConfigError, match="adapters of a base whose weights are not those in model.path="):
+        adapter_files.check(saved, replaced, adapter_files.record(replaced))
+    original = replace(replaced, path=model)
+    adapter_files.check(saved, original, adapter_files.record(original))
+
+
 def test_a_checkpoint_is_refused_for_other_adapters_or_another_base(model, tmp_path):
     base = ModelConfig(path=model, lora=LORA)
     saved = tmp_path / "step_00000001"
@@ -173,7 +187,10 @@ def test_a_checkpoint_is_refused_for_other_adapters_or_another_base(model, tmp_p
         (saved / "state.json").write_text(json.dumps({"format": checkpoint_files.FORMAT, "lora": record}))
 
     write(adapter_files.record(base))
-    adapter_files.check(saved, base)
+    adapter_files.check(saved, base, adapter_files.record(base))
+    copy = shutil.copytree(model, tmp_path / "copy")
+    shutil.copyfile(copy / "model.safetensors", copy / "consolidated.safetensors")  # is not loaded
+    adapter_files.check(saved, base, adapter_files.record(replace(base, path=str(copy))))
     other = make_tiny(tmp_path / "other", "qwen2", layers=2, seed=1)
     for changed, sentence in [
         (replace(base, lora=LoRAConfig()), "set model.lora.rank=5|holds adapters with model.lora.rank=5"),
@@ -182,7 +199,7 @@ def test_a_checkpoint_is_refused_for_other_adapters_or_another_base(model, tmp_p
         (replace(base, path=other), "adapters of a base whose weights are not those in model.path="),
     ]:
         with pytest.raises(ConfigError, match=sentence):
-            adapter_files.check(saved, changed)
+            adapter_files.check(saved, changed, adapter_files.record(changed))
     write(None)
     with pytest.raises(ConfigError, match="holds all weights of a model and no adapters; set model.lora.rank=0"):
-        adapter_files.check(saved, base)
+        adapter_files.check(saved, base, adapter_files.record(base))
