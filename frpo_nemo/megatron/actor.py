@@ -74,9 +74,8 @@ class PolicyActor:
         self.config, self.optim = model, optim
         self.microbatch_tokens, self.temperature = microbatch_tokens, temperature
         self.device = distributed.device()
-        self.adapter_record = adapter_files.record(
-            model
-        )  # of the base as it is read here, whatever becomes of the files
+        # Of the base as it is read here, whatever becomes of the files.
+        self.adapter_record = adapter_files.record(model)
         self.gpt = build_model(self.arch, model).to(self.device)
         load_hf_weights(self.gpt, self.arch, model.path)
         lora.initialise_adapters(self.gpt, self.arch, seed)
