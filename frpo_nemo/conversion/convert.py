@@ -43,9 +43,8 @@ def _to_hugging_face(conversion: Conversion, cfg: ConvertRun) -> None:
         stored = MergedWeights(conversion.checkpoint, arch, conversion.model)
     else:
         stored = StoredWeights(conversion.checkpoint, arch)
-    card = model_card(
-        conversion.checkpoint, arch, adapter=cfg.adapter
-    )  # first: no mistake in a run's records costs a conversion
+    # First: no mistake in a run's records costs a conversion.
+    card = model_card(conversion.checkpoint, arch, adapter=cfg.adapter)
     temporary = begin_export(conversion.out)
     with _progress(conversion) as advance:
         if cfg.adapter:

@@ -93,15 +93,14 @@ def _megatron(
     model: Path, checkpoint: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype
 ) -> torch.Tensor:
     """The same from the checkpoint, by the actor that trains."""
-    lora = checkpoint_files.read(checkpoint).get("lora") or {"rank": 0, "alpha": 1.0}
-    adapters = LoRAConfig(rank=lora["rank"], alpha=lora["alpha"])
-    config = ModelConfig(path=str(model), precision=precision, lora=adapters)
+    lora = LoRAConfig.of_record(checkpoint_files.read(checkpoint).get("lora"))
+    config = ModelConfig(path=str(model), precision=precision, lora=lora)
     distributed.start_world()
     distributed.start_model_parallel(config, seed=1)
     actor = PolicyActor(config, None, microbatch_tokens=sum(map(len, sequences)))
     with torch.no_grad():
         for name, parameter in actor.gpt.named_parameters():
-            if not lora["rank"] or ".lora." in name:
+            if not lora.rank or ".lora." in name:
                 parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
     checkpoints.load(checkpoint, actor)
     _round(actor.gpt, rounded_to)

@@ -114,12 +114,12 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     from frpo_nemo.megatron.hf_weights.export import save_hf
     from frpo_nemo.training.hub import local_model
 
-    lora = checkpoint_files.read(checkpoint).get("lora") or {"rank": 0, "alpha": 1.0}
+    record = checkpoint_files.read(checkpoint)
     run = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
     model = ModelConfig(
         path=str(local_model(run.model.path, download=False)),
         precision=run.model.precision,
-        lora=LoRAConfig(rank=lora["rank"], alpha=lora["alpha"]),
+        lora=LoRAConfig.of_record(record.get("lora")),
     )
     distributed.start_world()
     distributed.start_model_parallel(model, seed=1)

@@ -81,9 +81,8 @@ class Adapter(torch.nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0:
             return x
-        if (
-            self.row_parallel or self.sequence_parallel
-        ):  # the ranks hold different elements, and drop them independently
+        if self.row_parallel or self.sequence_parallel:
+            # The ranks hold different elements, and drop them independently.
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 return F.dropout(x, self.dropout)
         return F.dropout(x, self.dropout)
@@ -91,10 +90,9 @@ class Adapter(torch.nn.Module):
 
 def add_adapters(gpt: torch.nn.Module, arch: Architecture, lora) -> None:
     """Freeze this rank's GPTModel and give its linear layers adapters, values not set. `lora`: a LoRAConfig."""
-    layers = [b for b in bind(gpt, arch) if b.parameter is not None and hasattr(b.layer, "config")]
     gpt.requires_grad_(False)
-    for binding in layers:
-        if binding.weight.is_linear_layer:
+    for binding in bind(gpt, arch):
+        if binding.parameter is not None and binding.weight.is_linear_layer:
             binding.layer.lora = Adapter(binding.weight, gpt.config, lora)
             binding.layer.register_forward_hook(_add_update)
     gpt.lora_rank = lora.rank

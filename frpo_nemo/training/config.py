@@ -25,6 +25,11 @@ class LoRAConfig:
     alpha: float = 64.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # of an adapter's input, in supervised training
 
+    @classmethod
+    def of_record(cls, lora: dict[str, Any] | None) -> LoRAConfig:
+        """For the weights of a checkpoint whose record has `lora`."""
+        return cls(rank=lora["rank"], alpha=lora["alpha"]) if lora else cls()
+
 
 @dataclass
 class ModelConfig:
