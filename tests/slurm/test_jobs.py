@@ -56,19 +56,24 @@ def test_a_wrong_override_ends_the_job_before_anything_is_loaded(cluster, model,
 
 
 def test_a_job_that_the_signal_always_stops_before_a_checkpoint_gives_up(cluster, model, tmp_path):
-    """Its time limit is shorter than the 300 s of the signal, so that each start gets it at once."""
-    overrides = [
-        "--config-name=experiment/demo_sft",
-        f"model.path={model}",
-        "parallel=dp2",
-        f"run_dir={tmp_path / 'run'}",
-    ]
-    job = cluster.submit(
-        "slurm/sft_7b.sh", *overrides, log=tmp_path / "log", ranks=1, options=["--time=3"], FRPO_MAX_FAILURES=1
-    )
-    assert job.wait() == ("FAILED", 0)
+    """node2 cannot report to the preflight, which therefore still waits for it when the signal comes."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    cluster.cluster("node-exec", "2", "mount", "-t", "tmpfs", "tmpfs", str(run_dir))
+    overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", f"run_dir={run_dir}"]
+    settings = dict(log=tmp_path / "log", ranks=1, options=["--nodelist=node1,node2"], FRPO_PATIENCE=400)
+    try:
+        job = cluster.submit("slurm/sft_7b.sh", *overrides, **settings, FRPO_MAX_FAILURES=2)
+        for restart in (0, 1):
+            job.wait_until(lambda said=f"restart {restart} on": said in job.output)
+            job.signal()
+        assert job.wait() == ("FAILED", 1)
+    finally:
+        cluster.cluster("node-exec", "2", "umount", str(run_dir))
+    assert "requeued (failed start 1 of 2 without a new checkpoint; newest: none)" in job.output
     assert (
-        "giving up after 1 failed starts without a new checkpoint (newest: none). To continue: the same" in job.output
+        "the time limit came before training began; giving up after 2 failed starts without a new checkpoint "
+        "(newest: none). To continue: the same" in job.output
     )
 
 
@@ -182,7 +187,7 @@ def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cl
         assert heard_at == {f"10.77.0.{number}"}, "the ranks listen where the others reach them and nowhere else"
     cluster.cluster("kill-node", nodes[1])
     job.wait_until(lambda: faults.happened("signal"))
-    cluster.slurm("scancel", "--batch", "--signal=USR1", job.number)  # what --signal=B:USR1@300 does
+    job.signal()
     job.wait_until(lambda: "the time limit is near" in job.output)
     faults.release("signal")
     assert job.succeed() == 3
