@@ -7,6 +7,7 @@ rank, and they stay in step because they see the same requests. vLLM is imported
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -220,6 +221,7 @@ def _start_vllm(**settings):
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM itself does it after its first words
     from vllm import LLM
 
+    gc.freeze()  # what imports made; vLLM collects garbage three times while it loads
     with contextlib.nullcontext() if torch.cuda.is_available() else _cpu_workarounds():
         return LLM(
             distributed_executor_backend="external_launcher",
