@@ -43,7 +43,8 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
     configuration is checked for the world that it names, in this one process, and nothing runs.
     """
     gc.disable()  # until everything is loaded (Run.attach): to search what imports make for garbage takes a fifth of a start
-    atexit.register(gc.freeze)  # else the interpreter searches it once more when it ends: three seconds
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # before others register, so after them
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback
     _hide_secrets_in_tracebacks()
     composed: list[DictConfig] = []
@@ -70,6 +71,7 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
         warnings.filterwarnings("ignore", message="Apex is not installed")  # megatron-core's, at import, in every rank
         if composed:  # not after --help and its like
             finished = run(_load(schema, composed[0]))
+            ended.append(0 if finished else EXIT_STOPPED)
             if not finished:
                 raise SystemExit(EXIT_STOPPED)
     except ConfigError as error:
@@ -80,7 +82,6 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
 def from_command_line(schema: type | Callable[[DictConfig], type], config_name: str) -> Any:
     """The typed configuration of a recipe that starts no training itself; `schema`: a dataclass, or a function that finds
     it for what was composed. --help prints its options. Raises ConfigError."""
-    atexit.register(gc.freeze)  # as in main
     arguments = _parse_command_line(sys.argv[1:])
     if arguments.help:
         print((CONFIGS / f"{config_name}.yaml").read_text(), end="")
@@ -101,6 +102,16 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
             return hydra.compose(config_name, overrides=hydra_overrides)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, TypeError) as error:  # TypeError: data.train.first
         raise ConfigError(_sentence(error, config_name, config_dir)) from error
+
+
+def _leave(ended: list[int]) -> None:
+    """When a run has ended as it should, leave with its exit code: the interpreter would search all that is loaded for
+    garbage once more, which takes three seconds."""
+    if ended:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 def started_world() -> tuple[int, int]:
