@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ def _is_failed_start(run_dir: Path) -> bool:
 
 
 def _check_same_run(cfg, saved: Path) -> None:
-    before = _flat(OmegaConf.to_container(OmegaConf.load(saved)))
+    before = _defaults(cfg) | _flat(OmegaConf.to_container(OmegaConf.load(saved)))  # options may be newer than the run
     now = _flat(redact.values(OmegaConf.to_container(OmegaConf.structured(cfg))))  # as it was saved; secrets rotate
     name = before.get("model.path")
     if _is_snapshot_of(now["model.path"], name):  # cli.py has put the directory in the place of the hub name
@@ -138,9 +140,29 @@ def _may_change(key: str) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
 
 
+def _defaults(values: Any, path: str = "") -> dict[str, Any]:
+    """{"model.lora.rank": 0, ...}: what each option of the dataclasses in `values` is where nobody has set it."""
+    found = {}
+    for name, item in _items(values):
+        key = f"{path}.{name}" if path else str(name)
+        if is_dataclass(item) or isinstance(item, (dict, list)):
+            found |= _defaults(item, key)
+        elif is_dataclass(values):
+            found[key] = next(option.default for option in fields(values) if option.name == name)
+    return found
+
+
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
     """{"data.train.0.path": "a", ...} of nested dicts and lists."""
     if not isinstance(values, (dict, list)):
         return {path: values}
-    items = values.items() if isinstance(values, dict) else enumerate(values)
+    items = _items(values)
     return {k: v for name, item in items for k, v in _flat(item, f"{path}.{name}" if path else str(name)).items()}
+
+
+def _items(values: Any) -> Iterable[tuple[Any, Any]]:
+    return (
+        enumerate(values)
+        if isinstance(values, list)
+        else (values if isinstance(values, dict) else vars(values)).items()
+    )

@@ -55,6 +55,16 @@ def test_another_configuration_does_not_take_the_place_of_a_run_without_checkpoi
         check_resume(configuration(a_run, lr=0.5), None)
 
 
+def test_options_that_came_after_a_run_began_are_at_their_defaults_in_it(a_run):
+    """Also those of list and dict entries."""
+    saved = OmegaConf.load(a_run / "config.yaml")
+    del saved.model.lora, saved.data.train[0].split, saved.reward.judge.timeout, saved.optim.weight_decay
+    (a_run / "config.yaml").write_text(OmegaConf.to_yaml(saved))
+    check_resume(configuration(a_run), None)
+    with pytest.raises(ConfigError, match=r"another configuration: optim.weight_decay=0.5 \(was 0.0\); set"):
+        check_resume(configuration(a_run, weight_decay=0.5), None)
+
+
 def test_a_start_that_made_no_step_leaves_its_place_to_another(a_run):
     (a_run / "metrics.jsonl").write_text('{"step": 0}\n')
     check_resume(configuration(a_run, lr=0.5), None)
