@@ -89,6 +89,10 @@ class Bound:
         """What takes long and comes once, before the first call: a class's method `load`, if it has one."""
         getattr(self.function, "load", lambda: None)()
 
+    def local_weights(self) -> list:
+        """The LocalWeights (local.py) that `load` will read; only built-in rewards tell."""
+        return getattr(self.function, "local_weights", list)()
+
 
 def bind(target: str, args: dict[str, Any]) -> Bound:
     """The reward `target` with its `args`: a class is instantiated with them, once; a function receives them with

@@ -10,7 +10,7 @@ import torch
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
-from frpo_nemo.rewards.local import LocalModel
+from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.models import ModelFiles, conversation
 
 
@@ -76,6 +76,10 @@ class RewardModel:
         """Read the weights of a local model."""
         self._classifier.files.load()
 
+    def local_weights(self) -> list[LocalWeights]:
+        """What `load` will read."""
+        return self._classifier.files.local_weights()
+
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """A number per response, in [0, 1] with `sigmoid`."""
         rows = self._classifier.logits(prompts, completions)
@@ -119,6 +123,10 @@ class GuardClassifier:
     def load(self) -> None:
         """Read the weights of a local model."""
         self._classifier.files.load()
+
+    def local_weights(self) -> list[LocalWeights]:
+        """What `load` will read."""
+        return self._classifier.files.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """A number in [0, 1] per response."""

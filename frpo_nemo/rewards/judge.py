@@ -9,7 +9,7 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
-from frpo_nemo.rewards.local import LocalModel
+from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.models import ModelFiles, conversation
 from frpo_nemo.rewards.templates import read_template
 
@@ -67,6 +67,10 @@ class Judge:
     def load(self) -> None:
         """Read the weights of a local judge."""
         self._files.load()
+
+    def local_weights(self) -> list[LocalWeights]:
+        """What `load` will read."""
+        return self._files.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """The score of each response, within the values of the choices."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor
 from frpo_nemo.errors import ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LocalWeights:
+    """Bytes that a local model keeps in host memory, and has on the GPU as well while it evaluates (`on_gpu`)."""
+
+    bytes: int
+    on_gpu: bool
 
 
 class LocalModel:
@@ -40,6 +49,15 @@ class LocalModel:
         self._auto_class, self._name, self._revision = auto_class, model, revision
         self._on_gpu, self._dtype, self._batch_size = device == "auto" and torch.cuda.is_available(), dtype, batch_size
         self._model: Any = None
+
+    def weights(self, config: Any) -> LocalWeights:
+        """What `load` will read, by the model's `config`; reads nothing."""
+        import transformers
+
+        with torch.device("meta"):
+            model = getattr(transformers, self._auto_class).from_config(config, trust_remote_code=False)
+        numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        return LocalWeights(numbers * DTYPES[self._dtype].itemsize, self._on_gpu)
 
     def load(self) -> None:
         """Read the weights into host memory. Raises ConfigError when they are not there or not all of them are: transformers

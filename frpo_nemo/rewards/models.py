@@ -12,7 +12,7 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
-from frpo_nemo.rewards.local import LocalModel
+from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.remote import RemoteServer
 
 
@@ -43,6 +43,10 @@ class ModelFiles:
         """Read the weights of a local model."""
         if isinstance(self.host, LocalModel):
             self.host.load()
+
+    def local_weights(self) -> list[LocalWeights]:
+        """Of the model, if it is local."""
+        return [self.host.weights(self.config)] if isinstance(self.host, LocalModel) else []
 
     def chat_ids(self, messages: list[dict[str, str]], *, add_generation_prompt: bool, suffix: str = "") -> list[int]:
         """Messages through the model's chat template, which ConfigError says there is (`require_chat_template`)."""

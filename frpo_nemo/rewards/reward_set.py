@@ -19,6 +19,7 @@ from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target
+from frpo_nemo.rewards.local import LocalWeights
 from frpo_nemo.rewards.pool import WorkerPool
 
 ALWAYS_ISOLATED = ("math", "code")  # may hang on ordinary input; waits for programs, several at a time
@@ -113,7 +114,7 @@ def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
     check_rewards(configs)
     rewards, pools = [], []
     for name, config in configs.items():
-        if config.isolate or config.target in ALWAYS_ISOLATED:
+        if _is_isolated(config):
             pool = WorkerPool(name, config.target, _args(config), config.workers, config.timeout)
             pools.append(pool)
             call = pool.call
@@ -135,6 +136,20 @@ def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) 
             _check_arguments(config, columns)
         except ConfigError as problem:
             raise ConfigError(f"reward.{name}: {problem}") from problem
+
+
+def local_weights(configs: Mapping[str, Any]) -> list[LocalWeights]:
+    """Of the models that the rewards load in each process of a run, also those of its reward workers. Raises ConfigError
+    like `check_rewards`."""
+    found = []
+    for config in configs.values():
+        copies = config.workers if _is_isolated(config) else 1
+        found += copies * bind(config.target, _args(config)).local_weights()
+    return found
+
+
+def _is_isolated(config) -> bool:
+    return config.isolate or config.target in ALWAYS_ISOLATED
 
 
 def _check_numbers(config) -> None:

@@ -10,6 +10,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure, as_outcome
 from frpo_nemo.rewards.classifiers import GuardClassifier
 from frpo_nemo.rewards.judge import Judge
+from frpo_nemo.rewards.local import LocalWeights
 from frpo_nemo.rewards.models import read_head
 from frpo_nemo.rewards.remote import RemoteServer
 
@@ -43,6 +44,10 @@ class Moderation:
         if self._guard:
             self._guard.load()
 
+    def local_weights(self) -> list[LocalWeights]:
+        """What `load` will read."""
+        return self._guard.local_weights() if self._guard else []
+
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """A number in [0, 1] per response."""
         if self._guard:
@@ -72,6 +77,10 @@ class Safety:
         """Read the weights of what is local."""
         self._judge.load()
         self._moderation.load()
+
+    def local_weights(self) -> list[LocalWeights]:
+        """What `load` will read."""
+        return self._judge.local_weights() + self._moderation.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """A number per response."""

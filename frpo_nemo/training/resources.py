@@ -1,5 +1,5 @@
 """Will the disk, the GPUs or the host's memory be large enough? Asked before anything is loaded, with the arithmetic of
-planning/memory.py. Neither torch (but to ask for a GPU) nor megatron-core is imported."""
+planning/memory.py; megatron-core is not imported."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from frpo_nemo.planning.memory import (
 )
 from frpo_nemo.planning.report import summary
 from frpo_nemo.planning.timing import Workload
+from frpo_nemo.rewards.local import LocalWeights
+from frpo_nemo.rewards.reward_set import local_weights
 
 # What to change when most of a phase's memory is the key.
 _REMEDIES = {
@@ -33,6 +35,8 @@ _REMEDIES = {
     "vLLM weights": "raise rollout.tensor_model_parallel_size={engine_tp}",
     "vLLM KV cache": "lower rollout.gpu_memory_utilization={utilization}",
     "refit buckets": "lower rollout.refit_bucket_mb={bucket_mb}",
+    "local reward models": "give the models of rewards a server (remote.url, docs/reward_models.md)",
+    "a local reward model": "give it a server (remote.url), or set its local.device=cpu (docs/reward_models.md)",
 }
 _SPREAD = (
     "raise model.tensor_model_parallel_size={tp} or model.pipeline_model_parallel_size={pp}, or start more processes"
@@ -68,16 +72,18 @@ def check_memory(cfg, arch: Architecture, world_size: int) -> None:
     limit = memory_limit(cfg)
     if layout.engine and layout.gpu:
         _check_engine_share(arch, layout, limit)
-    worst = max(phases(arch, layout, limit), key=lambda phase: phase.total)
+    models = _local_reward_models(cfg)
+    worst = max(_phases(arch, layout, limit, models), key=lambda phase: phase.total)
     if worst.total > limit:
         raise ConfigError(_too_large(cfg, layout, worst, limit))
-    devices, each, host = cfg.trainer.devices, host_bytes(arch, layout), host_memory()
+    scoring = sum(model.bytes for model in models)
+    devices, each, host = cfg.trainer.devices, host_bytes(arch, layout) + scoring, host_memory()
     if layout.gpu and devices * each > host:
         raise ConfigError(
-            f"The weights of the sleeping vLLM, the offloaded optimizer and the reference need {readable(devices * each)} "
-            f"of each node's host memory, {readable(each)} for each of trainer.devices={devices} processes, but "
-            f"{readable(host)} are there; give the job more (sbatch --mem), or raise trainer.num_nodes="
-            f"{cfg.trainer.num_nodes}."
+            "The weights of the sleeping vLLM, the offloaded optimizer, the reference and local reward models need "
+            f"{readable(devices * each)} of each node's host memory, {readable(each)} for each of trainer.devices={devices} "
+            f"processes{_of_it_for(scoring)}, but {readable(host)} are there; give the job more (sbatch --mem), or raise "
+            f"trainer.num_nodes={cfg.trainer.num_nodes}."
         )
 
 
@@ -85,7 +91,8 @@ def describe_plan(cfg, world_size: int) -> str:
     """The plan that a run prints before it loads anything: layout, memory by part, expected peak."""
     gpu = gpu_memory() is not None
     arch, layout, limit = Architecture.from_hf(cfg.model.path), layout_of(cfg, world_size, gpu=gpu), memory_limit(cfg)
-    return summary(layout, phases(arch, layout, limit), limit, "GPU" if gpu else "process on the CPU")
+    found = _phases(arch, layout, limit, _local_reward_models(cfg))
+    return summary(layout, found, limit, "GPU" if gpu else "process on the CPU")
 
 
 def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
@@ -194,6 +201,30 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
         texts = [file.read_text().strip() for file in files if file.is_file()]
         limits += [int(text) for text in texts if text.isdigit()]  # else "max"
     return min(limits)
+
+
+def _local_reward_models(cfg) -> list[LocalWeights]:
+    """Of a typed FRPORun or SFTRun, its probe's included."""
+    return local_weights(getattr(cfg, "reward", {})) + (local_weights(cfg.probe.reward) if cfg.probe.interval else [])
+
+
+def _of_it_for(scoring: int) -> str:
+    """Of host memory, what reward models take, which is the easiest to free."""
+    return f" ({readable(scoring)} of it for reward models, which may have servers instead)" if scoring else ""
+
+
+def _phases(arch: Architecture, layout: Layout, limit: int, models: list[LocalWeights]) -> list[Phase]:
+    """With local reward models: of a CPU's memory they take a part in every phase, of a GPU's while one of them scores."""
+    found = phases(arch, layout, limit)
+    if models and not layout.gpu:
+        part = {"local reward models": sum(model.bytes for model in models)}
+        return [replace(phase, parts=phase.parts | part) for phase in found]
+    largest = max((model.bytes for model in models if model.on_gpu), default=0)
+    if not largest:
+        return found
+    refit = next(phase for phase in found if phase.name == "refit")  # vLLM sleeps while a reward model scores
+    kept = {n: size for n, size in refit.parts.items() if n not in ("vLLM weights", "refit buckets")}
+    return [*found, Phase("reward", refit.stage, kept | {"a local reward model": largest})]
 
 
 def _beta(cfg) -> float:

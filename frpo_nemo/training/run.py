@@ -62,7 +62,8 @@ class Run:
 
     def __enter__(self) -> Run:
         self.watchdog.__enter__()
-        self.say(describe_plan(self.cfg, self.world_size))
+        if self.rank == 0:
+            self.say(describe_plan(self.cfg, self.world_size))
         self._resumed_from = self._checkpoint_to_resume()
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note_signal)

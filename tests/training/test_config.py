@@ -18,6 +18,8 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.memory import checkpoint_bytes, host_bytes, parameters
+from frpo_nemo.rewards.local import LocalWeights
+from frpo_nemo.rewards.reward_set import local_weights
 from frpo_nemo.training import resources, validate
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.config import FRPORun, SFTRun
@@ -365,6 +367,48 @@ def test_host_memory_that_gpus_need_is_told_before_training(files, monkeypatch):
         ConfigError, match="host memory.* each of trainer.devices=2 .*sbatch --mem.*trainer.num_nodes=1"
     ):
         check(files, ["parallel=tp2"], world=2)
+
+
+JUDGE = "reward.judge={target: judge, args: {model: tiny, template: '{response}', local: {dtype: float32}}}"
+
+
+def test_local_reward_models_count_in_host_memory(files, monkeypatch):
+    """In each process, and in each worker of an isolated one; a served one takes nothing here."""
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 2**36)
+    arch = Architecture.from_hf("tiny")
+    isolated = ["reward.judge.isolate=true", "reward.judge.workers=3"]
+    served = ["reward.judge.args.remote.url=http://127.0.0.1:1"]
+    for given, copies in (([], 1), (isolated, 3), (served, 0)):
+        cfg = load(FRPORun, compose("good", ["parallel=tp2", JUDGE, *given], str(files)))
+        models = sum(weights.bytes for weights in local_weights(cfg.reward))
+        assert models // (4 * parameters(arch)) == copies  # and some buffers
+        needed = 2 * (host_bytes(arch, resources.layout_of(cfg, 2, gpu=True)) + models)
+        monkeypatch.setattr(resources, "host_memory", lambda needed=needed: needed)
+        check(files, ["parallel=tp2", JUDGE, *given], world=2)
+        monkeypatch.setattr(resources, "host_memory", lambda needed=needed: needed - 1)
+        with pytest.raises(ConfigError, match="reward models, which may have servers" if copies else "processes, but"):
+            check(files, ["parallel=tp2", JUDGE, *given], world=2)
+
+
+def test_a_local_reward_model_must_fit_the_memory_that_it_scores_in(files, monkeypatch):
+    monkeypatch.chdir(files)
+    weights = LocalWeights(2**35, on_gpu=True)
+    monkeypatch.setattr(resources, "local_weights", lambda configs: [weights])
+    monkeypatch.setattr(resources, "host_memory", lambda: 2**38)
+    for memory, fits in ((2**35, False), (2**36, True)):
+        monkeypatch.setattr(resources, "gpu_memory", lambda memory=memory: memory)
+        if fits:
+            check(files, [])
+        else:
+            with pytest.raises(ConfigError, match="phase reward needs .* on each GPU.* set its local.device=cpu"):
+                check(files, [])
+    monkeypatch.setattr(resources, "gpu_memory", lambda: None)
+    monkeypatch.setattr(resources, "host_memory", lambda: 2**35)
+    with pytest.raises(
+        ConfigError, match="on this host.*local reward models 32 GiB.*give the models of rewards a server"
+    ):
+        check(files, [])
 
 
 @pytest.mark.parametrize(
