@@ -105,11 +105,10 @@ def bind(target: str, args: dict[str, Any]) -> Bound:
 def call_batch(function: Callable, prompts: list, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
     """One call for all responses; if it throws, one call for each, so that a bad response fails alone."""
     try:
-        values = _checked_length(function(prompts, completions, columns), len(completions))
-    except Exception:  # noqa: BLE001 - a reward may throw anything
+        return [as_outcome(v) for v in _checked_length(function(prompts, completions, columns), len(completions))]
+    except (Exception, SystemExit):  # noqa: BLE001 - a reward may throw anything
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
         return [call_one(function, *response) for response in zip(prompts, completions, rows, strict=True)]
-    return [as_outcome(value) for value in values]
 
 
 def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, Any]) -> Outcome:
@@ -117,9 +116,9 @@ def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, An
     try:
         columns = {name: [value] for name, value in row.items()}
         (value,) = _checked_length(function([prompt], [completion], columns), 1)
-    except Exception as problem:  # noqa: BLE001 - a reward may throw anything
+        return as_outcome(value)
+    except (Exception, SystemExit) as problem:  # noqa: BLE001 - a reward may throw anything
         return Failure("error", redact.text(f"{type(problem).__name__}: {problem}"))
-    return as_outcome(value)
 
 
 def as_outcome(value: Any) -> Outcome:

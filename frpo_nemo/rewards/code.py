@@ -1,18 +1,33 @@
 """The built-in `code` reward: the completion's program against the tests of a data column, in `sandbox.Sandbox`. A
-program that is wrong, hangs, or tries something scores 0; a sandbox that does not start is a failure, never 0."""
+program that is wrong, hangs, or tries something scores 0; a sandbox that does not start is a failure, never 0.
+
+Where a test says what comes out, the sandbox does not learn it: it gives the value, which is compared here.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import marshal
+import operator
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.sandbox import Sandbox
 
-_BLOCK = re.compile(r"^```[ \t]*(\w*)(?:[ \t][^\n]*)?\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^( {0,3})```[ \t]*([\w.]*)(?:[ \t][^\n]*)?\r?\n(.*?)(?:^\1```|\Z)", re.DOTALL | re.MULTILINE)
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: lambda found, expected: type(found) is type(expected) and found == expected,  # of None, True and False
+}
 
 
 class CodeTests:
@@ -55,8 +70,15 @@ class CodeTests:
 
     def _passed_asserts(self, program: str, tests: list[str], setup: str) -> int:
         nonce = secrets.token_hex(16)
-        run = self._sandbox.run(program, self._seconds, tests=marshal.dumps([nonce, setup, tests]))
-        return run.output.split(b"\n")[: len(tests)].count(f"{nonce}1".encode())
+        parts = [_open_comparison(test) for test in tests]
+        inside = [(part[0], True) if part else (test, False) for test, part in zip(tests, parts, strict=True)]
+        run = self._sandbox.run(program, self._seconds, tests=marshal.dumps([nonce, setup, inside]))
+        lines = run.output.decode(errors="replace").split("\n")
+        verdicts = [line.removeprefix(nonce) if line.startswith(nonce) else "" for line in lines]
+        return sum(
+            _holds(verdict, *part[1:]) if part else verdict == "1"
+            for verdict, part in zip(verdicts, parts, strict=False)
+        )
 
     def _passed_pairs(self, program: str, pairs: list[tuple[str, str]]) -> int:
         passed, left = 0, self._seconds
@@ -72,10 +94,61 @@ class CodeTests:
 def program_of(completion: str) -> str:
     """The last block fenced as Python; else the last fenced without a language; else the whole text. A fence that is not
     closed reaches to the end."""
-    blocks = _BLOCK.findall(completion)
-    python = [program for language, program in blocks if language.lower() in ("python", "python3", "py")]
+    blocks = [
+        (language.lower(), _dedented(program, indent)) for indent, language, program in _BLOCK.findall(completion)
+    ]
+    python = [program for language, program in blocks if re.fullmatch(r"python[\d.]*|py", language)]
     unnamed = [program for language, program in blocks if not language]
     return (python or unnamed or [completion])[-1]
+
+
+def _dedented(program: str, indent: str) -> str:
+    """Without the indentation of its fence, as in an item of a list."""
+    return re.sub(f"^{indent}", "", program, flags=re.MULTILINE) if indent else program
+
+
+def _open_comparison(test: str) -> tuple[str, Callable[[Any, Any], bool], Any] | None:
+    """(expression, comparison, literal) of a test that is just `assert expression == literal` or with another comparison;
+    None for any other."""
+    try:
+        body = ast.parse(test).body
+    except (SyntaxError, ValueError):
+        return None
+    match body:
+        case [ast.Assert(test=ast.Compare(left=left, ops=[comparison], comparators=[right]))]:
+            sides = [(left, right), (right, left)] if isinstance(comparison, ast.Eq) else [(left, right)]
+            for expression, literal in sides:
+                if type(comparison) in _COMPARISONS and _is_literal(literal, comparison):
+                    return ast.unparse(expression), _COMPARISONS[type(comparison)], ast.literal_eval(literal)
+    return None
+
+
+def _is_literal(node: ast.expr, comparison: ast.cmpop) -> bool:
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return False
+    return not isinstance(comparison, ast.Is) or value is None or isinstance(value, bool)
+
+
+def _holds(verdict: str, compare: Callable[[Any, Any], bool], expected: Any) -> bool:
+    """Of what a program gave, which may be anything."""
+    try:
+        return bool(compare(_decode(json.loads(verdict)), expected))
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return False
+
+
+def _decode(value: Any) -> Any:
+    """What `inside.tagged` encoded."""
+    if not isinstance(value, list):
+        return value
+    kind, content = value
+    if kind == "dict":
+        return {_decode(key): _decode(item) for key, item in content}
+    if kind in ("bytes", "complex"):
+        return bytes.fromhex(content) if kind == "bytes" else complex(*content)
+    return {"list": list, "tuple": tuple, "set": set}[kind](map(_decode, content))
 
 
 def _parse_tests(value: Any) -> list[str] | list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 power, say so, run the program. It is no wall: the program shares its interpreter, and the sandbox is around both."""
 
 import builtins
+import json
 import marshal
 import os
 import resource
@@ -51,19 +52,47 @@ def load(program, name):
 
 
 def run_tests(program, tests_fd, verdicts):
-    """Write a line for each test that ran: the nonce and 1 or 0. Nonce, set-up code and tests, marshalled, are read when
-    the program is loaded, by functions that were taken before; a program that ends the interpreter ends its verdicts."""
-    run, write, parse, end, failure = exec, os.write, marshal.loads, os._exit, BaseException
-    read_tests, builtin, as_is = read, vars(builtins), dict(vars(builtins))
+    """Write a line for each test that ran: the nonce, then of an expression its value (`as_json`), of a statement 1 if it
+    ran to its end, else 0. Nonce, set-up code and tests, marshalled, are read when the program is loaded, by functions that
+    were taken before; a program that ends the interpreter ends its verdicts."""
+    run, value, write, parse, end, failure = exec, eval, os.write, marshal.loads, os._exit, BaseException
+    read_tests, encode, builtin, as_is = read, as_json, vars(builtins), dict(vars(builtins))
     program = load(program, "program").__dict__
     builtin.update(as_is)
     nonce, setup, tests = parse(read_tests(tests_fd))
-    for test in tests:
+    for test, is_expression in tests:
         builtin.update(as_is)
         try:
-            run(f"{setup}\n{test}", program)
-            passed = b"1"
+            if is_expression:
+                run(setup, program)
+                verdict = encode(value(test, program))
+            else:
+                run(f"{setup}\n{test}", program)
+                verdict = "1"
         except failure:
-            passed = b"0"
-        write(verdicts, nonce.encode() + passed + b"\n")
+            verdict = "0"
+        write(verdicts, f"{nonce}{verdict}\n".encode())
     end(0)
+
+
+def as_json(value):
+    """A value of built-in types, or of types derived from them, or a number; code.py reads it. TypeError for another."""
+    return json.dumps(tagged(value))
+
+
+def tagged(value):
+    """JSON's own scalars as they are, the rest as [type, content]."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, bytes):
+        return ["bytes", value.hex()]
+    if isinstance(value, complex):
+        return ["complex", [value.real, value.imag]]
+    if isinstance(value, dict):
+        return ["dict", [[tagged(key), tagged(item)] for key, item in value.items()]]
+    for name, kinds in {"list": list, "tuple": tuple, "set": (set, frozenset, type({}.keys()))}.items():
+        if isinstance(value, kinds):
+            return [name, [tagged(item) for item in value]]
+    if float(value) == value:  # Fraction, Decimal
+        return float(value)
+    raise TypeError(value)

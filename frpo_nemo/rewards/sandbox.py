@@ -58,12 +58,18 @@ class Sandbox:
                 "(of Debian, Ubuntu, Fedora, RHEL or conda-forge)"
             )
         try:
-            self.run("", seconds=10.0)
+            self._check_that_programs_run()
         except RuntimeError as problem:
             raise ConfigError(
                 f"{problem}; bubblewrap needs user namespaces (sysctl user.max_user_namespaces, on Ubuntu also "
                 "kernel.apparmor_restrict_unprivileged_userns), or root with CAP_SYS_ADMIN"
             ) from problem
+
+    def _check_that_programs_run(self) -> None:
+        """With modules: their files may be there and not be readable by nobody. Raises RuntimeError."""
+        run = self.run("import random, re\nprint('here')", seconds=10.0)
+        if run.output != b"here\n":
+            raise RuntimeError(f"a program in the sandbox cannot use Python's standard library below {sys.base_prefix}")
 
     def run(self, program: str, seconds: float, stdin: bytes = b"", tests: bytes | None = None) -> Run:
         """Run `program` as a script, or as a module and then `tests` (see `inside.run_tests`), for at most `seconds` of
@@ -86,10 +92,13 @@ class Sandbox:
 
 
 def _watch(process: subprocess.Popen, seconds: float) -> Run:
-    output, ended, started = b"", False, None
+    output, ended, started = bytearray(), False, None
     deadline = time.monotonic() + STARTUP_SECONDS
     with process.stdout as pipe:  # bubblewrap's own processes hold it too: it ends when all of the sandbox is gone
-        while not ended and len(output) <= MAX_OUTPUT and wait([pipe], deadline - time.monotonic()):
+        # The clock alone ends it: `wait` goes on for ever where there is always something to read.
+        while (
+            not ended and len(output) <= MAX_OUTPUT and (left := deadline - time.monotonic()) > 0 and wait([pipe], left)
+        ):
             chunk = os.read(pipe.fileno(), 1 << 16)
             output += chunk
             ended = not chunk
@@ -106,7 +115,7 @@ def _watch(process: subprocess.Popen, seconds: float) -> Run:
         raise RuntimeError(f"the sandbox did not start: {output.decode(errors='replace').strip()[-500:]}")
     if ended and exit_code < 0:
         raise RuntimeError(f"the sandbox was ended from outside, by signal {-exit_code}")
-    return Run(output.removeprefix(inside.READY), exit_code if ended else None, stopped - started)
+    return Run(bytes(output.removeprefix(inside.READY)), exit_code if ended else None, stopped - started)
 
 
 @functools.cache
@@ -125,10 +134,18 @@ def _isolation() -> list[str]:
             options += ["--symlink", os.readlink(path), str(path)]
         elif path.exists():
             options += ["--dir", str(path.parent), "--ro-bind", str(path), str(path)]  # parents are 0700 without --dir
+    for packages in sorted({found for path in libraries for found in _package_directories(path.resolve())}):
+        options += ["--tmpfs", str(packages), "--remount-ro", str(packages)]  # empty
     options += ["--dir", "/dev"]
     for device in ("/dev/null", "/dev/urandom"):
         options += ["--dev-bind", device, device]
     return [*options, "--remount-ro", "/", "--chdir", "/"]
+
+
+def _package_directories(libraries: Path) -> Iterator[Path]:
+    """Where packages are installed beside a Python's standard library."""
+    for name in ("site-packages", "dist-packages"):
+        yield from libraries.glob(f"python3*/{name}")
 
 
 def _is_root() -> bool:

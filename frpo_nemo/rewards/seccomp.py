@@ -20,13 +20,20 @@ _REFUSED = {
     "semget": (64, 190),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    "mq_open": (240, 180),
+    "io_setup": (206, 0),
+    "vmsplice": (278, 75),
+    # A socket that listens holds what others sent it; and there are networks without namespaces, such as AF_VSOCK's.
+    "socket": (41, 198),
     # Namespaces, in which a process may mount; io_uring, which passes by this filter.
     "unshare": (272, 97),
     "setns": (308, 268),
     "io_uring_setup": (425, 425),
     # No program that is a function needs these, and the kernel has had holes here.
     "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),

@@ -55,6 +55,12 @@ def test_published_solutions_pass_their_tests_and_fail_those_of_another_problem(
         ("```bash\na\n```", "```bash\na\n```"),
         ("<think>```python\na\n```</think>\n```python\nb", "b"),
         ("print('```python')", "print('```python')"),
+        ("1. So:\n   ```python\n   if a:\n       b\n   ```\n", "if a:\n    b\n"),
+        (
+            'def f():\n    """\n    ```python\n    f()\n    ```\n    """',
+            'def f():\n    """\n    ```python\n    f()\n    ```\n    """',
+        ),
+        ("```python3.11\r\na\r\n```", "a\r\n"),
     ],
 )
 def test_the_program_is_the_last_python_block(text, program):
@@ -124,14 +130,51 @@ builtins.BaseException = builtins.Exception = builtins.AssertionError = int
 marshal.loads = json.loads = lambda *_: ["", "", []]
 os._exit = lambda *_: None""",
     "defines __debug__ and exceptions": "class AssertionError(SystemExit): pass\ndef double(x): raise AssertionError",
-    "reads the tests": """
-import sys
-frame = sys._getframe()
+    "returns what equals everything": """
+class Everything:
+    __eq__ = __le__ = __float__ = lambda *_: True
+double = lambda x: Everything()""",
+    "reads the number and forges the verdicts": """
+import json, marshal, os
+for fd in range(64):
+    try:
+        nonce, _, tests = marshal.loads(os.pread(fd, 1 << 20, 0))
+    except (OSError, ValueError, EOFError, TypeError):
+        continue
+    for verdict in (f"{nonce}1\\n", f"{nonce}true\\n"):
+        for fd in range(64):
+            try:
+                os.write(fd, (verdict * len(tests)).encode())
+            except OSError:
+                pass
+os._exit(0)""",
+    "looks for the answers": """
+import marshal, os, re
+answers = []
+for fd in range(64):
+    try:
+        _, _, tests = marshal.loads(os.pread(fd, 1 << 20, 0))
+        answers = [int(re.search(r"== (\\d+)", test)[1]) for test, *_ in tests]
+    except (OSError, ValueError, EOFError, TypeError):
+        pass
+double = lambda x: answers.pop(0)""",
+    "replaces the runner": """
+import __main__, json, sys
+__main__.read.__code__ = (lambda fd: b"").__code__
+__main__.as_json.__code__ = (lambda value: "true").__code__
+json.dumps = lambda value: "1"
+frame = sys._getframe(1)
 while frame:
-    for value in frame.f_locals.values():
-        if isinstance(value, list) and any("double" in str(item) for item in value):
-            double = {2: 4, 3: 6}.get
-    frame = frame.f_back""",
+    frame.f_locals.update(encode=lambda value: "1", value=lambda *_: 4)
+    frame = frame.f_back
+double = lambda x: True""",
+    "writes what no value is": """
+import __main__
+verdicts = iter(['["list", 5]', '[' * 100000, '["set", [["list", []]]]'])
+__main__.as_json.__code__ = (lambda value: __import__("program").verdicts.__next__()).__code__
+import sys
+sys.modules["program"].verdicts = verdicts
+double = lambda x: 1""",
     "does nothing at exit": "import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit",
     "exhausts memory": "x = bytearray(1 << 40)",
     "exhausts the compiler": "(" * 100_000,
@@ -149,6 +192,37 @@ def test_a_replaced_builtin_is_itself_again_in_the_tests():
     tests = ["assert all([double(3) == 6, double(4) == 8])"]
     assert score("import builtins\nbuiltins.all = lambda _: True\ndouble = lambda x: 4", tests) == 0.0
     assert score(f"import builtins\nbuiltins.all = None\n{RIGHT}", tests) == 1.0
+
+
+@pytest.mark.parametrize(
+    "test, right, wrong",
+    [
+        (
+            "assert f() == {'a': [(1, 2.5), None], 3: {b'x'}}",
+            "{'a': [(1, 2.5), None], 3: {b'x'}}",
+            "{'a': [[1, 2.5], None], 3: {b'x'}}",
+        ),
+        ("assert f() == {'a': 2}, 'message'", "__import__('collections').Counter('aa')", "{'a': 3}"),
+        ("assert f() == {1, 2}", "frozenset({1, 2})", "[1, 2]"),
+        ("assert f() == {'a', 'b'}", "dict(a=1, b=2).keys()", "dict(a=1)"),
+        ("assert f() == 0.5", "__import__('fractions').Fraction(1, 2)", "'0.5'"),
+        ("assert f() == 2", "2.0", "2.1"),
+        ("assert f() == 'a\\n\\ud800\u20ac'", "'a\\n\\ud800\u20ac'", "'a\\n'"),
+        ("assert f() == 1 + 2j", "1 + 2j", "1"),
+        (f"assert f() == {10**400}", "10**400", "float('inf')"),
+        ("assert 3 == f()", "3", "4"),
+        ("assert f() is True", "True", "1"),
+        ("assert f() != 3", "float('nan')", "3"),
+        ("assert f() < 3", "2", "'2'"),
+        ("assert sorted(f()) == [1, 2]", "{2, 1}", "{2, 3}"),
+        ("assert f() == set([1])", "{1}", "{2}"),
+        ("assert f() in (1, 2) and not f() == 1", "2", "1"),
+        ("x = f()\nassert x == 1", "1", "2"),
+    ],
+)
+def test_a_test_means_what_python_means_wherever_it_is_compared(test, right, wrong):
+    assert score(f"def f(): return {right}", [test]) == 1.0
+    assert score(f"def f(): return {wrong}", [test]) == 0.0
 
 
 def test_a_program_that_hangs_is_wrong_and_a_row_without_tests_is_not_scored():
