@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -43,8 +43,6 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
     configuration is checked for the world that it names, in this one process, and nothing runs.
     """
     gc.disable()  # until everything is loaded (Run.attach): to search what imports make for garbage takes a fifth of a start
-    ended: list[int] = []
-    atexit.register(_leave, ended)  # before others register, so after them
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback
     _hide_secrets_in_tracebacks()
     composed: list[DictConfig] = []
@@ -71,9 +69,7 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
         warnings.filterwarnings("ignore", message="Apex is not installed")  # megatron-core's, at import, in every rank
         if composed:  # not after --help and its like
             finished = run(_load(schema, composed[0]))
-            ended.append(0 if finished else EXIT_STOPPED)
-            if not finished:
-                raise SystemExit(EXIT_STOPPED)
+            _leave(0 if finished else EXIT_STOPPED)
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -104,14 +100,13 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
         raise ConfigError(_sentence(error, config_name, config_dir)) from error
 
 
-def _leave(ended: list[int]) -> None:
-    """When a run has ended as it should, leave with its exit code: the interpreter would search all that is loaded for
-    garbage once more, which takes three seconds."""
-    if ended:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ended[0])
+def _leave(code: int) -> NoReturn:
+    """End this process as the interpreter does, but for its last search of all that is loaded for garbage, which takes
+    three seconds."""
+    atexit._run_exitfuncs()  # temporary directories, processes that were started, logs
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def started_world() -> tuple[int, int]:

@@ -111,6 +111,7 @@ def _write_checkpoint(run_dir: Path, step: int, model: Path) -> None:
     checkpoint.mkdir(parents=True)
     record = {
         "format": checkpoint_files.FORMAT,
+        "step": step,
         "adam_step": step,
         "architecture": checkpoint_files.identity(Architecture.from_hf(model)),
     }
@@ -282,6 +283,12 @@ def test_bad_input_gives_one_clear_sentence(bad, files, monkeypatch):
     message = str(error.value)
     assert [fragment for fragment in fragments if fragment not in message] == [], message
     assert "\n" not in message and "full_key" not in message and "++" not in message, message
+
+
+def test_a_run_does_not_end_before_the_checkpoint_that_it_would_go_on_from(files, monkeypatch):
+    monkeypatch.chdir(files)
+    with pytest.raises(ConfigError, match="trainer.max_steps=1 is before step 2 of .*set it to at least 2"):
+        check(files, ["run_dir=earlier", f"model.path={files}/other", "trainer.max_steps=1"])
 
 
 def test_good_input_passes(files, monkeypatch):
@@ -480,6 +487,22 @@ def test_parameters_are_counted_exactly(tmp_path):
 
 
 # The real command.
+
+
+def test_a_finished_run_leaves_nothing_behind(tmp_path):
+    """It does not wait for the interpreter's last search for garbage; what is registered to be done at exit is."""
+    code = f"""
+import multiprocessing, tempfile, time
+from frpo_nemo.training.cli import _leave
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
+child.start()
+directory = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})
+print(child.pid)
+_leave(75)
+"""
+    ended = start(tmp_path, code=code)
+    assert ended.returncode == 75 and ended.stderr == "", ended
+    assert list(tmp_path.iterdir()) == [] and not Path("/proc", ended.stdout.strip()).exists()
 
 
 def start(files: Path, *arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
