@@ -141,7 +141,7 @@ class PolicyActor:
         """Of all response tokens under the current policy, fp32 [R] on CPU: logprobs, entropy, and likeliest, which is 1
         where greedy decoding would have taken the token too."""
         self.prepare_for_inference()
-        return self._run(batch, None, forward_only=True)[1]
+        return self._infer(batch)
 
     def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
         """Log-probs under the frozen reference, fp32 [R]."""
@@ -168,7 +168,7 @@ class PolicyActor:
             return {}
 
         with self._as_reference():
-            reference = self._run(batch, None, forward_only=True, observe=keep)[1]["logprobs"]
+            reference = self._infer(batch, keep)["logprobs"]
             reference_weight = output_weight(self.gpt).clone() if kept else None
         pending = iter(kept)
 
@@ -177,7 +177,7 @@ class PolicyActor:
             own_weight = output_weight(self.gpt)
             return {"kl": token_kl(hidden, own_weight, ref_hidden, reference_weight, **self._softmax_options())}
 
-        columns = self._run(batch, None, forward_only=True, observe=compare)[1]
+        columns = self._infer(batch, compare)
         return {"logprobs": columns["logprobs"], "reference_logprobs": reference, "kl": columns["kl"]}
 
     def stream_hf_weights(self, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20):
@@ -221,6 +221,16 @@ class PolicyActor:
         self.gpt.config.grad_scale_func = None
         # Losses are already divided by global counts, so the token count that the schedule passes is dropped.
         self.gpt.config.finalize_model_grads_func = lambda models, num_tokens, **kw: finalize_model_grads(models, **kw)
+
+    def _infer(self, batch: SequenceBatch, observe: Observe | None = None) -> dict[str, Tensor]:
+        """The columns [R] of a forward pass. A batch with fewer sequences than replicas, as small held-out sets are, is
+        filled up with its own, whose columns are dropped."""
+        replicas, sequences = distributed.data_parallel()[1], batch.num_sequences
+        tokens = int(batch.response_lengths.sum())
+        if sequences < replicas:
+            batch = batch.select([i % sequences for i in range(replicas)])
+        columns = self._run(batch, None, forward_only=True, observe=observe)[1]
+        return {name: column[:tokens] for name, column in columns.items()}
 
     @runs_on_megatron_device
     def _run(self, batch: SequenceBatch, loss: Loss | None, *, forward_only: bool, observe: Observe | None = None):

@@ -98,6 +98,16 @@ def uniform_entropy(vocabulary: int) -> float:
     return entropy.item()
 
 
+def columns_of_a_small_batch(path: str) -> dict[str, torch.Tensor]:
+    """Of the first sequence alone, with and without a reference."""
+    model = ModelConfig(path=path, precision="fp32")
+    use_layout(model)
+    actor = PolicyActor(model, None, microbatch_tokens=100)
+    actor.freeze_reference()
+    batch = example_batch().select([0])
+    return actor.get_inference_columns(batch) | {"kl": actor.compare_with_reference(batch)["kl"]}
+
+
 def distance_after_a_step(path: str, *, tp=1, pp=1, sp=False) -> tuple[dict, dict]:
     """(columns of compare_with_reference, the policy's Hugging Face weights) after one large step, on rank 0."""
     layout = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)

@@ -56,3 +56,11 @@ def test_distance_from_the_reference_is_that_of_next_token_distributions_in_ever
     assert columns["kl"].mean() > 0.1, "the step moved the policy"
     for name, parts in expected.items():
         torch.testing.assert_close(columns[name].double(), torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_a_set_smaller_than_the_replicas_is_measured_as_by_one(workers, model):
+    """Held-out sets of 30 problems meet 64 replicas."""
+    [expected] = workers.run(1, logprob_checks.columns_of_a_small_batch, path=model)
+    for columns in workers.run(2, logprob_checks.columns_of_a_small_batch, path=model):
+        assert columns.keys() == expected.keys()
+        assert all(torch.equal(columns[name], expected[name]) for name in expected)
