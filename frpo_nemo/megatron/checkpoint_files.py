@@ -68,13 +68,13 @@ def prune(run_dir: str | Path, keep_last: int, keep_best: bool = True) -> None:
         keep.add(best(run_dir))
     for path in complete(run_dir):
         if path not in keep:
-            shutil.rmtree(_set_aside(path))
+            shutil.rmtree(_set_aside(path), ignore_errors=True)  # the next `begin` removes what is left
 
 
 def begin(checkpoint: Path, token: str) -> Path:
     """The directory in which to write `checkpoint`, new and empty. What dead attempts have left beside it goes away."""
     for leftover in checkpoint.parent.glob("step_*.tmp-*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # its last process may still be writing
     temporary = temporary_name(checkpoint, token)
     temporary.mkdir(parents=True)
     return temporary
@@ -92,7 +92,7 @@ def publish(temporary: Path, checkpoint: Path) -> None:
     temporary.rename(checkpoint)
     sync(checkpoint.parent)
     if replaced:
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write(path: Path, content: bytes) -> None:

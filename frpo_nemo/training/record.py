@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
+from omegaconf import OmegaConf
 
 from frpo_nemo import redact
 
@@ -46,8 +47,17 @@ def add_start(
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
-    with (run_dir / FILE).open("a") as file:
-        file.write(json.dumps(start) + "\n")
+    path = run_dir / FILE
+    cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")  # by a full disk, or a kill
+    with path.open("a") as file:
+        file.write("\n" * bool(cut) + json.dumps(start) + "\n")
+
+
+def write_config(run_dir: Path, values: dict) -> None:
+    """Make `values` run_dir's config.yaml, all of it or none: a run whose configuration is lost could not be continued."""
+    scratch = run_dir / "config.yaml.tmp"
+    scratch.write_text(OmegaConf.to_yaml(values))
+    scratch.replace(run_dir / "config.yaml")
 
 
 def resume_command(resume: str = "auto") -> str:
@@ -66,7 +76,16 @@ def resume_command(resume: str = "auto") -> str:
 def starts(run_dir: Path) -> list[dict]:
     """The record of a run, in order; [] where there is none."""
     path = run_dir / FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [start for line in lines if (start := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> dict | None:
+    """None for a line that was cut."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def _own_command() -> tuple[list[str], str]:

@@ -106,6 +106,29 @@ def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(t
     assert second["commit"] is None and second["uncommitted"] is None
 
 
+def test_a_record_whose_last_line_was_cut_goes_on(tmp_path):
+    """By a full disk, or a kill while it was written."""
+    start = dict(model="m", world_size=1, data={}, resume="auto", resumed_from=None)
+    record.add_start(tmp_path, **start)
+    with (tmp_path / record.FILE).open("a") as file:
+        file.write('{"time": "2026')
+    assert len(record.starts(tmp_path)) == 1
+    record.add_start(tmp_path, **start)
+    assert [each["world_size"] for each in record.starts(tmp_path)] == [1, 1]
+
+
+def test_a_configuration_is_replaced_whole_or_not_at_all(a_run, monkeypatch):
+    def fills_the_disk(path: Path, text: str) -> None:
+        with path.open("w") as file:
+            file.write(text[:20])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fills_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        record.write_config(a_run, {"another": "configuration"})
+    check_resume(configuration(a_run), None)
+
+
 def test_a_model_without_its_checkpoints_is_not_overwritten(a_run):
     (a_run / "hf").mkdir()
     with pytest.raises(ConfigError, match=r"holds a model \(hf/\) and no checkpoint to continue from"):
