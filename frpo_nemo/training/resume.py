@@ -81,8 +81,14 @@ def check_resume(cfg, arch: Architecture | None) -> None:
         if arch:
             checkpoint_files.check_matches(checkpoint, arch)
             adapter_files.check(checkpoint, cfg.model, adapter_files.record(cfg.model))
+        step = checkpoint_files.read(checkpoint)["step"]
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={resume}: {error}") from error
+    if step > cfg.trainer.max_steps:
+        raise ConfigError(
+            f"trainer.max_steps={cfg.trainer.max_steps} is before step {step} of {checkpoint}, from which the run would go on; "
+            f"set it to at least {step}, or take another run_dir."
+        )
 
 
 def _is_failed_start(run_dir: Path) -> bool:

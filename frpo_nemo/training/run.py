@@ -14,6 +14,7 @@ import math
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -47,8 +48,10 @@ class Run:
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
         self._as_given = redact.values(OmegaConf.to_container(OmegaConf.structured(cfg)))
+        # cli.py downloads a hub name in one rank of a node. The others wait here, as long as it takes, and not in the
+        # rendezvous, which has a time limit.
+        cfg.model.path = local_model(cfg.model.path, download=True)
         self.rank, self.world_size = distributed.start_world()
-        cfg.model.path = local_model(cfg.model.path, download=False)  # cli.py has downloaded a hub name
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = Phases(self.watchdog)
         self.step = 0
@@ -70,11 +73,13 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if self.logger is not None:
-            self.logger.close()
-        if kind is None and dist.is_initialized():  # vLLM's shutdown takes the process group down as well
-            dist.destroy_process_group()
-        self.watchdog.__exit__(kind, error, traceback)
+        with ExitStack() as leaving:
+            # A failure is told first: closing the logs may fail as well, or wait for a network.
+            leaving.push(self.watchdog) if kind is None else self.watchdog.__exit__(kind, error, traceback)
+            if self.logger is not None:
+                self.logger.close()
+            if kind is None and dist.is_initialized():  # vLLM's shutdown takes the process group down as well
+                dist.destroy_process_group()
 
     def attach(self, actor: PolicyActor, **sets: PromptSet | SFTSet | None) -> None:
         """Give the run its actor: loads the checkpoint to resume from. sets: the data sets that there are, which must
@@ -119,14 +124,14 @@ class Run:
         """Step numbers that remain. Ends early, after a checkpoint, when a signal asks for it."""
         self.phases.pop()
         while self.step < self.cfg.trainer.max_steps:
-            self.phases.step = self.step + 1
-            yield self.step + 1
             if self._someone_was_signalled():
-                if self._saved_step != self.step:
+                if self.step and self._saved_step != self.step:
                     self.save()
                 command = record.resume_command(self.cfg.checkpoint.resume)
                 self.say(f"stopped by a signal after step {self.step}; to continue: {command}")
                 break
+            self.phases.step = self.step + 1
+            yield self.step + 1
 
     @property
     def finished(self) -> bool:
@@ -237,7 +242,13 @@ class Run:
 
     def _write_description(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(OmegaConf.to_yaml(self._as_given))
+        saved, steps = self.dir / "config.yaml", self.cfg.trainer.max_steps
+        before = OmegaConf.load(saved).trainer.max_steps if self.step and saved.is_file() else steps
+        if before != steps:
+            self.say(
+                f"trainer.max_steps={steps} (was {before}): warm-up and schedule of optim.lr go by the new one from here"
+            )
+        record.write_config(self.dir, self._as_given)
         record.add_start(
             self.dir,
             model=self.cfg.model.path,

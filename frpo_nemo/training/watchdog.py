@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from frpo_nemo import redact
+from frpo_nemo.errors import ConfigError
 from frpo_nemo.training.links import Link, accept_ranks, connect_to_rank_0, rank_list
 
 EXIT_LOST = 75  # EX_TEMPFAIL: a rank died or hung; the same job may well succeed, so requeue it
 EXIT_FAILED = 1  # a rank raised: the same job would probably raise again
+EXIT_WRONG = 2  # it raised ConfigError: the same job certainly would, and slurm/lib.sh does not requeue it
 STDERR = 2  # the descriptor: sys.stderr may be redirected, and its lock be held by the thread that hangs
 
 
@@ -118,7 +120,8 @@ class Watchdog:
         if self._thread is None:
             return
         summary = redact.text(f"{type(error).__name__}: {error}").split("\n")[0][:300].removesuffix(": ")
-        self._own_failure = self._failure(f"failed ({summary})", EXIT_FAILED)
+        code = EXIT_WRONG if isinstance(error, ConfigError) else EXIT_FAILED
+        self._own_failure = self._failure(f"failed ({summary})", code)
         self._wake()
         self._told.wait(self._settle + 5.0)
         # The peers are gone: should a destructor wait for them, leave all the same.
@@ -286,7 +289,7 @@ class Watchdog:
         message = f"watchdog: {verdict.text}; rank {self.rank} leaves (exit code {verdict.code})\n".encode()
         with contextlib.suppress(OSError):  # stderr on a full disk, or its reader gone: leave all the same
             os.write(STDERR, message)  # first of all: torchrun may end us within a tenth of a second
-        if verdict.rank == self.rank and verdict.code == EXIT_FAILED:
+        if verdict.rank == self.rank and verdict.code != EXIT_LOST:
             self._told.set()  # the main thread goes on: its traceback says the rest
             return
         self._dump_stacks(message, to_stderr=verdict.code == EXIT_LOST)
