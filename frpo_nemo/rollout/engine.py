@@ -73,7 +73,7 @@ class RolloutEngine:
         self._on_gpu = torch.cuda.is_available()
         self._asleep: set[str] = set()
         self._has_weights = load_format != "dummy"
-        with _quiet(), _isolated_rng(0):  # vLLM seeds every global generator when it starts
+        with _quiet(), isolated_rng(0):  # vLLM seeds every global generator when it starts
             self._llm = _start_vllm(
                 model=model_path,
                 dtype=dtype,
@@ -126,7 +126,7 @@ class RolloutEngine:
             flat_logprobs=True,
         )
         seed = int(np.random.SeedSequence((seed, self.engine_index)).generate_state(1)[0])
-        with _isolated_rng(seed), self._without_compiling():
+        with isolated_rng(seed), self._without_compiling():
             requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             outputs = self._llm.generate(requests, params, use_tqdm=False) if requests else []
         return [[_completion(response, rollout) for response in output.outputs] for output in outputs]
@@ -267,7 +267,7 @@ def _cpu_workarounds() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _isolated_rng(seed: int) -> Iterator[None]:
+def isolated_rng(seed: int) -> Iterator[None]:
     """All global generators begin at `seed` (below 2**32) inside, and are restored after. vLLM samples from torch's
     (model runner V1) or takes the seeds of requests from numpy's (V2)."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
