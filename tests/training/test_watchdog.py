@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from frpo_nemo.errors import ConfigError
 from frpo_nemo.training.links import rank_list
-from frpo_nemo.training.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog
+from frpo_nemo.training.watchdog import EXIT_FAILED, EXIT_LOST, EXIT_WRONG, Watchdog
 
 HEARTBEAT = 3.0
 PHASE = 4.0
@@ -44,6 +45,8 @@ def one_rank(rank, world_size, port, run_dir, fault, bad):
 def misbehave(fault, run_dir):
     if fault == "raise":
         raise RuntimeError("no such token\nsecond line")
+    if fault == "wrong":
+        raise ConfigError("model.path=x has changed.")
     if fault == "kill":  # a forked child holds copies of the connections, and must not keep them open
         multiprocessing.get_context("fork").Process(target=time.sleep, args=(10,), daemon=True).start()
     time.sleep(0.3)
@@ -143,6 +146,13 @@ def test_exception_is_named_by_all_and_printed_by_its_rank(job, bad):
     assert_all_name(job, [0, 1, 2], message + ' in phase "reward" at step 7')
     assert "Traceback" in job.stderr(bad) and "second line" in job.stderr(bad)
     assert "Traceback" not in job.stderr(2)
+
+
+def test_a_wrong_configuration_ends_all_ranks_as_one(job):
+    """With 2, as slurm/lib.sh knows it; the recipe itself makes 2 of the bad rank's exception."""
+    job = job("wrong")
+    assert job.exit_codes([0, 2], within=20) == [EXIT_WRONG] * 2
+    assert_all_name(job, [0, 2], "failed (ConfigError: model.path=x has changed.)")
 
 
 @pytest.mark.parametrize("bad", [0, 1])
