@@ -16,12 +16,13 @@ from pathlib import Path
 def main() -> None:
     from frpo_nemo.errors import ConfigError
     from frpo_nemo.evaluation.forgetting import ForgettingStudy
-    from frpo_nemo.evaluation.parts import StudyConfig, check_command
+    from frpo_nemo.evaluation.parts import check_command, study_of_command_line
     from frpo_nemo.evaluation.report import print_summary, write_report
-    from frpo_nemo.training.cli import from_command_line
 
     try:
-        study = ForgettingStudy(from_command_line(StudyConfig, "forgetting"), check_command)
+        config, config_dir = study_of_command_line(sys.argv[1:])
+        study = ForgettingStudy(config, check_command, config_dir)
+        study.check()
         rows = study.run()
         page = write_report(rows, study.out)
     except (ConfigError, RuntimeError) as problem:

@@ -8,14 +8,14 @@ study have not finished.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.forgetting import ForgettingStudy
-from frpo_nemo.evaluation.parts import StudyConfig, check_command
+from frpo_nemo.evaluation.parts import check_command, study_of_command_line
 from frpo_nemo.evaluation.report import print_summary, write_report
 from frpo_nemo.evaluation.slurm_chain import SlurmChain
-from frpo_nemo.training.cli import from_command_line
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     dry_run = "--dry-run" in arguments
     sys.argv[1:] = arguments = [argument for argument in arguments if argument != "--dry-run"]
     try:
-        study = ForgettingStudy(from_command_line(StudyConfig, "forgetting"), check_command)
-        chain = SlurmChain(study, arguments)
+        config, config_dir = study_of_command_line(arguments)
+        chain = SlurmChain(ForgettingStudy(config, check_command, config_dir), arguments)
         if action == "report":
             report(chain)
         else:
@@ -35,6 +35,8 @@ def main() -> None:
 
 
 def submit(chain: SlurmChain, dry_run: bool) -> None:
+    if not dry_run and not os.environ.get("FRPO_CONTAINER"):  # its environment may be another
+        chain.check()
     submitted = chain.submit(dry_run)
     width = max((len(entry["name"]) for entry in submitted), default=0)
     for entry in submitted:

@@ -173,7 +173,8 @@ frpo_own_run_dir() {
 }
 
 frpo_finished() { # slurm/forgetting.sh looks for the file
-  echo "$SLURM_JOB_ID" >"$RUN_DIR/slurm_finished"
+  local file=$RUN_DIR/slurm_finished
+  echo "$SLURM_JOB_ID" >"$file" || { rm -f "$file"; stop 1 "finished, but $file cannot be written"; }
   stop 0 "finished"
 }
 

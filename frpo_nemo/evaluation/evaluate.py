@@ -22,6 +22,7 @@ from frpo_nemo.evaluation.benchmarks import (
 )
 from frpo_nemo.evaluation.reward_probe import (
     SAMPLES,
+    check_host_memory,
     check_reward_probe,
     export_checkpoint,
     probe_settings,
@@ -29,25 +30,33 @@ from frpo_nemo.evaluation.reward_probe import (
 )
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.training.cli import started_world
-from frpo_nemo.training.run import ignore_warnings_of_libraries
 
 
 def evaluate(cfg: EvaluateRun) -> bool:
     """Measure what has no result in cfg.out yet; returns whether everything has one in the end. Raises ConfigError,
     before anything is measured, for a mistake in the options."""
+    from frpo_nemo.training.run import ignore_warnings_of_libraries
+
     ignore_warnings_of_libraries()
-    if not cfg.benchmarks and not cfg.probe.prompts:
-        raise ConfigError("Nothing to measure: give benchmarks=[...], or a probe with prompts and reward.")
-    if cfg.benchmarks:
-        check_benchmarks(cfg)
+    check_options(cfg)
     if cfg.probe.prompts:
-        check_reward_probe(cfg.probe, cfg.dtype)
+        check_host_memory(cfg.probe, processes=started_world()[1])
     if (Path(cfg.model.path) / checkpoint_files.RECORD).is_file():
         cfg.model.path = str(exported(Path(cfg.model.path), Path(cfg.out) / "hf"))
     if cfg.benchmarks:
         check_model(cfg)
     probed = _probe(cfg, model_directory(cfg.model.path)) if cfg.probe.prompts else True
     return (run_benchmarks(cfg) if cfg.benchmarks else True) and probed
+
+
+def check_options(cfg: EvaluateRun) -> None:
+    """What can be wrong whatever the model and the machine. Raises ConfigError."""
+    if not cfg.benchmarks and not cfg.probe.prompts:
+        raise ConfigError("Nothing to measure: give benchmarks=[...], or a probe with prompts and reward.")
+    if cfg.benchmarks:
+        check_benchmarks(cfg)
+    if cfg.probe.prompts:
+        check_reward_probe(cfg.probe, cfg.dtype)
 
 
 def exported(checkpoint: Path, out: Path) -> Path:

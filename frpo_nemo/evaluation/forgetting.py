@@ -30,10 +30,11 @@ LAST_LINES = 15  # of a failed part's output, kept in its row
 class ForgettingStudy:
     """The parts of a study, and the record of those that ended."""
 
-    def __init__(self, config: StudyConfig, check: Callable[[str, list[str]], None]):
+    def __init__(self, config: StudyConfig, check: Callable[[str, list[str]], None], config_dir: str | None = None):
         """check(recipe, arguments): raises ConfigError for a command whose configuration is wrong. Nothing is run
-        before the commands of all arms and tasks were checked; those that differ in paths and seeds alone are once."""
-        self._plan = StudyParts(config)
+        before the commands of all arms and tasks were checked; those that differ in paths and seeds alone are once.
+        config_dir: where configurations of parts may be instead of in configs/."""
+        self._plan = StudyParts(config, config_dir)
         self.out = self._plan.out
         self.config = replace(config, seeds=config.seeds[: config.num_seeds])
         self._lock = threading.Lock()
@@ -51,6 +52,14 @@ class ForgettingStudy:
         """In an order in which they can run."""
         return self._plan.all(seeds)
 
+    def check(self) -> None:
+        """Raise ConfigError for what can be known to go wrong (study_check.py) when `run` starts the parts here."""
+        from frpo_nemo.evaluation.study_check import check_parts  # seconds of imports, which the report does without
+
+        processes = None if self.config.launcher else self.config.processes
+        parts = self.parts(self.config.seeds)
+        check_parts(parts, self.out, started=lambda part: ([], processes), finished=self.finished)
+
     def finished(self, part: Part) -> bool:
         """Whether its end is on record."""
         if part.stage == "prepare":
@@ -64,11 +73,10 @@ class ForgettingStudy:
             if error is None:
                 part.directory.with_suffix(".done").write_text(json.dumps(part.recorded))
             return
-        of = dict(arm=part.arm, seed=part.seed, task=part.task, error=error)
-        if part.evaluation:
-            row = row_of_evaluation(part.directory, evaluation=part.evaluation, **of)
-        else:
-            row = row_of_run(part.directory, stage=part.stage, **of)
+        try:
+            row = _row(part, error)
+        except ConfigError as problem:  # it ended, and left nothing to report
+            row = _row(part, str(problem))
         row |= {"arguments": part.recorded}
         with self._lock:
             self._rows[part.key] = row
@@ -159,6 +167,13 @@ def check_same_settings(part: Part, before: list[str]) -> None:
             f"{part.directory.parent} has {part.title} with other settings: {' '.join(sorted(then)) or 'none'} then, "
             f"{' '.join(sorted(now)) or 'none'} now; name the arm or task anew, or take another out."
         )
+
+
+def _row(part: Part, error: str | None) -> Row:
+    of = dict(arm=part.arm, seed=part.seed, task=part.task, error=error)
+    if part.evaluation:
+        return row_of_evaluation(part.directory, evaluation=part.evaluation, **of)
+    return row_of_run(part.directory, stage=part.stage, **of)
 
 
 def _key(row: Row) -> tuple:

@@ -6,15 +6,17 @@ comes after one other part at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmarks import EvaluateRun
 from frpo_nemo.objective import build_objective
-from frpo_nemo.training.cli import compose
+from frpo_nemo.training.cli import compose, from_command_line
 from frpo_nemo.training.config import FRPORun, SFTRun
 from frpo_nemo.training.schema import load
 
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 TRAINING_RECIPES = ("frpo", "sft")
 SCHEMAS = {"frpo": FRPORun, "sft": SFTRun, "evaluate": EvaluateRun}
+CONFIG_DIR, CONFIG_NAME = "--config-dir", "--config-name"
 
 
 @dataclass
@@ -111,25 +114,44 @@ class Part:
 
     @property
     def recorded(self) -> list[str]:
-        """The arguments as they are written down and compared: without secrets."""
-        return redact.arguments(self.arguments)
+        """The arguments as they are written down and compared: without secrets, and without the directory of configurations,
+        which may have moved."""
+        return redact.arguments(self.arguments[2 * (self.arguments[:1] == [CONFIG_DIR]) :])
+
+
+def study_of_command_line(arguments: Sequence[str]) -> tuple[StudyConfig, str | None]:
+    """What sys.argv says, of which `arguments` are a copy: the study, and the directory in which it was found, where
+    configurations of its parts may be too. Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(CONFIG_DIR, "-cd", "--config-path", "-cp", dest="config_dir")
+    config_dir = parser.parse_known_args(arguments)[0].config_dir
+    return from_command_line(StudyConfig, "forgetting"), config_dir
+
+
+def compose_command(recipe: str, arguments: Sequence[str], before: Sequence[str] = ()) -> Any:
+    """The typed configuration that a recipe of SCHEMAS would run with. before: overrides that a job script puts before those
+    of the arguments. Raises ConfigError."""
+    options, own = {}, list(arguments)
+    while own[:1] in ([CONFIG_DIR], [CONFIG_NAME]):
+        options[own[0]], own = own[1], own[2:]
+    name = options.get(CONFIG_NAME, recipe)
+    return load(SCHEMAS[recipe], compose(name, [*before, *own], options.get(CONFIG_DIR)))
 
 
 def check_command(recipe: str, arguments: list[str]) -> None:
-    """Compose what a recipe of SCHEMAS would run with; raises ConfigError."""
-    named = arguments[:1] == ["--config-name"]
-    name, overrides = (arguments[1], arguments[2:]) if named else (recipe, arguments)
-    cfg = load(SCHEMAS[recipe], compose(name, overrides))
+    """Compose what a recipe of SCHEMAS would run with; raises ConfigError. study_check.py looks closer."""
+    cfg = compose_command(recipe, arguments)
     if recipe == "frpo":
         build_objective(cfg.objective)
 
 
 class StudyParts:
-    """The parts of a study. Raises ConfigError for options that contradict each other."""
+    """The parts of a study. config_dir: where their configurations may be instead of in configs/. Raises ConfigError for
+    options that contradict each other."""
 
-    def __init__(self, config: StudyConfig):
+    def __init__(self, config: StudyConfig, config_dir: str | None = None):
         _check(config)
-        self.config, self.out = config, Path(config.out)
+        self.config, self.out, self._config_dir = config, Path(config.out), config_dir
 
     def all(self, seeds: Iterable[int]) -> Iterator[Part]:
         """In an order in which they can run."""
@@ -174,8 +196,10 @@ class StudyParts:
         return parts
 
     def _arguments(self, config: PartConfig, seed: int) -> list[str]:
-        named = ["--config-name", config.config] if config.config else []
-        return named + [self._fill(text, seed) for text in config.overrides]
+        named = [CONFIG_NAME, config.config] if config.config else []
+        theirs = named and self._config_dir and Path(self._config_dir, f"{config.config}.yaml").is_file()
+        directory = [CONFIG_DIR, self._config_dir] if theirs else []
+        return [*directory, *named, *(self._fill(text, seed) for text in config.overrides)]
 
     def _fill(self, text: str, seed: int) -> str:
         for name, value in (("seed", seed), ("dir", self._seed_dir(seed)), ("out", self.out)):

@@ -13,8 +13,10 @@ from frpo_nemo import redact
 from frpo_nemo.data.sources import check_source
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
-from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
+from frpo_nemo.planning.memory import readable
+from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
 from frpo_nemo.training.config import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
+from frpo_nemo.training.resources import host_memory
 from frpo_nemo.training.validate_data import check_reward_tasks
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
@@ -59,6 +61,18 @@ def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
         columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
     check_rewards(probe.reward, list(columns))
     check_reward_tasks(probe.reward, probe.prompts)
+
+
+def check_host_memory(probe: RewardProbeConfig, processes: int) -> None:
+    """Raise ConfigError when the reward models that each of this machine's `processes` loads exceed its memory, in which
+    the policy's weights have to find room besides."""
+    each, host = sum(model.bytes for model in local_weights(probe.reward)), host_memory()
+    if processes * each > host:
+        raise ConfigError(
+            f"Local reward models need {readable(processes * each)} of host memory, {readable(each)} in each of {processes} "
+            f"processes, but {readable(host)} are there; give the job more (sbatch --mem), or give them servers (remote.url, "
+            "docs/reward_models.md)."
+        )
 
 
 def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:

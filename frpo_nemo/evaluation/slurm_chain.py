@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from frpo_nemo.evaluation.parts import ROOT, TRAINING_RECIPES, Part, ServerConfi
 
 REPORT = "report"
 REPORT_SCRIPT = "slurm/forgetting.sh"
+_SIZES = ("(?:--nodes|-N)", "--ntasks-per-node")  # options of sbatch
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,19 @@ class SlurmChain:
             if not (ROOT / job.script).is_file():
                 raise ConfigError(f"{job.name}: script={job.script} does not exist; job scripts are in slurm/.")
 
+    def check(self) -> None:
+        """Raise ConfigError for what can be known to go wrong in a job (study_check.py). A login node has to see the data."""
+        from frpo_nemo.evaluation.study_check import check_parts  # seconds of imports, which the report does without
+
+        parts = self._parts()
+        check_parts(parts, self.study.out, started=lambda part: _sizes(self._job(part)), finished=self._is_done)
+
     def submit(self, dry_run: bool = False) -> list[dict[str, Any]]:
         """Submit what has neither finished nor is in the queue: all of it, or, if Slurm refuses a job, nothing. Returns the
         new lines of jobs.jsonl. With dry_run commands are printed instead. Raises ConfigError, or RuntimeError with
         Slurm's words."""
-        queue = self._queue() if not dry_run or self._submitted else {}
-        jobs = self.missing(queue)
+        queue, free = self._queue() if not dry_run or self._submitted else ({}, set())
+        jobs = self.missing(queue, free)
         if dry_run:
             numbers = queue | {job.name: f"<{job.name}>" for job in jobs}
             for job in jobs:
@@ -83,14 +91,17 @@ class SlurmChain:
                 self.study.record(part, error=_last_words(part))
         return [part for part in self._parts() if not self.study.finished(part)]
 
-    def missing(self, queue: dict[str, str]) -> list[Job]:
+    def missing(self, queue: dict[str, str], free: Collection[str] = ()) -> list[Job]:
         """What is neither finished nor in the queue ({name: number}), in an order in which it can be submitted. Jobs that
-        wait for one that failed are taken out of the queue."""
+        wait for one that failed are taken out of the queue. free: those of the queue that run, or wait for no other: what
+        they need ended well, though another machine's file system may not show it yet."""
         parts = [part for part in self._parts() if not self.study.finished(part)]
         for part in parts:
             if self._name(part) in queue or self._has_finished(part):
                 self._check_same_settings(part)
-        pending = [self._job(part) for part in parts if not self._has_finished(part)]
+        needed = {self._name(part.after) for part in parts if part.after and self._name(part) in free}
+        ended = {self._name(part) for part in parts if self._has_finished(part)} | needed
+        pending = [self._job(part) for part in parts if self._name(part) not in ended]
         unfinished = {job.name for job in pending}
         for job in pending:
             if any(name in unfinished and name not in queue for name in job.needs):
@@ -104,7 +115,7 @@ class SlurmChain:
                     f"{server.name} is in the queue with other settings, as job {queue[server.name]}; cancel it first."
                 )
         jobs = [*(server for server in servers if server.name not in queue), *jobs]
-        reported = REPORT in queue or (not parts and (self.study.out / "report.html").exists())
+        reported = REPORT in queue or (not parts and self._report_is_new())
         if reported and not jobs:
             return []
         running = [name for name in (*queue, *(job.name for job in jobs)) if name.startswith("servers/")]
@@ -127,16 +138,19 @@ class SlurmChain:
                 file.write(json.dumps(entries[-1]) + "\n")
         return entries
 
-    def _queue(self) -> dict[str, str]:
-        """{name: number} of this study's jobs that are pending or running. Numbers may come again: the name decides too."""
-        lines = _slurm("squeue", "--me", "--noheader", "--format=%A %j").splitlines()
-        queued = {number: name.strip() for number, name in (line.strip().split(" ", 1) for line in lines)}
-        return {name: job["job"] for name, job in self._submitted.items() if queued.get(job["job"]) == name}
+    def _queue(self) -> tuple[dict[str, str], set[str]]:
+        """({name: number} of this study's jobs that are pending or running, names of those that run or wait for no other).
+        Numbers may come again: the name decides too."""
+        lines = _slurm("squeue", "--me", "--noheader", "--format=%A %T %E %j").splitlines()
+        fields = [line.strip().split(" ", 3) for line in lines]
+        queued = {number: (name, state != "PENDING" or needs == "(null)") for number, state, needs, name in fields}
+        mine = {name: job["job"] for name, job in self._submitted.items() if queued.get(job["job"], [None])[0] == name}
+        return mine, {name for name, number in mine.items() if queued[number][1]}
 
     def _cancel_report(self, number: str) -> None:
         """The waiting one: another will wait for the new jobs as well."""
         _slurm("scancel", "--state=PENDING", number)
-        if REPORT in self._queue():
+        if REPORT in self._queue()[0]:
             raise ConfigError(f"The report is just being written, by job {number}; start again when that has ended.")
 
     def _parts(self) -> list[Part]:
@@ -145,6 +159,14 @@ class SlurmChain:
     def _has_finished(self, part: Part) -> bool:
         """Whether a job of this chain ended well; it may not be on record yet."""
         return self._name(part) in self._submitted and (part.directory / "slurm_finished").exists()
+
+    def _is_done(self, part: Part) -> bool:
+        return self.study.finished(part) or self._has_finished(part)
+
+    def _report_is_new(self) -> bool:
+        """Whether it was written after the last row: the job that adds the last ones may have died before it did."""
+        page, rows = self.study.out / "report.html", self.study.out / "results.jsonl"
+        return page.exists() and page.stat().st_mtime_ns >= rows.stat().st_mtime_ns
 
     def _check_same_settings(self, part: Part) -> None:
         check_same_settings(part, self._submitted[self._name(part)]["arguments"])
@@ -194,6 +216,19 @@ class SlurmChain:
 
     def _url_file(self, server: str) -> Path:
         return self.study.out / "servers" / f"{server}.url"
+
+
+def _sizes(job: Job) -> tuple[list[str], int | None]:
+    """(the overrides that slurm/lib.sh adds, the number of processes), by what the job script and its options ask for. A
+    script without --nodes or --ntasks-per-node is not one of ours, and tells nothing."""
+    asked = [
+        line.removeprefix("#SBATCH ") for line in (ROOT / job.script).read_text().splitlines() if line[:8] == "#SBATCH "
+    ]
+    found = [re.findall(rf"(?:^|\s){name}[= ]?(\d+)(?=\s|$)", " ".join([*asked, *job.options])) for name in _SIZES]
+    if not all(found):
+        return [], None
+    nodes, ranks = (int(numbers[-1]) for numbers in found)  # of several options the last counts
+    return [f"trainer.num_nodes={nodes}", f"trainer.devices={ranks}"], nodes * ranks
 
 
 def _command(job: Job, numbers: dict[str, str]) -> list[str]:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_study import tiny_study
 
+from frpo_nemo.data.new_model import new_model
+from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.forgetting import ForgettingStudy
 from frpo_nemo.evaluation.parts import EvaluationConfig, PartConfig, ServerConfig, StudyConfig, check_command
 from frpo_nemo.evaluation.results import read_results
+from frpo_nemo.evaluation.study_check import check_same_configuration
 from frpo_nemo.training.cli import CONFIGS, compose
 from frpo_nemo.training.schema import load
 
+SIZES = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=64)
 STUDIES = sorted(f"study/{path.stem}" for path in (CONFIGS / "study").glob("*.yaml") if path.stem != "world")
 
 
@@ -106,6 +112,83 @@ def test_a_mistake_is_told_before_anything_runs(tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         ForgettingStudy(tiny_study(tmp_path / "out", **changes), check_command)
     assert not (tmp_path / "out").exists()
+
+
+SCHEDULE = "optim.warmup_ratio=2"  # found by the recipe's own check alone
+PROBE = "probe.samples=0"
+LAYOUT = "model.tensor_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"arms": {"good": ["objective=dr_grpo"], "late": ["objective=dr_grpo", SCHEDULE]}}, "5 late train: optim.warm"),
+        ({"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", [LAYOUT])}}, "5 arm a: .*does not divide"),
+        ({"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", [PROBE])}}, r"5 arm a: probe\.samples=0"),
+        ({"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", ["probe.interval=0", "probe.prompts=[]"])}},
+         r"5 arm a: probe\.interval=0 measures nothing to report; set it above 0"),
+        ({"train": PartConfig("frpo", "experiment/forgetting_train", ["trainer.val_interval=0"])},
+         r"5 arm train: trainer\.val_interval=0 measures nothing to report; set it above 0"),
+        ({"evaluations": {"e": EvaluationConfig()}}, "5 arm train e: Nothing to measure"),
+        ({"model": "no/such/model"}, "5 arm train: model.path=no/such/model does not exist"),
+        ({"processes": 2}, "5 arm train: .*is not the number of processes that started, 2"),
+    ],
+)  # fmt: skip
+def test_what_would_end_a_part_is_told_before_any_has_run(tmp_path, changes, sentence):
+    """Of later tasks as well, whose model is not there yet; the one that preparation makes is not asked for."""
+    whole = {"arms": {"arm": ["objective=dr_grpo"]}}
+    ForgettingStudy(tiny_study(tmp_path / "out", **whole), check_command).check()
+    study = ForgettingStudy(tiny_study(tmp_path / "out", **whole | changes), check_command)
+    with pytest.raises(ConfigError, match=f"^seed {sentence}"):
+        study.check()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_later_task_is_checked_with_the_model_that_stage_one_begins_with(tmp_path):
+    new_model(tmp_path / "base", tokenizer=world_tokenizer(), max_position_embeddings=16, seed=1, **SIZES)
+    small = dict(model=str(tmp_path / "base"), prepare=[], arms={"arm": ["objective=dr_grpo"]})
+    long = {"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", ["data.max_tokens=32"])}}
+    with pytest.raises(ConfigError, match="seed 5 arm a: .*max_position_embeddings=16"):
+        ForgettingStudy(tiny_study(tmp_path / "out", **small, **long), check_command).check()
+
+
+def test_parts_find_configurations_where_the_study_was_found_and_a_file_that_changed_is_told(study, tmp_path):
+    """The command line is the same; what is composed for it is not."""
+    config, _ = study
+    mine = tiny_study(config.out, arms={"frpo": config.arms["frpo"]})
+    ForgettingStudy(mine, check_command).check()
+    (tmp_path / "experiment").mkdir()
+    yaml = (CONFIGS / "experiment/forgetting_train.yaml").read_text()
+    (tmp_path / "experiment/forgetting_train.yaml").write_text(yaml)
+    ForgettingStudy(mine, check_command, str(tmp_path)).check()
+    (tmp_path / "experiment/forgetting_train.yaml").write_text(yaml.replace("lr: 1.0e-3", "lr: 2.0e-3"))
+    changed = ForgettingStudy(mine, check_command, str(tmp_path))
+    with pytest.raises(ConfigError, match=r"5 frpo train: .*optim.lr=0.002 \(was 0.001\).*name the arm or task anew"):
+        changed.check()
+    named = {part.stage: part.arguments[:2] for part in changed.parts([5])}
+    assert named["train"] == ["--config-dir", str(tmp_path)]
+    assert named["finetune"] == ["--config-name", "experiment/forgetting_alpaca"]  # which is not there
+
+
+def test_a_whole_run_had_the_steps_that_it_is_asked_for(study):
+    """One that is continued may be given more."""
+    train = next(part for part in ForgettingStudy(study[0], check_command).parts([5]) if part.stage == "train")
+    longer = replace(train, arguments=[*train.arguments, "trainer.max_steps=3"])
+    check_same_configuration(longer, finished=False)
+    with pytest.raises(ConfigError, match="has finished with trainer.max_steps=2, and would have 3 now"):
+        check_same_configuration(longer, finished=True)
+
+
+def test_a_configuration_that_a_run_cannot_go_on_with_is_told_with_what_to_do(study, tmp_path):
+    """A failed part that had made steps belongs to its configuration: its arm cannot just be corrected."""
+    config, _ = study
+    run = tmp_path / "out/seed_5/frpo/train"
+    shutil.copytree(Path(config.out) / "seed_5/frpo/train", run)
+    corrected = tiny_study(tmp_path / "out", arms={"frpo": ["objective=frpo", "objective.lambda_=0.7"]})
+    with pytest.raises(ConfigError, match=rf"lambda_=0.7 \(was 0.5\).*name the arm or task anew, or remove {run}, so"):
+        ForgettingStudy(corrected, check_command).check()
+    shutil.rmtree(run)
+    ForgettingStudy(corrected, check_command).check()
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 
 import pytest
 from tiny_study import tiny_study
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.forgetting import ForgettingStudy
-from frpo_nemo.evaluation.parts import EvaluationConfig, PartConfig, ServerConfig
+from frpo_nemo.evaluation.parts import ROOT, EvaluationConfig, PartConfig, ServerConfig
 from frpo_nemo.evaluation.slurm_chain import SlurmChain
 
 
@@ -29,6 +31,31 @@ def sbatch_lines(tmp_path, capsys):
 
 def dependency(command: list[str]) -> str | None:
     return next((word.partition("=")[2] for word in command if word.startswith("--dependency=")), None)
+
+
+def submitted(study: ForgettingStudy, *, finished: list[str], silent: list[str] = ()) -> list[str]:
+    """Names of the study's jobs, all of them submitted; of those in `finished` (below the seed) there is what they leave, but
+    for measurements of those in `silent`."""
+    parts = list(study.parts(study.config.seeds))
+    names = [str(part.directory.relative_to(study.out)) for part in parts]
+    study.out.mkdir()
+    lines = [
+        dict(name=name, job=str(n), arguments=p.recorded) for n, (name, p) in enumerate(zip(names, parts, strict=True))
+    ]
+    (study.out / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for part in parts:
+        own = str(part.directory.relative_to(study.out / "seed_5"))
+        if own not in finished:
+            continue
+        part.directory.mkdir(parents=True)
+        (part.directory / "slurm_finished").write_text("1\n")
+        if part.stage == "prepare":
+            continue
+        (part.directory / "config.yaml").write_text("trainer: {max_steps: 1, seed: 5}\n")
+        measured = "validation" if part.stage == "train" else "probe"
+        records = [{"step": 1, "loss": 1.0}, *([] if own in silent else [{"step": 1, f"{measured}/reward/mean": 0.5}])]
+        (part.directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return names
 
 
 def test_every_part_waits_for_the_one_that_it_needs_and_the_report_for_all(sbatch_lines):
@@ -91,6 +118,72 @@ def test_what_is_in_the_queue_is_not_submitted_unless_what_it_waits_for_has_fail
     assert [job.name for job in chain.missing(running | waiting)] == other
     assert chain.missing(running | waiting)[-1].follows == [*names[1:], *other[:-1]]
     assert [job.name for job in chain.missing(dict(waiting))] == [*names[1:], *other]
+
+
+def test_what_a_running_job_needed_has_ended_well_though_its_file_is_not_seen_here(tmp_path):
+    """Slurm starts it only then; a network file system shows a file of another machine late."""
+    study = ForgettingStudy(tiny_study(tmp_path / "out"), lambda *_: None)
+    names = submitted(study, finished=["prepare_0"])
+    chain, other = SlurmChain(study, []), ["seed_5/impossible/train", "seed_5/impossible/alpaca", "report"]
+    later = {names[2]: "3"}
+    assert [job.name for job in chain.missing(dict(later), free=set())] == [*names[1:3], *other]
+    assert [job.name for job in chain.missing(dict(later), free={names[2]})] == other
+
+
+def test_a_report_that_is_older_than_the_last_rows_is_written_anew(tmp_path):
+    """The job that added them died before it came to the page."""
+    study = ForgettingStudy(tiny_study(tmp_path / "out", arms={"frpo": []}), lambda *_: None)
+    submitted(study, finished=["prepare_0", "frpo/train", "frpo/alpaca"])
+    page = tmp_path / "out/report.html"
+    page.write_text("alpaca failed")
+    os.utime(page, (1, 1))
+    assert SlurmChain(study, []).collect() == []
+    again = SlurmChain(study, [])
+    assert [job.name for job in again.missing({})] == ["report"]
+    page.write_text("alpaca finished")
+    assert again.missing({}) == []
+
+
+def test_what_left_nothing_to_report_has_failed_and_the_rest_is_reported(tmp_path):
+    study = ForgettingStudy(tiny_study(tmp_path / "out", arms={"frpo": []}), lambda *_: None)
+    submitted(study, finished=["prepare_0", "frpo/train", "frpo/alpaca"], silent=["frpo/alpaca"])
+    assert [part.title for part in SlurmChain(study, []).collect()] == ["seed 5 frpo alpaca"]
+    train, alpaca = study.rows()
+    assert (train["status"], alpaca["status"]) == ("finished", "failed")
+    assert "has nothing to report: it ran without probe.interval" in alpaca["error"]
+
+
+def test_a_training_is_checked_for_the_processes_that_its_job_starts(tmp_path):
+    """By the script and the options of sbatch, of which the last counts; a script that tells no sizes is not known."""
+
+    def problem(*sbatch: str, script: str | None = None, layout: str = "trainer.max_steps=2") -> str:
+        options = ["trainer.val_interval=2", "data.max_prompt_tokens=8", layout]
+        train = PartConfig("frpo", "experiment/forgetting_train", options, script, list(sbatch))
+        whole = dict(train=train, arms={"a": ["objective=dr_grpo"]}, sbatch=["--nodes=3"])
+        study = ForgettingStudy(tiny_study(tmp_path / "out", **whole), lambda *_: None)
+        try:
+            SlurmChain(study, []).check()
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    assert "prompts_per_step=16 leaves some of the 24 vLLM engines" in problem()  # frpo_7b.sh: 8 on a node
+    assert "of the 192 vLLM engines" in problem("-N", "24", script="slurm/frpo_70b.sh")
+    assert "of the 20 vLLM engines" in problem("--nodes", "5", "--ntasks-per-node=4", "--mem=0")
+    assert "trainer.devices=5 is not the number of processes that started, 24" in problem(layout="trainer.devices=5")
+    assert problem(script="slurm/serve.sh") == ""  # one process, as the configuration has it
+
+
+def test_what_ended_well_and_cannot_say_so_has_failed(tmp_path):
+    """On a full disk an empty file would stay, which says finished."""
+    (tmp_path / "slurm_finished").symlink_to("/dev/full")
+    command = ["bash", "-c", "source slurm/lib.sh; frpo_finished"]
+    job = {"SLURM_JOB_ID": "7", "RUN_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | job, capture_output=True, text=True)
+    assert done.returncode == 1 and "slurm_finished cannot be written" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | job, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "slurm_finished").read_text() == "7\n"
 
 
 def test_a_job_script_that_does_not_exist_is_told_before_anything_is_submitted(sbatch_lines):
