@@ -147,6 +147,16 @@ def test_a_resumed_run_continues_bitwise_also_with_dropout(workers, model, tmp_p
     workers.run(world, checkpoint_checks.check_bitwise_resume, path=model, run_dir=str(tmp_path), lora=lora, **layout)
 
 
+def test_bf16_adapters_of_a_model_with_tied_embeddings(workers, tmp_path):
+    """Both ends of the pipeline hold the frozen embedding, and main weights are kept of adapters alone."""
+    arguments = dict(path=make_tiny(tmp_path / "tied", "llama", tied=True), lora=LORA, precision="bf16")
+    workers.run(2, lora_checks.check_only_adapters_are_trained, pp=2, **arguments)
+    workers.run(2, checkpoint_checks.check_bitwise_resume, pp=2, run_dir=str(tmp_path / "resumed"), **arguments)
+    arguments["run_dir"] = str(tmp_path / "run")
+    workers.run(2, checkpoint_checks.save_reference, pp=2, **arguments)
+    workers.run(2, checkpoint_checks.check_reshaped_resume, loss_tolerance=2e-2, tp=2, **arguments)
+
+
 def test_a_checkpoint_holds_adapters_alone_and_loads_in_any_layout(workers, model, tmp_path):
     run_dir = str(tmp_path / "run")
     workers.run(4, checkpoint_checks.save_reference, path=model, run_dir=run_dir, lora=LORA, tp=2, pp=2, sp=True)
