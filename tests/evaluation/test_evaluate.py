@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from frpo_nemo.data.world import rows, world_reward
+from frpo_nemo.data.new_model import new_model
+from frpo_nemo.data.world import rows, world_reward, world_tokenizer
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation import reward_probe
 from frpo_nemo.evaluation.benchmarks import EvaluatedModel, EvaluateRun
 from frpo_nemo.evaluation.evaluate import evaluate
-from frpo_nemo.evaluation.reward_probe import RewardProbeConfig
+from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_host_memory
 from frpo_nemo.training.cli import CONFIGS
 from frpo_nemo.training.config import RewardConfig, SourceConfig
 
@@ -106,6 +108,23 @@ def test_a_mistake_is_told_before_anything_is_measured(measured, tmp_path, chang
     with pytest.raises(ConfigError, match=sentence):
         evaluate(config)
     assert not (tmp_path / "probe").exists()
+
+
+def test_local_reward_models_that_exceed_the_hosts_memory_are_refused_before_a_model_loads(tmp_path, monkeypatch):
+    """Every process loads its own."""
+    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=64)
+    new_model(tmp_path / "rm", tokenizer=world_tokenizer(), head="reward", max_position_embeddings=64, seed=1, **sizes)
+    scorer = RewardConfig(target="reward_model", args={"model": str(tmp_path / "rm"), "local": {"dtype": "float32"}})
+    probe = RewardProbeConfig(prompts=[SourceConfig(path=SOURCE)], reward={"help": scorer})
+    weights = (tmp_path / "rm/model.safetensors").stat().st_size
+    monkeypatch.setattr(reward_probe, "host_memory", lambda: 3 * weights)
+    check_host_memory(probe, processes=2)
+    with pytest.raises(ConfigError, match=r"in each of 4 processes, but .*sbatch --mem.*servers \(remote.url"):
+        check_host_memory(probe, processes=4)
+    monkeypatch.setattr(reward_probe, "host_memory", lambda: weights // 2)
+    config = EvaluateRun(model=EvaluatedModel(path="no/model"), out=str(tmp_path / "out"), probe=probe)
+    with pytest.raises(ConfigError, match="Local reward models need"):
+        evaluate(config)
 
 
 def test_results_of_other_settings_are_not_taken_for_these(measured):
