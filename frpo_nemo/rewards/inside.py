@@ -52,8 +52,8 @@ def load(program, name):
 
 
 def run_tests(program, tests_fd, verdicts):
-    """Write a line for each test that ran: the nonce, then of an expression its value (`as_json`), of a statement 1 if it
-    ran to its end, else 0. Nonce, set-up code and tests, marshalled, are read when the program is loaded, by functions that
+    """Write a line for each test that ran: the nonce, then of an expression its value (`as_json`), of a statement 1, and
+    of what raised nothing. Nonce, set-up code and tests, marshalled, are read when the program is loaded, by functions that
     were taken before; a program that ends the interpreter ends its verdicts."""
     run, value, write, parse, end, failure = exec, eval, os.write, marshal.loads, os._exit, BaseException
     read_tests, encode, builtin, as_is = read, as_json, vars(builtins), dict(vars(builtins))
@@ -70,7 +70,7 @@ def run_tests(program, tests_fd, verdicts):
                 run(f"{setup}\n{test}", program)
                 verdict = "1"
         except failure:
-            verdict = "0"
+            verdict = ""
         write(verdicts, f"{nonce}{verdict}\n".encode())
     end(0)
 

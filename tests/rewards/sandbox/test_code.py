@@ -207,6 +207,8 @@ def test_a_replaced_builtin_is_itself_again_in_the_tests():
         ("assert f() == {'a', 'b'}", "dict(a=1, b=2).keys()", "dict(a=1)"),
         ("assert f() == 0.5", "__import__('fractions').Fraction(1, 2)", "'0.5'"),
         ("assert f() == 2", "2.0", "2.1"),
+        ("assert f() == 0", "0", "1 / 0"),
+        ("assert f() != 0", "1", "1 / 0"),
         ("assert f() == 'a\\n\\ud800\u20ac'", "'a\\n\\ud800\u20ac'", "'a\\n'"),
         ("assert f() == 1 + 2j", "1 + 2j", "1"),
         (f"assert f() == {10**400}", "10**400", "float('inf')"),
