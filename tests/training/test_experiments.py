@@ -56,7 +56,8 @@ TINY = sorted(file.stem for file in (CONFIGS / "experiment").glob("*_tiny.yaml")
 
 
 def experiment(name: str, *overrides: str):
-    composed = compose(f"experiment/{name}", [f"run_dir=runs/{name}", *overrides])
+    model = ["model.path=runs/trained/hf"] if name.startswith("rl_") else []  # no model of its own
+    composed = compose(f"experiment/{name}", [f"run_dir=runs/{name}", *model, *overrides])
     return load(FRPORun if "objective" in composed else SFTRun, composed)
 
 
@@ -64,7 +65,7 @@ ADAPTERS = attrgetter("model.lora.rank", "model.lora.alpha", "model.lora.dropout
 OPTIMIZER = attrgetter("optim.lr", "optim.schedule", "optim.warmup_ratio", "optim.weight_decay", "optim.clip_grad")
 SAMPLING = attrgetter("rollout.prompts_per_step", "rollout.group_size", "data.max_prompt_tokens",
                       "rollout.max_response_tokens", "rollout.temperature", "rollout.top_p")  # fmt: skip
-BATCH = attrgetter("data.sequences_per_step", "data.max_tokens")
+BATCH = attrgetter("data.sequences_per_step", "data.max_tokens", "data.max_prompt_tokens")
 
 
 @pytest.mark.parametrize(
@@ -75,12 +76,15 @@ BATCH = attrgetter("data.sequences_per_step", "data.max_tokens")
         ("safety_llama_70b", (64, 64, 0), (1e-5, "cosine", 0.1, 0.1, 1.0), (16, 8, 1024, 2048, 1.0, 0.9), 500),
         ("math_qwen_7b", (64, 128, 0), (6e-6, "cosine", 0.1, 0, 0.5), (64, 8, 512, 2048, 1.0, 1.0), 412),
         ("math_qwen_72b", (64, 128, 0), (6e-6, "cosine", 0.1, 0, 0.5), (64, 8, 512, 2048, 1.0, 1.0), 412),
-        ("sft_alpaca", (0, 64, 0), (1e-6, "constant", 0.05, 0, 1.0), (32, 2048), 1250),
-        ("sft_alpaca_70b", (0, 64, 0), (1e-6, "constant", 0.05, 0, 1.0), (32, 2048), 1250),
-        ("sft_gsm8k", (0, 64, 0), (6e-6, "cosine", 0.25, 0, 1.0), (32, 2048), 218),
-        ("sft_gsm8k_70b", (0, 64, 0), (6e-6, "cosine", 0.25, 0, 1.0), (32, 2048), 218),
-        ("sft_code", (16, 32, 0.05), (5e-5, "cosine", 0.03, 0.04, 0.3), (64, 4096), 781),
-        ("sft_code_70b", (16, 32, 0.05), (5e-5, "cosine", 0.03, 0.04, 0.3), (64, 4096), 781),
+        ("sft_alpaca", (0, 64, 0), (1e-6, "constant", 0.05, 0, 1.0), (32, 2048, 2047), 1250),
+        ("sft_alpaca_70b", (0, 64, 0), (1e-6, "constant", 0.05, 0, 1.0), (32, 2048, 2047), 1250),
+        ("sft_gsm8k", (0, 64, 0), (6e-6, "cosine", 0.25, 0, 1.0), (32, 2048, 2047), 218),
+        ("sft_gsm8k_70b", (0, 64, 0), (6e-6, "cosine", 0.25, 0, 1.0), (32, 2048, 2047), 218),
+        ("sft_code", (16, 32, 0.05), (5e-5, "cosine", 0.03, 0.04, 0.3), (64, 4096, 2048), 781),
+        ("sft_code_70b", (16, 32, 0.05), (5e-5, "cosine", 0.03, 0.04, 0.3), (64, 4096, 2048), 781),
+        # Not the authors': of their safety training, but for top-p (experiment/rl_ultrafeedback says why).
+        ("rl_ultrafeedback", (64, 64, 0), (1e-5, "cosine", 0.1, 0.1, 1.0), (16, 8, 1024, 2048, 1.0, 1.0), 500),
+        ("rl_ultrafeedback_70b", (64, 64, 0), (1e-5, "cosine", 0.1, 0.1, 1.0), (16, 8, 1024, 2048, 1.0, 1.0), 500),
     ],
 )
 def test_the_settings_are_the_papers(name, adapters, optimizer, batch, steps):
@@ -106,6 +110,53 @@ def test_every_lambda_goes_with_the_beta_and_the_learning_rate_of_the_paper():
         assert cfg.objective["beta"] == 1e-4
         rates[cfg.objective.get("lambda_")] = cfg.optim.lr
     assert rates == {None: 6e-6, 10: 6e-6, 4: 6e-6, 2: 6e-6, 1: 6e-6, 0.5: 5e-6, 0.2: 5e-6, 0.1: 5e-6}
+
+
+@pytest.mark.parametrize(
+    "name, chosen, rows",
+    [
+        ("sft_alpaca", (None, None), (0, 40_000)),
+        ("sft_alpaca_70b", (None, None), (0, 40_000)),
+        ("sft_code", ({"average_test_score": 1}, None), (0, 50_000)),
+        ("sft_code_70b", ({"average_test_score": 1}, None), (0, 50_000)),
+        ("math_qwen_7b", ({"level": 3}, None), (0, None)),  # of 5
+        ("math_qwen_72b", ({"level": 3}, None), (0, None)),
+        ("sft_gsm8k", (None, None), (512, None)),
+    ],
+)
+def test_the_rows_are_the_papers(name, chosen, rows):
+    """Those that are held out come from the same ones, or right after them."""
+    (train,), (held_out,) = (experiment(name).data.train, experiment(name).data.validation)
+    assert ((train.at_least, train.where), (train.start, train.limit)) == (chosen, rows)
+    assert (held_out.path, held_out.at_least) == (train.path, train.at_least)
+    if train.holdout:
+        assert (held_out.holdout, held_out.held_out, train.held_out) == (train.holdout, True, False)
+    elif train.limit:
+        assert held_out.start == train.limit
+    else:
+        assert held_out.limit == train.start
+
+
+@pytest.mark.parametrize("name", ["rl_ultrafeedback", "rl_ultrafeedback_70b"])
+def test_later_reinforcement_learning_is_grpo_with_the_papers_reward_model(name):
+    cfg = experiment(name)
+    assert (cfg.objective["name"], cfg.objective["beta"]) == ("grpo", 0.001)
+    (reward,) = cfg.reward.values()
+    assert (reward.args["model"], reward.args["revision"]) == ("allenai/Llama-3.1-8B-Instruct-RM-RB2", "2")
+    assert cfg.data.train[0].limit == cfg.data.validation[0].start == 60_635
+
+
+def test_a_later_training_keeps_no_checkpoint_but_the_last_which_is_what_is_measured():
+    """At 70B each is a terabyte, in every arm."""
+    tasks = {
+        study: compose(f"study/{study}")["tasks"]
+        for study in ("safety_7b", "safety_qwen_7b", "safety_70b", "math_7b", "math_72b")
+    }
+    for task in (task for of_study in tasks.values() for task in of_study.values()):
+        cfg = experiment(task["config"].removeprefix("experiment/"), *task.get("overrides", []))
+        assert (cfg.checkpoint.keep_last, cfg.checkpoint.keep_best) == (1, False), task["config"]
+    qwen = tasks["safety_qwen_7b"]["ultrafeedback"]
+    assert experiment("rl_ultrafeedback", *qwen["overrides"]).optim.weight_decay == 1e-4  # as its safety training
 
 
 @pytest.fixture(scope="module")
