@@ -5,6 +5,7 @@ waited for, and found again where its URL file then points; a request that stays
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import time
@@ -25,6 +26,9 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request other
 AWAY = {429, 502, 503, 504}  # too busy, or a proxy before a server that starts
 NO_LIMITS = httpx.Limits(max_connections=None)  # `concurrency` is the limit
 LONGEST_PAUSE = 5.0  # seconds; a server that is back is seen within them
+TIMEOUT, PATIENCE = 60.0, 420.0  # three servers that stay away are given up within the default trainer.phase_timeout
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)  # raised by answers of another form
+NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL, OSError)  # the last two by the URL file
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,16 @@ class RemoteServer:
         *,
         served_model_name: str | None = None,
         api_key_env: str | None = None,
-        timeout: float = 60.0,
-        patience: float = 600.0,
+        timeout: float = TIMEOUT,
+        patience: float = PATIENCE,
         retries: int = 4,
         concurrency: int = 16,
     ) -> None:
         """url: http(s)://host[:port], with or without /v1, or a file NAME.url that holds it (slurm/serve.sh writes such
         files) and may be absent while the server starts. served_model_name: what requests call the model; None: `model`.
         api_key_env: the environment variable with the key. timeout: seconds for one answer. patience: seconds without an
-        answer to anyone, after which all that is left fails. retries: how often a request is repeated that the server took
-        and did not answer. Raises ConfigError; connects to nothing."""
+        answer to anyone, after which all that is left fails unasked. retries: how often a request is repeated that the
+        server took and did not answer. Raises ConfigError; connects to nothing."""
         if timeout <= 0 or patience < 0 or retries < 0 or concurrency < 1:
             raise ConfigError(
                 f"remote: timeout={timeout} must be above 0, patience={patience} and retries={retries} at least 0, and "
@@ -68,6 +72,7 @@ class RemoteServer:
         self._timeout, self._patience, self._retries = timeout, patience, retries
         self._concurrency = concurrency
         self._last_answer = 0.0
+        self._trouble: Failure | None = None  # anyone's last
         self._random = random.Random()  # not the run's generator, which a checkpoint restores
 
     def post_all(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
@@ -75,7 +80,7 @@ class RemoteServer:
         away and did not come back within the patience)."""
         if not bodies:
             return []
-        self._last_answer = time.monotonic()
+        self._last_answer, self._trouble = time.monotonic(), None
         with (
             httpx.Client(timeout=self._timeout, headers=self._headers, limits=NO_LIMITS) as client,
             ThreadPoolExecutor(self._concurrency) as threads,
@@ -85,33 +90,42 @@ class RemoteServer:
     def _post(self, client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
         taken = 0
         for pause in self._pauses():
+            if given_up := self._given_up(0.0):  # while this request waited for its turn
+                return given_up
             answer = self._attempt(client, path, body)
             if not isinstance(answer, Trouble):
                 return answer
+            self._trouble = answer.failure
             taken += answer.taken
             if taken > self._retries:
                 return answer.failure
-            if time.monotonic() + pause > self._last_answer + self._patience:
-                message = f"the server gave no answer within patience={self._patience:g} s: {answer.failure.message}"
-                return Failure("died", message)
+            if given_up := self._given_up(pause):
+                return given_up
             time.sleep(pause)
+
+    def _given_up(self, pause: float) -> Failure | None:
+        """If the patience is over, or will be after `pause` seconds. Nobody is given up before somebody had trouble."""
+        if self._trouble is None or time.monotonic() + pause <= self._last_answer + self._patience:
+            return None
+        message = f"the server gave no answer within patience={self._patience:g} s: {self._trouble.message}"
+        return Failure("died", message)
 
     def _attempt(self, client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
         try:
             response = client.post(self._address() + path, json=body)
-        except (httpx.ConnectError, httpx.ConnectTimeout, OSError) as problem:  # OSError: the URL file
+        except NOT_REACHED as problem:
             return Trouble(Failure("died", str(problem)), taken=False)
         except httpx.TimeoutException:
             return Trouble(Failure("timeout", f"no answer within timeout={self._timeout:g} s"), taken=True)
         except httpx.TransportError as problem:
             return Trouble(Failure("died", f"{type(problem).__name__}: {problem}"), taken=True)
-        if response.is_success:
-            self._last_answer = time.monotonic()
-            return _json(response)
-        failure = Failure("error", f"{response.url} answered {response.status_code}: {response.text[:300]}")
-        if response.status_code in AWAY or response.is_server_error:
-            return Trouble(failure, taken=response.status_code not in AWAY)
-        return failure
+        except (httpx.HTTPError, ValueError) as problem:  # a body or an answer that cannot be coded
+            return Failure("error", f"{type(problem).__name__}: {problem}")
+        away = response.status_code in AWAY
+        if away or response.is_server_error:
+            return Trouble(_refusal(response), taken=not away)
+        self._last_answer = time.monotonic()
+        return _json(response) if response.is_success else _refusal(response)
 
     def _address(self) -> str:
         return self._url or _without_version(self._url_file.read_text().strip())
@@ -124,11 +138,34 @@ class RemoteServer:
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
+def quote(answer: Any, longest: int = 200) -> str:
+    """The beginning of what a server said, for a message. A secret is hidden before the cut, which would leave a part of it
+    that nobody recognises."""
+    return redact.text(str(answer))[:longest]
+
+
+def finite(value: Any) -> float:
+    """A number in an answer. Raises ValueError or OverflowError if it is something else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def longest_wait(remote: dict[str, Any]) -> float:
+    """Seconds for which a call waits for a server that stays away, by the arguments of its RemoteServer: a last request
+    may begin when the patience ends."""
+    return remote.get("patience", PATIENCE) + remote.get("timeout", TIMEOUT)
+
+
+def _refusal(response: httpx.Response) -> Failure:
+    return Failure("error", f"{response.url} answered {response.status_code}: {quote(response.text, 300)}")
+
+
 def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
-    except ValueError:
-        return Failure("error", f"{response.url} answered no JSON: {response.text[:300]}")
+    except (ValueError, RecursionError):
+        return Failure("error", f"{response.url} answered no JSON: {quote(response.text, 300)}")
 
 
 def _checked(url: str) -> str:
