@@ -12,6 +12,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.models import ModelFiles, conversation
+from frpo_nemo.rewards.remote import UNREADABLE, finite, quote
 
 
 class Classifier:
@@ -31,7 +32,7 @@ class Classifier:
         sequences = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
         return self.files.score(sequences, self.files.longest, self._evaluate)
 
-    def _encode(self, prompt: Any, response: str) -> list[int]:
+    def _encode(self, prompt: Any, response: str) -> list[int] | Failure:
         if self._chat:
             return self.files.chat_ids(conversation(prompt, response), add_generation_prompt=False)
         return self.files.tokenizer(response)["input_ids"]
@@ -44,11 +45,11 @@ class Classifier:
         bodies = [{"model": model, "input": [ids], "use_activation": False} for ids in sequences]
         return [a if isinstance(a, Failure) else self._read(a) for a in host.post_all("/classify", bodies)]
 
-    def _read(self, answer: dict[str, Any]) -> list[float] | Failure:
+    def _read(self, answer: Any) -> list[float] | Failure:
         try:
-            logits = answer["data"][0]["probs"]
-        except (KeyError, IndexError, TypeError):
-            return Failure("error", f"the server's answer has no outputs of a classifier: {str(answer)[:200]}")
+            logits = [finite(value) for value in answer["data"][0]["probs"]]
+        except UNREADABLE:
+            return Failure("error", f"the server's answer has no outputs of a classifier: {quote(answer)}")
         if len(logits) != self.files.config.num_labels:
             return Failure("error", f"the server's model has {len(logits)} labels, not {self.files.config.num_labels}")
         return logits

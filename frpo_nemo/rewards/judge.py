@@ -11,6 +11,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.models import ModelFiles, conversation
+from frpo_nemo.rewards.remote import UNREADABLE, finite, quote
 from frpo_nemo.rewards.templates import read_template
 
 STRONGREJECT = {"1": 0.0, "2": 0.25, "3": 0.5, "4": 0.75, "5": 1.0}
@@ -35,7 +36,7 @@ class Judge:
         columns: dict[str, str] | None = None,
         chat: bool = False,
         answer_prefix: str = "",
-        max_response_tokens: int = 512,
+        max_response_tokens: int | None = 512,
         truncation_side: str = "left",
         drop_special_tokens: bool = False,
         decide: bool = False,
@@ -43,11 +44,12 @@ class Judge:
         local: dict[str, Any] | None = None,
         remote: dict[str, Any] | None = None,
     ) -> None:
-        """Reads the judge's configuration and tokenizer, not its weights. Raises ConfigError, also for a choice that is
-        not one token of the judge."""
-        if max_response_tokens < 1 or not 0 < min_mass < 1:
+        """Reads the judge's configuration and tokenizer, not its weights. max_response_tokens: None, the whole response.
+        Raises ConfigError, also for a choice that is not one token of the judge."""
+        if (max_response_tokens is not None and max_response_tokens < 1) or not 0 < min_mass < 1:
             raise ConfigError(
-                f"max_response_tokens={max_response_tokens} must be at least 1, and min_mass={min_mass} between 0 and 1"
+                f"max_response_tokens={max_response_tokens} must be at least 1 or null, and min_mass={min_mass} between 0 "
+                "and 1"
             )
         if truncation_side not in ("left", "right"):
             raise ConfigError(f"truncation_side={truncation_side} is neither left nor right")
@@ -81,18 +83,18 @@ class Judge:
             sequences = [self._encode(text) for text in self._template.fill_all(prompts, responses, columns)]
         return self._files.score(sequences, self._files.longest - 1, self._score)  # - 1: the answer
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int] | Failure:
         if self._chat:
             return self._chat_ids([{"role": "user", "content": text}])
         return self._files.tokenizer(text + self._answer_prefix)["input_ids"]
 
-    def _chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def _chat_ids(self, messages: list[dict[str, str]]) -> list[int] | Failure:
         return self._files.chat_ids(messages, add_generation_prompt=True, suffix=self._answer_prefix)
 
     def _cut(self, response: str) -> str:
         # A begin-of-text token that the tokenizer adds counts; strong_reject leaves it in the text, HarmBench drops it.
-        tokenizer = self._files.tokenizer
-        ids = tokenizer(response, max_length=self._max_response_tokens, truncation=True)["input_ids"]
+        tokenizer, longest = self._files.tokenizer, self._max_response_tokens
+        ids = tokenizer(response, max_length=longest, truncation=longest is not None)["input_ids"]
         return tokenizer.decode(ids, skip_special_tokens=self._drop_special_tokens)
 
     def _score(self, sequences: list[list[int]]) -> list[float | Failure]:
@@ -115,12 +117,12 @@ class Judge:
             "return_tokens_as_token_ids": True,
         }
 
-    def _read(self, answer: dict[str, Any]) -> float | Failure:
+    def _read(self, answer: Any) -> float | Failure:
         try:
-            told = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+            told = _told(answer)
             smallest = min(told.values())
-        except (KeyError, IndexError, TypeError, AttributeError):  # null, where there should be more
-            return Failure("error", f"the server's answer has no log-probs: {str(answer)[:200]}")
+        except UNREADABLE:
+            return Failure("error", f"the server's answer has no log-probs: {quote(answer)}")
         keys = zip(self._choice_ids, self._choices, strict=True)
         logprobs = [told.get(f"token_id:{token}", told.get(text, -math.inf)) for token, text in keys]
         return self._expected(logprobs, unseen=smallest)
@@ -138,6 +140,14 @@ class Judge:
         if error > TOLERANCE:
             return Failure("error", f"the server tells too few log-probs: the score may be wrong by {error:.2g}")
         return sum(weight * value for weight, value in zip(weights, values, strict=True)) / mass
+
+
+def _told(answer: Any) -> dict[str, float]:
+    """Token -> log-prob, of an answer of /v1/completions. Raises an error of UNREADABLE."""
+    told = {token: finite(value) for token, value in answer["choices"][0]["logprobs"]["top_logprobs"][0].items()}
+    if max(told.values()) > TOLERANCE:
+        raise ValueError("a log-prob is above 0")
+    return told
 
 
 def _single_token(tokenizer, text: str, model: str) -> int:

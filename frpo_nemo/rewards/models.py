@@ -15,6 +15,9 @@ from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.remote import RemoteServer
 
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
 
 class ModelFiles:
     """The config and tokenizer of a directory or hub name, and where the model runs."""
@@ -26,12 +29,16 @@ class ModelFiles:
 
         self.model = model
         with _sentences(model):
-            self.config = _read_config(model, revision)
+            base, base_revision = _base(model, revision)
+            self.config = _read_config(base, base_revision)
             self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         found = _head(self.config)
         if not found.endswith(head):
             raise ConfigError(f"model={model} has the wrong head: {found}, where one {head} is needed")
         self.host = _host(model, revision, head, local or {}, remote or {})
+        if isinstance(self.host, LocalModel):
+            with _sentences(model):
+                _require_loadable(base, base_revision, adapted=base != model)
 
     @property
     def longest(self) -> int:
@@ -48,9 +55,17 @@ class ModelFiles:
         """Of the model, if it is local."""
         return [self.host.weights(self.config)] if isinstance(self.host, LocalModel) else []
 
-    def chat_ids(self, messages: list[dict[str, str]], *, add_generation_prompt: bool, suffix: str = "") -> list[int]:
-        """Messages through the model's chat template, which ConfigError says there is (`require_chat_template`)."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def chat_ids(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, suffix: str = ""
+    ) -> list[int] | Failure:
+        """Messages through the model's chat template, which ConfigError says there is (`require_chat_template`); a Failure
+        if it refuses them, as many do a system message."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as problem:  # noqa: BLE001 - a template is a program of the model's
+            return Failure("error", f"the chat template of model={self.model} refuses the conversation: {problem}")
         return self.tokenizer(text + suffix, add_special_tokens=False)["input_ids"]
 
     def require_chat_template(self) -> None:
@@ -58,18 +73,20 @@ class ModelFiles:
             raise ConfigError(f"the tokenizer of model={self.model} has no chat template, and one is needed")
 
     def score(
-        self, sequences: list[list[int]], longest: int, score: Callable[[list[list[int]]], list[Any]]
+        self, sequences: list[list[int] | Failure], longest: int, score: Callable[[list[list[int]]], list[Any]]
     ) -> list[Any]:
-        """`score` of the sequences of at most `longest` tokens; a Failure for each of the others, which are not cut."""
-        fitting = [ids for ids in sequences if len(ids) <= longest]
+        """`score` of the sequences of at most `longest` tokens; a Failure for each of the others, which are not cut, and
+        those that are failures stay what they are."""
+        checked = [_checked(ids, longest, self.model) for ids in sequences]
+        fitting = [ids for ids in checked if not isinstance(ids, Failure)]
         scores = iter(score(fitting) if fitting else [])
-        return [next(scores) if len(ids) <= longest else _too_long(ids, longest, self.model) for ids in sequences]
+        return [ids if isinstance(ids, Failure) else next(scores) for ids in checked]
 
 
 def read_head(model: str, revision: str | None) -> str:
     """The class of a model, such as LlamaForCausalLM, from its config.json. Raises ConfigError."""
     with _sentences(model):
-        return _head(_read_config(model, revision))
+        return _head(_read_config(*_base(model, revision)))
 
 
 def as_messages(prompt: Any) -> list[dict[str, str]]:
@@ -90,17 +107,43 @@ def _host(
     return LocalModel(f"AutoModel{head}", model, revision, **local)
 
 
-def _read_config(model: str, revision: str | None):
-    """Of its base model, if it is a LoRA adapter."""
-    from transformers import AutoConfig
-    from transformers.utils import find_adapter_config_file, is_peft_available
+def _base(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Model and revision of the base model, if this is a LoRA adapter; else its own."""
+    from transformers.utils import find_adapter_config_file
 
     adapter = find_adapter_config_file(model, revision=revision)
-    if adapter:
-        if not is_peft_available():
-            raise ValueError("it is a LoRA adapter, which needs peft: pip install peft, or merge it")
-        model, revision = json.loads(Path(adapter).read_text())["base_model_name_or_path"], None
+    return (json.loads(Path(adapter).read_text())["base_model_name_or_path"], None) if adapter else (model, revision)
+
+
+def _read_config(model: str, revision: str | None):
+    from transformers import AutoConfig
+
     return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+
+
+def _require_loadable(model: str, revision: str | None, *, adapted: bool) -> None:
+    """What reading the weights would tell, minutes later. model: itself or, of an adapter, its base."""
+    from transformers.utils import is_peft_available
+
+    if adapted and not is_peft_available():
+        raise ValueError("it is a LoRA adapter, which needs peft: pip install peft, merge it, or serve it (remote.url)")
+    if not _has(SAFETENSORS, model, revision) and (Path(model).is_dir() or _has(PICKLES, model, revision)):
+        raise ValueError(
+            f"{model} has no {SAFETENSORS[0]}, and pickled weights are not read here: convert them by transformers' "
+            "save_pretrained, or serve the model (remote.url)"
+        )
+
+
+def _has(names: tuple[str, ...], model: str, revision: str | None) -> bool:
+    """Whether one of these files is in the directory, the cache or, if it can be asked, the hub."""
+    import httpx
+    from transformers.utils import has_file
+
+    for offline in (True, False):  # what is in the cache is not asked for
+        with contextlib.suppress(httpx.HTTPError):
+            if any(has_file(model, name, revision=revision, local_files_only=offline) for name in names):
+                return True
+    return False
 
 
 def _head(config) -> str:
@@ -117,5 +160,7 @@ def _sentences(model: str) -> Iterator[None]:
         raise ConfigError(f"model={model} cannot be read: {first_line}") from problem
 
 
-def _too_long(ids: list[int], longest: int, model: str) -> Failure:
+def _checked(ids: list[int] | Failure, longest: int, model: str) -> list[int] | Failure:
+    if isinstance(ids, Failure) or len(ids) <= longest:
+        return ids
     return Failure("error", f"{len(ids)} tokens of prompt and response, and model={model} takes {longest}")

@@ -12,7 +12,7 @@ from frpo_nemo.rewards.classifiers import GuardClassifier
 from frpo_nemo.rewards.judge import Judge
 from frpo_nemo.rewards.local import LocalWeights
 from frpo_nemo.rewards.models import read_head
-from frpo_nemo.rewards.remote import RemoteServer
+from frpo_nemo.rewards.remote import UNREADABLE, RemoteServer, finite, quote
 
 GUARD_CHOICES = {"safe": 0.0, "unsafe": 1.0}
 
@@ -84,12 +84,14 @@ class Safety:
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
         """A number per response."""
-        verdicts = self._judge(prompts, completions, **columns)
-        scores = self._moderation(prompts, completions)
-        return [_safety(as_outcome(v), as_outcome(s)) for v, s in zip(verdicts, scores, strict=True)]
+        verdicts = [as_outcome(verdict) for verdict in self._judge(prompts, completions, **columns)]
+        judged = [i for i, verdict in enumerate(verdicts) if not isinstance(verdict, Failure)]
+        moderated = self._moderation([prompts[i] for i in judged], [completions[i] for i in judged])
+        scores = dict(zip(judged, map(as_outcome, moderated), strict=True))  # of the others nobody needs one
+        return [_safety(verdict, scores.get(i)) for i, verdict in enumerate(verdicts)]
 
 
-def _safety(verdict: float | Failure, score: float | Failure) -> float | Failure:
+def _safety(verdict: float | Failure, score: float | Failure | None) -> float | Failure:
     for name, outcome in (("judge", verdict), ("moderation", score)):
         if isinstance(outcome, Failure):
             return Failure(outcome.kind, f"{name}: {outcome.message}")
@@ -99,19 +101,23 @@ def _safety(verdict: float | Failure, score: float | Failure) -> float | Failure
 def _guard(model: str, **arguments) -> Judge | GuardClassifier:
     if read_head(model, arguments.get("revision")).endswith("ForSequenceClassification"):
         return GuardClassifier(model, **arguments)
-    return Judge(model, **{"choices": GUARD_CHOICES, "chat": True, **arguments})
+    return Judge(model, **{"choices": GUARD_CHOICES, "chat": True, "max_response_tokens": None, **arguments})
 
 
 def _read(answer: Any, count: int) -> list[float | Failure]:
     """The scores of `count` texts from the answer to a request with them."""
     if isinstance(answer, Failure):
         return [answer] * count
-    results = answer.get("results", [])
+    results = answer.get("results") if isinstance(answer, dict) else None
+    if not isinstance(results, list):
+        return [Failure("error", f"the moderation service gave no results: {quote(answer)}")] * count
     if len(results) != count:
         return [Failure("error", f"the moderation service gave {len(results)} results for {count} texts")] * count
-    return [_largest(result.get("category_scores") or {}) for result in results]
+    return [_largest(result) for result in results]
 
 
-def _largest(scores: dict[str, float | None]) -> float | Failure:
-    told = [score for score in scores.values() if score is not None]
-    return max(told) if told else Failure("error", "the moderation service gave no category scores")
+def _largest(result: Any) -> float | Failure:
+    try:
+        return max(finite(score) for score in result["category_scores"].values() if score is not None)
+    except UNREADABLE:  # also if there is none
+        return Failure("error", f"the moderation service gave no category scores: {quote(result)}")

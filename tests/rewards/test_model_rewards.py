@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from reward_models import LOCAL, TEMPLATE
+from reward_models import LOCAL, TEMPLATE, make_judge
 from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Prepend
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -168,6 +168,19 @@ def test_safety_is_one_minus_the_mean_and_fails_with_either(models, judge):
     assert scores[1] == Failure("error", f"moderation: {sentence}")
 
 
+def test_a_language_model_that_guards_sees_the_whole_response(models, tmp_path):
+    """The cut at 512 tokens is StrongREJECT's, and a guard would miss what was said before."""
+    path = make_judge(tmp_path / "guard", max_position_embeddings=1024)
+    guard = {"model": path, "choices": {"s": 0, "u": 1}, "min_mass": 1e-6, "local": LOCAL}
+    moderation = loaded(Moderation(guard=guard))
+    same_end = "and so on " * 60
+    first, second, too_long = moderation(["Why?"] * 3, ["I will. " + same_end, "No, no. " + same_end, same_end * 2])
+    assert abs(first - second) > 1e-4
+    assert (
+        too_long.kind == "error" and f"tokens of prompt and response, and model={path} takes 1023" in too_long.message
+    )
+
+
 def test_an_adapter_is_judged_with_its_base_model(models, tmp_path):
     peft = pytest.importorskip("peft")
     base = AutoModelForCausalLM.from_pretrained(models["judge"])
@@ -183,6 +196,37 @@ def test_an_adapter_is_judged_with_its_base_model(models, tmp_path):
     )
     assert adapter == pytest.approx(merged, abs=1e-6)
     assert adapter != pytest.approx(plain, abs=1e-3)
+
+
+def test_an_adapter_needs_peft_only_where_it_is_loaded(models, tmp_path, monkeypatch):
+    """A server has its own."""
+    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
+    AutoTokenizer.from_pretrained(models["judge"]).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": models["judge"]}))
+    arguments = {"model": str(tmp_path), "template": TEMPLATE}
+    Judge(**arguments, remote={"url": "http://127.0.0.1:1"})
+    with pytest.raises(ConfigError, match="it is a LoRA adapter, which needs peft"):
+        Judge(**arguments)
+
+
+def test_a_local_model_with_pickled_weights_alone_is_refused_before_anything_loads(models, tmp_path, monkeypatch):
+    """In a directory, an adapter's base model, or what the hub's cache has; a server may read them."""
+    directory, adapter, hub = tmp_path / "directory", tmp_path / "adapter", tmp_path / "hub"
+    shutil.copytree(models["judge"], directory)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(directory)}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    (hub / "models--some--judge" / "refs").mkdir(parents=True)
+    (hub / "models--some--judge" / "refs" / "2").write_text("0" * 40)
+    shutil.copytree(directory, hub / "models--some--judge" / "snapshots" / ("0" * 40))
+    for model, revision in ((directory, None), (adapter, None), ("some/judge", "2")):
+        arguments = {"model": str(model), "revision": revision, "template": TEMPLATE}
+        check_rewards({"r": RewardConfig(target="judge", args=arguments | {"remote": {"url": "http://127.0.0.1:1"}})})
+        with pytest.raises(
+            ConfigError, match="reward.r: model=.* has no model.safetensors, and pickled weights are not"
+        ):
+            check_rewards({"r": RewardConfig(target="judge", args=arguments)})
 
 
 def test_weights_that_are_missing_are_not_made_up(models, tmp_path):
@@ -243,6 +287,12 @@ BAD = {  # target, the model that it gets, other arguments, what the sentence sa
         "api_key_env=NO_KEY: no such",
     ),
     "patience": ("judge", "judge", {**JUDGE, "remote": {"url": "http://h", "patience": -1}}, "patience=-1"),
+    "length": (
+        "judge",
+        "judge",
+        {**JUDGE, "max_response_tokens": 0},
+        "max_response_tokens=0 must be at least 1 or null",
+    ),
     "no moderation": ("moderation", None, {}, "either remote.url, of a moderation service, or guard.model"),
     "label": ("moderation", None, {"guard": {"model": "exclusive", "safe_labels": ["ok"]}}, "has no label 'ok'"),
     "one is always large": ("moderation", None, {"guard": {"model": "exclusive"}}, "in safe_labels"),
@@ -307,7 +357,7 @@ def test_the_papers_rewards_score_the_papers_prompts_by_their_task(models, tmp_p
     ]
     rewards = build_rewards(load(FRPORun, compose("frpo", [*RUN, "reward=safety_guard", *tiny])).reward)
     rows = pq.read_table(PAPER).to_pylist()
-    rewards.check_tasks({row["ability"] for row in rows})
+    rewards.check_tasks({row["ability"] for row in rows}, all_rewards=True)
     rows = [next(row for row in rows if row["ability"] == a) for a in ("wildjailbreak", "rainbow", "aegis", "refusal")]
     prompts, tasks = (
         [[m | {"content": m["content"][:200]} for m in row["prompt"]] for row in rows],

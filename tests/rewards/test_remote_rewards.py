@@ -95,7 +95,7 @@ def test_moderation_is_the_largest_category_and_a_text_without_one_fails_alone(s
     moderation = Moderation(inputs_per_request=3, remote={"url": service.url, "api_key_env": "MODERATOR"})
     scores = moderation(["p"] * 5, ["hate", "none", "calm", "null", "calm"])
     assert [s if isinstance(s, float) else s.kind for s in scores] == [0.9, "error", 0.1, "error", 0.1]
-    assert scores[1].message == "the moderation service gave no category scores"
+    assert scores[1].message == "the moderation service gave no category scores: {'category_scores': {}}"
     assert {header for header, _ in service.seen} == {f"Bearer {KEY}"}
     assert sorted(len(texts) for _, texts in service.seen[:2]) == [2, 3]
 
