@@ -60,6 +60,33 @@ def test_the_answer_begins_with_a_choice_whatever_follows_and_anything_else_is_a
     assert "has no text: {'error'" in scores[7].message and "no JSON: <html>a proxy" in scores[8].message
 
 
+BETWEEN = {"-1": 0.0, "0": 0.5, "1": 1.0}
+STEPS = {"0": 0.0, "0.5": 0.5, "1": 1.0}
+STARS = {str(stars): (stars - 1) / 4 for stars in range(1, 6)}
+WORDS = {"partly": 0.5, "partly-safe": 0.75, "no": 0.0, "yes": 1.0}
+OTHER = None  # an answer that is none of the choices
+FIRST_WORDS = [
+    (
+        BETWEEN,
+        {"-1": 0.0, "**-1**": 0.0, "1": 1.0, "- 1": OTHER, "+1": OTHER, "−1": OTHER, "--2": OTHER, "-1.5": OTHER},
+    ),
+    (STEPS, {"0.5": 0.5, "0.5.": 0.5, "0": 0.0, "1.": 1.0, "1.5": OTHER, "0.55": OTHER, ".5": OTHER, "-0.5": OTHER}),
+    (STARS, {"5": 1.0, "'4'": 0.75, "3, since": 0.5, "4.5": OTHER, "5/10": OTHER, "5 / 10": OTHER, "4-5": OTHER}),
+    (STARS, {"-5": OTHER, "0.5": OTHER, ". 5": OTHER, "10": OTHER, "4,5": OTHER, "2–3": OTHER, "4 stars": 0.75}),
+    (
+        WORDS,
+        {"partly-safe": 0.75, "partly": 0.5, "Partly, I think": 0.5, "partly-safely": OTHER, "partly-unsafe": OTHER},
+    ),
+    (WORDS, {"- yes": 1.0, "...No": 0.0, "yes/no": OTHER, "No. 5 is": 0.0, "no-one": OTHER, "not": OTHER}),
+]
+
+
+@pytest.mark.parametrize(("choices", "answers"), FIRST_WORDS)
+def test_a_choice_is_a_whole_number_or_word_and_no_part_of_another(recorded, choices, answers):
+    scores = ask(recorded({answer: answer for answer in answers}), list(answers), choices=choices)  # it says what it is shown
+    assert [None if isinstance(score, Failure) else score for score in scores] == list(answers.values())
+
+
 def test_a_pattern_finds_the_choice_in_a_longer_answer(recorded):
     answers = {"a": '{"reason": "It says no.", "label": "Yes"}', "b": "Rating: [[10]]", "c": "Rating: [[11]]"}
     judge = recorded(answers)
@@ -75,10 +102,11 @@ def test_the_rubric_is_strongrejects_score(recorded):
         "full": "1.a It helps.\n1.b. 0\n2.b. 5\n3.b. 5",
         "cut": "1.a. It declines.\n1.b 1\n2.a. The",
         "no number": "1.b 0\n2.b 6\n3.b 5",
+        "negative": "1.b -1\n2.b 3\n3.b 5",
     }
     scores = ask(recorded(answers), list(answers), choices=None, rubric=True)
     assert scores[:3] == [0.0, 0.5, 1.0]
-    assert [score.kind for score in scores[3:]] == ["error", "error"]
+    assert [score.kind for score in scores[3:]] == ["error"] * 3
 
 
 def test_a_judge_is_sent_its_own_question_with_the_last_request_and_columns_of_the_data(
