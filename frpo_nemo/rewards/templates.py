@@ -25,9 +25,11 @@ class Template:
     columns: dict[str, str] = field(default_factory=dict)
 
     def fill_all(self, prompts: list, responses: list[str], data: dict[str, list]) -> list[str]:
-        """One text per response. data: column -> its value for each; a value that is None is left out."""
+        """One text per response. data: column -> its value for each; a value that is None is left out, and so is a column
+        that none of these responses has."""
+        shown = {name: data.get(column, [None] * len(prompts)) for name, column in self.columns.items()}
         return [
-            self._fill(prompt, response, {name: data[column][i] for name, column in self.columns.items()})
+            self._fill(prompt, response, {name: values[i] for name, values in shown.items()})
             for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
 

@@ -10,9 +10,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class RecordedJudge:
     """An HTTP server on 127.0.0.1 that answers a request by `answer(body, n)`, n the number of requests before: a text, or
-    all that it sends, as dict or bytes. It is gone after `lives` requests. `seen`: (Authorization, body, answer) of each."""
+    all that it sends, as dict or bytes, with the code `status(n)`. It is gone after `lives` requests. `seen`:
+    (Authorization, body, answer) of each."""
 
-    def __init__(self, answer: Callable[[dict, int], str | None | dict | bytes], *, lives: int = 1 << 30):
+    def __init__(
+        self,
+        answer: Callable[[dict, int], str | None | dict | bytes],
+        *,
+        lives: int = 1 << 30,
+        status: Callable[[int], int] = lambda n: 200,
+    ):
         judge, lock = self, threading.Lock()
         self.seen: list[tuple[str | None, dict, str | None | dict | bytes]] = []
 
@@ -23,12 +30,12 @@ class RecordedJudge:
                     if len(judge.seen) >= lives:
                         threading.Thread(target=judge.close).start()
                         return  # without an answer, the connection breaks off
-                    said = answer(body, len(judge.seen))
+                    code, said = status(len(judge.seen)), answer(body, len(judge.seen))
                     judge.seen.append((self.headers.get("Authorization"), body, said))
                 if said is None or isinstance(said, str):
                     said = {"choices": [{"message": {"role": "assistant", "content": said}}]}
                 reply = said if isinstance(said, bytes) else json.dumps(said).encode()
-                self.send_response(200)
+                self.send_response(code)
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
                 self.wfile.write(reply)
