@@ -3,8 +3,9 @@
     python slurm/serve.py ADDRESS URL_FILE MODEL [option of vllm serve ...]
 
 Listens on ADDRESS alone, at a free port. A server that has answered and then ends is started again, elsewhere, as rewards
-that wait for it expect; one that never answered ends this program with its exit code. The file is written in one piece, and
-removed when the server is not there.
+that wait for it expect; when that fails, again after a pause that doubles, MOST_FAILURES times in a row. Then, or when no
+server ever answered, this program ends with the last one's exit code. The file is written in one piece, and removed when
+the server is not there.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+MOST_FAILURES = 8  # of restarts in a row: two minutes and more, in which memory is freed and file systems come back
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds after a restart that failed
 
 
 class Stopped(BaseException):
@@ -34,13 +39,22 @@ def main() -> int:
         )
         return 2
     signal.signal(signal.SIGTERM, stop)
+    ever_answered, failures = False, 0
     while True:
         url_file.parent.mkdir(parents=True, exist_ok=True)
         url_file.unlink(missing_ok=True)  # of a server that was killed
         answered, code = serve(address, url_file, model, options)
-        if not answered:
+        if answered:
+            ever_answered, failures = True, 0
+        else:
+            failures += 1
+        if not ever_answered or failures >= MOST_FAILURES:
+            reason = f"{failures} restarts in a row failed" if ever_answered else "it never answered"
+            print(f"serve.py: the server ended with exit code {code}; {reason}", flush=True)
             return code
-        print(f"serve.py: the server ended with exit code {code}; starting it again", flush=True)
+        pause = min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE) if failures else 0.0
+        print(f"serve.py: the server ended with exit code {code}; starting it again in {pause:g} s", flush=True)
+        time.sleep(pause)
 
 
 def serve(address: str, url_file: Path, model: str, options: list[str]) -> tuple[bool, int]:

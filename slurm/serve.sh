@@ -31,4 +31,4 @@ trap 'signalled=1' USR1
 node=$(try scontrol -o show node "$SLURMD_NODENAME" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 frpo_step -- python slurm/serve.py "${FRPO_SERVE_HOST:-${node:-$SLURMD_NODENAME}}" "$@"
 code=$?
-stop "$code" "the server ended with exit code $code before it answered"
+stop "$code" "the server ended with exit code $code and is not started again, for the reason above"
