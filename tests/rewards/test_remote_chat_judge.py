@@ -83,7 +83,8 @@ FIRST_WORDS = [
 
 @pytest.mark.parametrize(("choices", "answers"), FIRST_WORDS)
 def test_a_choice_is_a_whole_number_or_word_and_no_part_of_another(recorded, choices, answers):
-    scores = ask(recorded({answer: answer for answer in answers}), list(answers), choices=choices)  # it says what it is shown
+    says_what_it_is_shown = {answer: answer for answer in answers}
+    scores = ask(recorded(says_what_it_is_shown), list(answers), choices=choices)
     assert [None if isinstance(score, Failure) else score for score in scores] == list(answers.values())
 
 
