@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target
 from frpo_nemo.rewards.local import LocalWeights
 from frpo_nemo.rewards.pool import WorkerPool
+from frpo_nemo.rewards.remote import longest_wait
 
 ALWAYS_ISOLATED = ("math", "code")  # may hang on ordinary input; waits for programs, several at a time
 PROVIDED_COLUMNS = ("task", "response_tokens")  # by training, beside those of the data
@@ -29,13 +30,18 @@ PROVIDED_COLUMNS = ("task", "response_tokens")  # by training, beside those of t
 @dataclass(frozen=True)
 class Scores:
     """total: float64 [N], NaN where unscored. parts: reward name -> float64 [N], unweighted, NaN where it did
-    not score. failures: reward name -> kind (error, timeout, died) -> count. messages: reward name -> what
-    its first failure said."""
+    not score. failures: reward name -> kind (error, timeout, died) -> count. said: reward name -> kind -> what the
+    first failure of the kind said."""
 
     total: Tensor
     parts: dict[str, Tensor]
     failures: dict[str, dict[str, int]] = field(default_factory=dict)
-    messages: dict[str, str] = field(default_factory=dict)
+    said: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> dict[str, str]:
+        """reward name -> what its first failure said."""
+        return {name: next(iter(kinds.values())) for name, kinds in self.said.items()}
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,13 @@ class RewardSet:
         total[~scored | failed] = math.nan
         return scores
 
-    def check_tasks(self, tasks: set[str | None]) -> None:
-        """Raise ConfigError unless every task of the data has a reward and every reward finds its tasks in
-        the data."""
+    def check_tasks(self, tasks: set[str | None], *, all_rewards: bool) -> None:
+        """Raise ConfigError unless every task of the data has a reward and, with `all_rewards`, every reward finds its
+        tasks in the data."""
         for task in sorted(tasks, key=str):
             if not any(reward.applies(task) for reward in self.rewards):
                 raise ConfigError(f"no reward applies to the examples of task {task!r}: see the `tasks` of each reward")
-        for reward in self.rewards:
+        for reward in self.rewards if all_rewards else ():
             absent = sorted((reward.tasks or frozenset()) - tasks)
             if absent:
                 found = ", ".join(sorted(map(str, tasks)))
@@ -139,13 +145,39 @@ def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) 
 
 
 def local_weights(configs: Mapping[str, Any]) -> list[LocalWeights]:
-    """Of the models that the rewards load in each process of a run, also those of its reward workers. Raises ConfigError
-    like `check_rewards`."""
+    """Of the models that the rewards load in each process of a run, also those of its reward workers. Only built-in rewards
+    tell; others are not even constructed. Raises ConfigError like `check_rewards`."""
     found = []
-    for config in configs.values():
+    for config in (config for config in configs.values() if config.target in BUILT_IN):
         copies = config.workers if _is_isolated(config) else 1
         found += copies * bind(config.target, _args(config)).local_weights()
     return found
+
+
+def check_waits(configs: Mapping[str, Any], phase_timeout: float, where: str) -> None:
+    """Raise ConfigError if the watchdog could end a run whose rewards wait for their servers, which they do one after
+    another. where: the configs' key, such as probe.reward. After `check_rewards`."""
+    waits = [wait for name, config in configs.items() for wait in _waits(config, f"{where}.{name}.args")]
+    total = sum(seconds for _, seconds in waits)
+    if waits and total >= phase_timeout:
+        raise ConfigError(
+            f"trainer.phase_timeout={phase_timeout:g} must be above {total:g}, the seconds (patience + timeout) in which "
+            f"servers that stay away are given up one after another: {', '.join(key for key, _ in waits)}."
+        )
+
+
+def _waits(config, at: str) -> Iterator[tuple[str, float]]:
+    """(key, seconds) of each server that a built-in reward may wait for. at: the key of its arguments."""
+    if config.target in BUILT_IN:
+        yield from _servers(_args(config), at)
+
+
+def _servers(args: dict[str, Any], at: str) -> Iterator[tuple[str, float]]:
+    for name, value in args.items():
+        if name == "remote" and value and value.get("url"):
+            yield f"{at}.remote", longest_wait(value)
+        elif isinstance(value, dict):
+            yield from _servers(value, f"{at}.{name}")
 
 
 def _is_isolated(config) -> bool:
@@ -184,6 +216,8 @@ def _check_arguments(config, columns: list[str] | None) -> None:
         _try_empty(config.target, args, needed)
     if config.target == "code":
         _check_clock(config.timeout, args.get("seconds", parameters["seconds"].default))
+    elif _is_isolated(config):
+        _check_worker_waits(config)
 
 
 def _check_clock(timeout: float, seconds: float) -> None:
@@ -191,6 +225,17 @@ def _check_clock(timeout: float, seconds: float) -> None:
     if timeout < seconds + 5:
         raise ConfigError(
             f"timeout={timeout} must be at least 5 s above args.seconds={seconds}, or what hangs is unscored"
+        )
+
+
+def _check_worker_waits(config) -> None:
+    """A server that is away for a while is waited for, in a worker as elsewhere."""
+    waits = list(_waits(config, "args"))
+    total = sum(seconds for _, seconds in waits)
+    if config.timeout < total:
+        raise ConfigError(
+            f"timeout={config.timeout} must be at least {total:g}, patience + timeout of "
+            f"{', '.join(key for key, _ in waits)}; or leave out isolate, which a served model has no use for"
         )
 
 
@@ -240,4 +285,6 @@ def _args(config) -> dict[str, Any]:
 def _record(scores: Scores, name: str, failures: list[Failure]) -> None:
     if failures:
         scores.failures[name] = dict(Counter(f.kind for f in failures))
-        scores.messages[name] = failures[0].message
+        scores.said[name] = {}
+        for failure in failures:
+            scores.said[name].setdefault(failure.kind, failure.message)

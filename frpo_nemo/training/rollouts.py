@@ -64,7 +64,7 @@ class ScoredPrompts:
     def load(cls, sources, rewards: RewardSet, tokenizer, max_prompt_tokens: int) -> ScoredPrompts:
         """Raises ConfigError if a task has no reward."""
         prompts = load_prompts(sources, tokenizer, max_prompt_tokens=max_prompt_tokens)
-        rewards.check_tasks(prompts.tasks)
+        rewards.check_tasks(prompts.tasks, all_rewards=False)  # prompts that are too long may have been all of a task's
         return cls(prompts, rewards, sorted(prompts.tasks, key=str))
 
 
@@ -99,7 +99,7 @@ class RolloutWorker:
             load_format=load_format,
         )
         self.engine.sleep()  # the policy is built next
-        self._reported: set[str] = set()
+        self._reported: set[tuple[str, str]] = set()  # (reward, kind of failure)
 
     def refit(self, actor: PolicyActor) -> None:
         """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
@@ -157,13 +157,12 @@ class RolloutWorker:
             torch.tensor([c.truncated for c in flat], dtype=torch.bool),
         )
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
-        own = (mine, responses, tensors, scores.failures, scores.messages)
+        own = (mine, responses, tensors, scores.failures, scores.said)
         everything = distributed.gather_objects(own)
         places = torch.tensor(
             [p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64
         )
         lengths, tokens, logprobs, truncated = map(torch.cat, zip(*[r for _, r, *_ in everything], strict=True))
-        self._report_failures({name: text for *_, messages in everything for name, text in messages.items()})
         prompts = [examples[p] for p in places.tolist()]
         batch = SequenceBatch.from_lists(
             [p.prompt_ids for p in prompts],
@@ -175,14 +174,15 @@ class RolloutWorker:
         )
         batch.token_columns["rollout_logprobs"] = logprobs
         failures = _add_counts([f for *_, f, _ in everything])
+        silent = {name for name in failures if batch.columns[f"reward/{name}"].isnan().all()}
+        self._report_failures([said for *_, said in everything], silent)
         return Rollouts(batch.select(torch.argsort(places, stable=True)), tasks, failures)
 
-    def _report_failures(self, messages: dict[str, str]) -> None:
-        """Show each reward's first failure once; metrics count all."""
-        for name, text in messages.items():
-            if name not in self._reported and distributed.rank() == 0:
-                print(f"reward {name} failed for some responses, which stay unscored. First: {text}", flush=True)
-            self._reported.add(name)
+    def _report_failures(self, said: list[dict[str, dict[str, str]]], silent: set[str]) -> None:
+        """Show a reward's first failure of each kind once, and again whenever it scored nothing; metrics count all."""
+        for line in failure_lines(said, silent, self._reported):
+            if distributed.rank() == 0:
+                print(line, flush=True)
 
     def check_logprobs(self, step: int, batch: SequenceBatch, logprobs: Tensor) -> None:
         """Compare the policy's log-probs [R] of responses with those that vLLM sampled them with. Raises RefitError.
@@ -221,6 +221,22 @@ class RolloutWorker:
                 }
                 row |= {name: None if math.isnan(score) else score for name, score in scores.items()}
                 file.write(json.dumps(row) + "\n")
+
+
+def failure_lines(said: list[dict], silent: set[str], reported: set[tuple[str, str]]) -> list[str]:
+    """What to tell of a batch's failures. said: Scores.said of each rank. silent: the rewards that scored no response.
+    reported: (reward, kind) of what was told before; this adds to it."""
+    first: dict[tuple[str, str], str] = {}
+    for name, kinds in (item for rank in said for item in rank.items()):
+        for kind, text in kinds.items():
+            first.setdefault((name, kind), text)
+    told = [key for key in first if key not in reported or key[0] in silent]
+    reported.update(told)
+    share = {name: "all of its" if name in silent else "some" for name, _ in told}
+    return [
+        f"reward {name} failed for {share[name]} responses, which stay unscored. First {kind}: {first[name, kind]}"
+        for name, kind in told
+    ]
 
 
 def stop_token_ids(model_path: str, tokenizer) -> list[int]:

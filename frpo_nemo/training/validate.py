@@ -17,7 +17,7 @@ from frpo_nemo.data.overlap import check_apart
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.objective import build_objective
-from frpo_nemo.rewards.reward_set import check_rewards
+from frpo_nemo.rewards.reward_set import check_rewards, check_waits
 from frpo_nemo.training import resources
 from frpo_nemo.training.hub import is_hub_name
 from frpo_nemo.training.resume import check_resume
@@ -85,7 +85,9 @@ def validate_frpo(cfg, world_size: int) -> None:
         _check_engine(cfg, arch)
     columns = check_sources(cfg.data)
     check_rewards(cfg.reward, columns)
-    check_reward_tasks(cfg.reward, (*cfg.data.train, *cfg.data.validation))
+    check_waits(cfg.reward, cfg.trainer.phase_timeout, "reward")
+    check_reward_tasks(cfg.reward, cfg.data.train)
+    check_reward_tasks(cfg.reward, cfg.data.validation, all_rewards=False)
     _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
 
@@ -332,8 +334,9 @@ def _check_probe(cfg, arch: Architecture | None) -> None:
         arch.check_sequence_length(longest)
     named = [(f"probe.prompts.{i}", source) for i, source in enumerate(probe.prompts)]
     check_rewards(probe.reward, check_source_list(named))
+    check_waits(probe.reward, cfg.trainer.phase_timeout, "probe.reward")
     check_apart(probe.prompts, cfg.data.train)
-    check_reward_tasks(probe.reward, probe.prompts)
+    check_reward_tasks(probe.reward, probe.prompts, all_rewards=False)
 
 
 def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:

@@ -51,8 +51,9 @@ def _check_holdout(key: str, source: Any) -> None:
         raise ConfigError(f"{key}.held_out and {key}.holdout_by need {key}.holdout above 0, the share to hold out.")
 
 
-def check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any]) -> None:
-    """Reads the rows, where tasks decide which reward scores them."""
+def check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any], *, all_rewards: bool = True) -> None:
+    """Every task has a reward and, with `all_rewards`, every reward finds its tasks. Reads the rows, where tasks decide
+    which reward scores them."""
     if all(reward.tasks is None for reward in rewards.values()):
         return
     tasks = set()
@@ -61,4 +62,4 @@ def check_reward_tasks(rewards: dict[str, Any], sources: Iterable[Any]) -> None:
     named = [
         Reward(name, r.weight, None if r.tasks is None else frozenset(r.tasks), None) for name, r in rewards.items()
     ]
-    RewardSet(named, []).check_tasks(tasks)
+    RewardSet(named, []).check_tasks(tasks, all_rewards=all_rewards)

@@ -54,5 +54,17 @@ class Scaled:
         return [self.factor * len(c) for c in completions]
 
 
+class Counted:
+    """Counts its constructions in this process."""
+
+    constructed = 0
+
+    def __init__(self):
+        Counted.constructed += 1
+
+    def __call__(self, prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+
 def no_columns(prompts, completions):
     return [0.0 for _ in completions]

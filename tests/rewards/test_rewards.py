@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
+from frpo_nemo.rewards.call import load_target
+from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
 from frpo_nemo.training.config import RewardConfig
 
 FAULTY = f"{Path(__file__).parent / 'faulty.py'}:"
@@ -125,6 +126,16 @@ def test_a_class_keeps_its_state():
     assert nan_as_none(score({"a": faulty("Scaled", args={"factor": 3.0})}, ["ab", ""]).total) == [6.0, 0.0]
 
 
+def test_what_models_weigh_is_asked_of_built_in_rewards_alone():
+    """Constructing somebody's class may take long, or a GPU."""
+    rewards = {"a": faulty("Counted"), "b": faulty("Counted", isolate=True), "c": config("exact")}
+    assert local_weights(rewards) == []
+    counted = load_target(FAULTY + "Counted")
+    assert counted.constructed == 0
+    score(rewards | {"c": faulty("Counted")}, [])
+    assert counted.constructed == 2, "those of this process; one is isolated"
+
+
 def test_rewards_see_the_columns_of_their_responses_and_the_task():
     rewards = {"a": config("world", tasks=["harmful", "harmless"])}
     scores = score(
@@ -170,10 +181,12 @@ def test_bad_rewards_are_sentences_before_anything_runs(name):
 
 def test_tasks_without_a_reward_and_rewards_without_a_task_are_found():
     rewards = build_rewards({"a": config("exact", tasks=["math", "chat"])})
-    rewards.check_tasks({"math", "chat"})
-    with pytest.raises(ConfigError, match="no reward applies to the examples of task 'code'"):
-        rewards.check_tasks({"math", "chat", "code"})
+    rewards.check_tasks({"math", "chat"}, all_rewards=True)
+    rewards.check_tasks({"math"}, all_rewards=False)
+    for all_rewards in (False, True):
+        with pytest.raises(ConfigError, match="no reward applies to the examples of task 'code'"):
+            rewards.check_tasks({"math", "chat", "code"}, all_rewards=all_rewards)
     with pytest.raises(ConfigError, match="no example has task 'chat'; the data has math"):
-        rewards.check_tasks({"math"})
+        rewards.check_tasks({"math"}, all_rewards=True)
     with pytest.raises(ConfigError, match="there is no reward"):
         build_rewards({})

@@ -165,7 +165,7 @@ def test_a_step_of_which_nothing_was_scored_cannot_be_learned_from():
 def test_an_evaluation_without_its_judge_fails_and_keeps_responses_and_other_scores(runs):
     _, _, process, out = runs
     assert process.returncode == 1, process.stdout[-3000:]
-    assert "reward harmbench_refusal failed for some responses" in process.stdout
+    assert "reward harmbench_refusal failed for all of its responses" in process.stdout
     assert "probe failed: harmbench_refusal scored no response, for the reason above." in process.stdout
     assert [file.name for file in out.rglob("*.json*")] == ["samples.jsonl"], "no result that would be taken for one"
     kept = samples(out / "probe" / "samples.jsonl")
