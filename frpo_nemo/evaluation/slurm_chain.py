@@ -99,8 +99,12 @@ class SlurmChain:
         for part in parts:
             if self._name(part) in queue or self._has_finished(part):
                 self._check_same_settings(part)
-        needed = {self._name(part.after) for part in parts if part.after and self._name(part) in free}
-        ended = {self._name(part) for part in parts if self._has_finished(part)} | needed
+        ended = {self._name(part) for part in parts if self._has_finished(part)}
+        for part in parts:
+            needed = part.after if self._name(part) in free else None
+            while needed:
+                ended.add(self._name(needed))
+                needed = needed.after
         pending = [self._job(part) for part in parts if self._name(part) not in ended]
         unfinished = {job.name for job in pending}
         for job in pending:
@@ -141,11 +145,10 @@ class SlurmChain:
     def _queue(self) -> tuple[dict[str, str], set[str]]:
         """({name: number} of this study's jobs that are pending or running, names of those that run or wait for no other).
         Numbers may come again: the name decides too."""
-        lines = _slurm("squeue", "--me", "--noheader", "--format=%A %T %E %j").splitlines()
-        fields = [line.strip().split(" ", 3) for line in lines]
-        queued = {number: (name, state != "PENDING" or needs == "(null)") for number, state, needs, name in fields}
-        mine = {name: job["job"] for name, job in self._submitted.items() if queued.get(job["job"], [None])[0] == name}
-        return mine, {name for name, number in mine.items() if queued[number][1]}
+        lines = _slurm("squeue", "--me", "--noheader", "--format=%A %E %j").splitlines()  # %E: what it still waits for
+        queued = {(number, name): needs for number, needs, name in (line.strip().split(" ", 2) for line in lines)}
+        mine = {name: job["job"] for name, job in self._submitted.items() if (job["job"], name) in queued}
+        return mine, {name for name, number in mine.items() if queued[number, name] == "(null)"}
 
     def _cancel_report(self, number: str) -> None:
         """The waiting one: another will wait for the new jobs as well."""

@@ -1,5 +1,5 @@
 """A study as a chain of jobs, on a real Slurm cluster: what starts when, what a failed part takes with it, what a second call
-submits. The trainings are small supervised ones; slurm/forgetting.sh is what a user types."""
+submits. The trainings are small supervised ones, the later ones with probes; slurm/forgetting.sh is what a user types."""
 
 from __future__ import annotations
 
@@ -24,23 +24,28 @@ prepare:
                 max_position_embeddings=64]
     sbatch: [--gpus-per-node=0]
 model: "{dir}/base"
-train: &sft
+train:
   recipe: sft
   config: experiment/forgetting_reference
   overrides:
-    - trainer.max_steps=2
+    - &steps trainer.max_steps=2
     - trainer.val_interval=2
     - "data.validation=[{path: 'world:alpaca?seed=5&heldout=1', completion: completion, limit: 8}]"
-    - logging.wandb_name={out}/servers/judge.url  # an option that nobody reads: the part names the server
+    - &server logging.wandb_name={out}/servers/judge.url  # an option that nobody reads: the part names the server
   script: tests/slurm/quick_sft.sh
 arms: {}
 tasks:
-  math: *sft
+  math:
+    recipe: sft
+    config: experiment/forgetting_math
+    overrides: [*steps, trainer.val_interval=0, probe.interval=2, "probe.prompts.0.limit=8", *server]
+    script: tests/slurm/quick_sft.sh
 servers:
   judge: {model: a_model, script: tests/slurm/idle_server.sh}
-sbatch: [--mem=2G]
+sbatch: [--mem=4G]
 """
-FAILS = "model.sequence_parallel=true"  # found by the job's check only: it needs tensor parallelism
+FAILS = "data.max_prompt_tokens=1"  # found when the data are read only: no prompt is that short
+WRONG = "model.sequence_parallel=true"  # found by the recipe's check: it needs tensor parallelism
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_a_study_goes_on_where_a_failed_arm_broke_its_chain(cluster, forgetting,
     (failed,) = [row for row in rows if row["status"] == "failed"]
     assert failed["arm"] == "never" and failed["task"] is None
     page = (out / "report.html").read_text()
-    assert "never, seed 5: stage one failed: 0: sft.py: model.sequence_parallel=true needs" in page
+    assert "never, seed 5: stage one failed: 0: sft.py: data source" in page
     assert "not started: seed 5 never math" in second["report"].output
 
     jobs = [json.loads(line)["name"] for line in (out / "jobs.jsonl").read_text().splitlines()]
@@ -103,8 +108,11 @@ def test_a_study_goes_on_where_a_failed_arm_broke_its_chain(cluster, forgetting,
     assert "seed 5 good train with other settings: optim.lr=1e-3 then, optim.lr=1e-4 now" in other.stderr
 
 
-def test_where_slurm_refuses_one_job_nothing_is_submitted(cluster, forgetting, tmp_path):
+def test_where_a_configuration_is_wrong_or_slurm_refuses_a_job_nothing_is_submitted(cluster, forgetting, tmp_path):
     before = cluster.slurm("squeue", "-h", "-t", "all")
+    wrong = forgetting(arms(good="", wrong=WRONG))
+    assert wrong.returncode == 2
+    assert "seed 5 wrong train: model.sequence_parallel=true needs" in wrong.stderr
     refused = forgetting(arms(good=""), "tasks.math.sbatch=['--partition=none']")
     assert refused.returncode == 1
     assert "invalid partition specified: none" in refused.stderr
