@@ -3,7 +3,7 @@ of this needs a GPU.
 
     python recipes/plan.py model.path=meta-llama/Llama-3.1-70B-Instruct cluster=h100 cluster.num_nodes=8
     python recipes/plan.py --dry-run --config-name experiment/gsm8k_frpo parallel=tp2_pp2
-    python recipes/plan.py --hours --config-name experiment/safety_mistral_7b workload.response_tokens=300
+    python recipes/plan.py --hours --config-name experiment/safety_mistral_7b objective.lambda_=0.5 workload.response_tokens=300
 
 The first lists the layouts that fit, best first (options: configs/plan.yaml). The second builds the model of every rank
 of a training configuration without memory, and checks its names, shapes and sizes. The third estimates the GPU hours of
