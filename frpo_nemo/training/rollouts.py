@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from frpo_nemo.data.prompts import Prompt, PromptSet, load_prompts
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.rewards.reward_set import RewardSet
-from frpo_nemo.rollout.engine import RolloutEngine
+from frpo_nemo.rollout.engine import RolloutEngine, isolated_rng
 from frpo_nemo.rollout.verify import check_logprob_gap
 from frpo_nemo.training.config import EngineConfig, ModelConfig
 from frpo_nemo.training.metrics import Phases
@@ -117,7 +118,7 @@ class RolloutWorker:
             mine, completions = self._generate_share(examples, samples, max_tokens, seed_step)
             self.engine.sleep()
             distributed.wait_for_all()  # generation ends with the slowest engine, and its time is told so
-        with self.phases("reward"):
+        with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw from it as well
             scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
             return self._gather(examples, samples, mine, completions, scores, scored.tasks)
@@ -137,6 +138,10 @@ class RolloutWorker:
         )
         rank, size = distributed.rank() % rollout.tensor_model_parallel_size, rollout.tensor_model_parallel_size
         return list(share)[rank::size], generated[rank::size]
+
+    def _reward_seed(self, seed_step: int) -> int:
+        """Of what rewards draw in this process, which is no part of the run's random state."""
+        return zlib.crc32(f"reward {sampling_seed(self.seed, seed_step)} {distributed.rank()}".encode())
 
     def _score(self, rewards: RewardSet, examples: list[Prompt], completions: list[list]):
         repeated = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
