@@ -5,7 +5,13 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
+
+
+class Nameless:
+    def __str__(self):
+        raise RuntimeError("no name")
 
 
 def score_or_misbehave(prompts, completions, **columns):
@@ -16,6 +22,12 @@ def score_or_misbehave(prompts, completions, **columns):
 def _act(completion):
     if completion == "raise":
         raise ValueError("no such luck")
+    if completion == "leave":
+        sys.exit(0)
+    if completion == "huge":
+        return 10**400
+    if completion == "nameless":
+        return Nameless()
     if completion == "hang":
         time.sleep(1000)
     if completion == "die":

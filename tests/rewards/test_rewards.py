@@ -57,15 +57,17 @@ def test_none_is_not_mine_and_a_response_that_nobody_scored_has_no_reward():
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_a_bad_response_fails_alone_and_is_never_zero(isolate):
-    completions = ["1", "raise", "2", "nan", "text", "0"]
+    completions = ["1", "raise", "2", "nan", "text", "0", "leave", "huge", "nameless"]
     rewards = {
         "a": faulty("score_or_misbehave", isolate=isolate),
         "b": config("format", args={"pattern": ".*"}),
     }
     scores = score(rewards, completions)
-    assert nan_as_none(scores.parts["a"]) == [1.0, None, 2.0, None, None, 0.0]
-    assert nan_as_none(scores.total) == [2.0, None, 3.0, None, None, 1.0], "b scored them, but a should have too"
-    assert scores.failures == {"a": {"error": 3}}
+    assert nan_as_none(scores.parts["a"]) == [1.0, None, 2.0, None, None, 0.0, None, None, None]
+    assert nan_as_none(scores.total) == [2.0, None, 3.0, None, None, 1.0, *3 * [None]], (
+        "b scored all, but a should have too"
+    )
+    assert scores.failures == {"a": {"error": 6}}
     assert "no such luck" in scores.messages["a"]
 
 
