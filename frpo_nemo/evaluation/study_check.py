@@ -19,7 +19,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.evaluate import check_options
 from frpo_nemo.evaluation.parts import TRAINING_RECIPES, Part, compose_command
 from frpo_nemo.training.hub import is_hub_name, local_model
-from frpo_nemo.training.resume import _check_same_run, _is_failed_start
+from frpo_nemo.training.resume import check_same_run, is_failed_start
 from frpo_nemo.training.validate import validate_frpo, validate_sft
 
 VALIDATE = {"frpo": validate_frpo, "sft": validate_sft}
@@ -55,11 +55,11 @@ def check_same_configuration(part: Part, finished: bool) -> None:
     """Raise ConfigError if a training made steps with another configuration than is composed for it now, whether the command
     or a file of configurations has changed. What may change in a run that is continued, may; not the steps of a whole one."""
     saved = part.directory / "config.yaml"
-    if part.recipe not in TRAINING_RECIPES or not saved.is_file() or _is_failed_start(part.directory):
+    if part.recipe not in TRAINING_RECIPES or not saved.is_file() or is_failed_start(part.directory):
         return
     cfg = compose_command(part.recipe, part.arguments)
     try:
-        _check_same_run(cfg, saved)
+        check_same_run(cfg, saved)
         steps = OmegaConf.load(saved).trainer.max_steps
         if finished and steps != cfg.trainer.max_steps:
             raise ConfigError(

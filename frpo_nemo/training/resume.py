@@ -60,8 +60,8 @@ def check_resume(cfg, arch: Architecture | None) -> None:
             "take another run_dir, or delete that one."
         )
     saved = run_dir / "config.yaml"
-    if saved.is_file() and not _is_failed_start(run_dir):
-        _check_same_run(cfg, saved)
+    if saved.is_file() and not is_failed_start(run_dir):
+        check_same_run(cfg, saved)
     if not own and (run_dir / "hf").exists():
         raise ConfigError(
             f"run_dir={cfg.run_dir} holds a model (hf/) and no checkpoint to continue from; a new run would overwrite it: "
@@ -91,7 +91,7 @@ def check_resume(cfg, arch: Architecture | None) -> None:
         )
 
 
-def _is_failed_start(run_dir: Path) -> bool:
+def is_failed_start(run_dir: Path) -> bool:
     """Whether a run began here and ended before its first step: another may take its place."""
     metrics = run_dir / "metrics.jsonl"
     if checkpoint_files.newest(run_dir) or not metrics.is_file():
@@ -99,7 +99,8 @@ def _is_failed_start(run_dir: Path) -> bool:
     return not any(json.loads(line)["step"] > 0 for line in metrics.read_text().split("\n")[:-1])
 
 
-def _check_same_run(cfg, saved: Path) -> None:
+def check_same_run(cfg, saved: Path) -> None:
+    """Raise ConfigError unless `cfg` is the configuration `saved`, but for what MAY_CHANGE."""
     before = _defaults(cfg) | _flat(OmegaConf.to_container(OmegaConf.load(saved)))  # options may be newer than the run
     now = _flat(redact.values(OmegaConf.to_container(OmegaConf.structured(cfg))))  # as it was saved; secrets rotate
     name = before.get("model.path")
