@@ -14,7 +14,6 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -31,6 +30,7 @@ from frpo_nemo.objective import build_objective
 from frpo_nemo.planning import communication as formulas
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.memory import WEIGHT_BYTES
+from frpo_nemo.rewards.reward_set import Scores
 from frpo_nemo.rollout.engine import Completion
 from frpo_nemo.rollout.verify import raise_on_all_ranks
 from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
@@ -148,7 +148,7 @@ def _gather(examples, mine, completions):
     worker = RolloutWorker.__new__(RolloutWorker)
     worker._reported = set()
     rewards = torch.tensor([float(c % 2) for group in completions for c in range(len(group))], dtype=torch.float64)
-    scores = SimpleNamespace(total=rewards, parts={}, failures={}, messages={})
+    scores = Scores(rewards, {})
     return worker._gather(examples, GROUP_SIZE, mine, completions, scores, [None])
 
 
