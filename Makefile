@@ -40,8 +40,13 @@ forgetting: setup
 	$(BIN)/python recipes/forgetting.py --config-name study/forgetting \
 	  $(if $(SEEDS),num_seeds=$(SEEDS))
 
+# Side by side with the others, the tests that mostly wait: for Slurm, for servers, for other programs.
+WAITING := tests/slurm tests/rewards tests/evaluation
 test: setup
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -p no:cacheprovider $(WAITING) > $(VENV)/waiting.log 2>&1 & waiting=$$!; \
+	trap "kill $$waiting" INT TERM; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(WAITING)); others=$$?; \
+	wait $$waiting; code=$$?; cat $(VENV)/waiting.log; exit $$((others | code))
 
 lint: setup
 	$(BIN)/ruff check frpo_nemo recipes tests benchmarks

@@ -134,7 +134,7 @@ def test_a_node_that_does_not_share_the_disk_is_excluded(cluster, model, tmp_pat
     cluster.cluster("node-exec", "2", *hidden)
     overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=dp2", "trainer.max_steps=2"]
     try:
-        settings = dict(log=tmp_path / "log", ranks=1, options=["--nodelist=node1,node2"], FRPO_PATIENCE=10)
+        settings = dict(log=tmp_path / "log", ranks=1, options=["--nodelist=node1,node2"], FRPO_PATIENCE=20)
         job = cluster.submit("slurm/sft_7b.sh", *overrides, f"run_dir={run_dir}", **settings)
         assert job.succeed() == 1
     finally:
@@ -151,7 +151,7 @@ def test_where_too_few_nodes_would_be_left_none_is_excluded(cluster, model, tmp_
     run_dir.mkdir()
     cluster.cluster("node-exec", "2", "mount", "-t", "tmpfs", "tmpfs", str(run_dir))
     overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", f"run_dir={run_dir}"]
-    settings = dict(log=tmp_path / "log", nodes=3, ranks=1, FRPO_PATIENCE=10, FRPO_MAX_FAILURES=1)
+    settings = dict(log=tmp_path / "log", nodes=3, ranks=1, FRPO_PATIENCE=20, FRPO_MAX_FAILURES=1)
     try:
         job = cluster.submit("slurm/sft_7b.sh", *overrides, **settings)
         assert job.wait() == ("FAILED", 0)
