@@ -38,9 +38,10 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
     """The body of a recipe: compose `config_name` (or --config-name) with the overrides, `check` it against the size of
     the world that was started, let NeMo's hydra_runner compose it as NeMo's recipes do, and call `run` with it, typed.
 
-    A ConfigError, whether from composing, `check` or `run`, is one line on stderr and exit code 2. A run that a signal
-    ended before its last step (`run` returns False) has exit code 75: start it again to continue. With --check the
-    configuration is checked for the world that it names, in this one process, and nothing runs.
+    A ConfigError, whether from composing, `check` or `run`, is one line on stderr, under the watchdog's own if a run has
+    begun, and exit code 2. A run that a signal ended before its last step (`run` returns False) has exit code 75: start it
+    again to continue. With --check the configuration is checked for the world that it names, in this one process, and
+    nothing runs.
     """
     gc.disable()  # until everything is loaded (Run.attach): to search what imports make for garbage takes a fifth of a start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback

@@ -74,8 +74,10 @@ class Run:
 
     def __exit__(self, kind, error, traceback) -> None:
         with ExitStack() as leaving:
-            # A failure is told first: closing the logs may fail as well, or wait for a network.
-            leaving.push(self.watchdog) if kind is None else self.watchdog.__exit__(kind, error, traceback)
+            if kind is None:
+                leaving.push(self.watchdog)
+            else:  # a failure is told first: closing the logs may fail as well, or wait for a network
+                self.watchdog.__exit__(kind, error, traceback)
             if self.logger is not None:
                 self.logger.close()
             if kind is None and dist.is_initialized():  # vLLM's shutdown takes the process group down as well
