@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import time
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.training.config import RewardConfig
 
 PROGRAMS = 400
 PROGRAM = "```python\ndef double(x):\n    return 2 * x\n```"

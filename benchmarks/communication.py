@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.collectives import CollectiveCounter, backend_calls
 from benchmarks.tiny_model import make_model
+from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.prompts import Prompt
 from frpo_nemo.megatron import checkpoint, distributed, packing
 from frpo_nemo.megatron.actor import PolicyActor
@@ -30,12 +31,11 @@ from frpo_nemo.objective import build_objective
 from frpo_nemo.planning import communication as formulas
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.memory import WEIGHT_BYTES
-from frpo_nemo.rewards.reward_set import Scores
+from frpo_nemo.rewards.reward_set import Reward, RewardSet, Scores
 from frpo_nemo.rollout.engine import Completion
 from frpo_nemo.rollout.verify import raise_on_all_ranks
-from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.training.loss import PolicyLoss
-from frpo_nemo.training.rollouts import RolloutWorker
+from frpo_nemo.training.rollouts import RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import ignore_warnings_of_libraries
 
 GROUPS, GROUP_SIZE = 6, 4
@@ -51,7 +51,7 @@ LAYOUTS = {  # by number of ranks
     8: {"TP2 SP, PP2, DP2": dict(tp=2, pp=2, sp=True), "DP8": {}},
 }
 OBJECTIVE = {"name": "frpo", "lambda_": 0.5, "beta": 0.1}
-TRAINED = (["clipped", "kl", "loss"], ["ratio", "entropy", "likeliest", "logprobs"])
+TRAINED = (["clipped", "kl", "loss"], ["ratio", "masked", "entropy", "likeliest", "logprobs"])
 MEASURED = (["loss"], ["entropy", "likeliest", "logprobs"])
 COMPARED = (["loss"], ["entropy", "likeliest", "kl", "logprobs"])
 
@@ -148,8 +148,8 @@ def _gather(examples, mine, completions):
     worker = RolloutWorker.__new__(RolloutWorker)
     worker._reported = set()
     rewards = torch.tensor([float(c % 2) for group in completions for c in range(len(group))], dtype=torch.float64)
-    scores = Scores(rewards, {})
-    return worker._gather(examples, GROUP_SIZE, mine, completions, scores, [None])
+    scored = ScoredPrompts(examples, RewardSet([Reward("odd", 1.0, None, None)], []), [None])
+    return worker._gather(examples, GROUP_SIZE, mine, completions, Scores(rewards, {"odd": rewards}), scored)
 
 
 def _model(actor: PolicyActor) -> Model:

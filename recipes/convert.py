@@ -1,10 +1,11 @@
-"""Convert a checkpoint of a run to the Hugging Face format, or a model in that format to a checkpoint.
+"""Convert a checkpoint of a run or a GGUF file to the Hugging Face format, or a model in that format to a checkpoint.
 
     python recipes/convert.py input=runs/first checkpoint=best out=runs/first/hf_best
     python recipes/convert.py input=runs/first/checkpoints/step_00000100 out=runs/first/hf_100 --verify
     python recipes/convert.py input=Qwen/Qwen2.5-7B-Instruct out=runs/qwen/megatron
+    python recipes/convert.py input=Qwen2.5-0.5B-Instruct-Q8_0.gguf out=runs/qwen/hf
 
-Which way follows from the input. Options: configs/convert.yaml; --verify is verify=true. One process on a CPU, which
+Which way follows from the input. Options: --help, docs/options.md; --verify is verify=true. One process on a CPU, which
 holds one output shard at a time. A mistake in the options is exit code 2, a failed verification 1.
 """
 
@@ -16,15 +17,15 @@ from pathlib import Path
 
 
 def main() -> None:
+    from frpo_nemo.config.cli import from_command_line
     from frpo_nemo.conversion.inputs import ConvertRun, check_conversion
     from frpo_nemo.errors import ConfigError
-    from frpo_nemo.training.cli import from_command_line
 
     sys.argv = ["verify=true" if argument == "--verify" else argument for argument in sys.argv]
     name = Path(sys.argv[0]).name
     try:
         cfg = from_command_line(ConvertRun, "convert")
-        check_conversion(cfg)  # again in convert: here before seconds of imports
+        conversion = check_conversion(cfg)  # before seconds of imports
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # megatron-core's, of packages that it does without
             from frpo_nemo.conversion.convert import convert
@@ -33,7 +34,7 @@ def main() -> None:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     try:
-        out = convert(cfg)
+        out = convert(cfg, conversion)
     except (ConfigError, VerificationError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -5,9 +5,10 @@
         'probe.prompts=[{path: prompts.jsonl}]' 'probe.reward={math: {target: math}}'   (one line)
     python recipes/evaluate.py model.path=Qwen/Qwen2.5-7B-Instruct benchmarks=[math500] limit=20 out=runs/try
 
-Options: configs/evaluate.yaml. One process for benchmarks, whose tools start their own; a probe with
+Options: --help, docs/options.md. One process for benchmarks, whose tools start their own; a probe with
 tensor_parallel_size above 1 wants as many, by torchrun. Started again, it goes on where it stopped. A mistake
-in the options is exit code 2, a benchmark or probe that failed 1.
+in the options is exit code 2, a benchmark or probe that failed 1. With --check the options and the model's files are
+checked, and nothing runs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from pathlib import Path
 
 
 def main() -> None:
+    from frpo_nemo.config.cli import CHECK, from_command_line
     from frpo_nemo.errors import ConfigError
     from frpo_nemo.evaluation.benchmarks import EvaluateRun
     from frpo_nemo.evaluation.evaluate import evaluate
-    from frpo_nemo.training.cli import from_command_line
 
+    only_check = CHECK in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != CHECK]
     try:
-        succeeded = evaluate(from_command_line(EvaluateRun, "evaluate"))
+        succeeded = evaluate(from_command_line(EvaluateRun, "evaluate"), only_check=only_check)
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

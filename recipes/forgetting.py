@@ -1,7 +1,7 @@
 """Does a policy keep what it learned? Train the arms of a study, fine-tune each on something else, write the report.
 
     python recipes/forgetting.py --config-name study/forgetting        # or: make forgetting
-    python recipes/forgetting.py --config-name my_study out=runs/study      # options: configs/forgetting.yaml
+    python recipes/forgetting.py --config-name my_study out=runs/study      # options: --help, docs/options.md
 
 Started again, it goes on where it stopped. Exit code 1: some runs failed. out/report.html is the result;
 recipes/report.py makes it anew. On a Slurm cluster: slurm/forgetting.sh.
@@ -15,9 +15,9 @@ from pathlib import Path
 
 def main() -> None:
     from frpo_nemo.errors import ConfigError
-    from frpo_nemo.evaluation.forgetting import ForgettingStudy
-    from frpo_nemo.evaluation.parts import check_command, study_of_command_line
-    from frpo_nemo.evaluation.report import print_summary, write_report
+    from frpo_nemo.report.page import print_summary, write_report
+    from frpo_nemo.study.parts import check_command, study_of_command_line
+    from frpo_nemo.study.run import ForgettingStudy
 
     try:
         config, config_dir = study_of_command_line(sys.argv[1:])

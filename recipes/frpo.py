@@ -1,7 +1,7 @@
 """Train a policy with FRPO, or a GRPO baseline.
 
     torchrun --nproc_per_node 2 recipes/frpo.py --config-name experiment/demo
-    python recipes/frpo.py model.path=... data.train='[{path: prompts.jsonl}]' ...    # options: configs/frpo.yaml
+    python recipes/frpo.py model.path=... data.train='[{path: prompts.jsonl}]' ...    # options: docs/options.md
 
 A mistake in the configuration is told before anything heavy is imported, so nothing is imported above `__main__`.
 """
@@ -14,8 +14,8 @@ def run(cfg) -> bool:
 
 
 if __name__ == "__main__":
-    from frpo_nemo.training.cli import main
-    from frpo_nemo.training.config import FRPORun
+    from frpo_nemo.config.cli import main
+    from frpo_nemo.config.options import FRPORun
     from frpo_nemo.training.validate import validate_frpo
 
     main(run, FRPORun, "frpo", validate_frpo)

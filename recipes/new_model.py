@@ -17,11 +17,11 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.new_model import new_model, train_tokenizer
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 
 @dataclass

@@ -5,7 +5,7 @@ of this needs a GPU.
     python recipes/plan.py --dry-run --config-name experiment/gsm8k_frpo parallel=tp2_pp2
     python recipes/plan.py --hours --config-name experiment/safety_mistral_7b objective.lambda_=0.5 workload.response_tokens=300
 
-The first lists the layouts that fit, best first (options: configs/plan.yaml). The second builds the model of every rank
+The first lists the layouts that fit, best first (options: --help, docs/options.md). The second builds the model of every rank
 of a training configuration without memory, and checks its names, shapes and sizes. The third estimates the GPU hours of
 a training configuration; of the first's options it takes cluster, workload.prompt_tokens and workload.response_tokens.
 docs/planning.md explains all three.
@@ -22,8 +22,8 @@ from pathlib import Path
 def search() -> None:
     from rich.console import Console
 
+    from frpo_nemo.config.cli import from_command_line
     from frpo_nemo.planning.plan import PlanRun, plan
-    from frpo_nemo.training.cli import from_command_line
 
     cfg = from_command_line(PlanRun, "plan")
     cfg.model.path = directory_with_config(cfg.model.path)
@@ -31,10 +31,10 @@ def search() -> None:
 
 
 def hours_of_config() -> None:
+    from frpo_nemo.config.cli import compose
+    from frpo_nemo.config.load import load
     from frpo_nemo.planning.plan import PlanRun, print_hours
-    from frpo_nemo.training.cli import compose
     from frpo_nemo.training.resources import step_of
-    from frpo_nemo.training.schema import load
 
     ours = [argument for argument in sys.argv if argument.startswith(("cluster", "workload."))]
     sys.argv = [argument for argument in sys.argv if argument not in ours]
@@ -67,8 +67,8 @@ def dry_run_of_config() -> None:
 
 
 def training_config():
-    from frpo_nemo.training.cli import from_command_line
-    from frpo_nemo.training.config import FRPORun, SFTRun
+    from frpo_nemo.config.cli import from_command_line
+    from frpo_nemo.config.options import FRPORun, SFTRun
 
     sys.argv.append("run_dir=none")  # experiments leave it to the user, and nothing is written
     cfg = from_command_line(lambda composed: FRPORun if "objective" in composed else SFTRun, "frpo")
@@ -77,7 +77,7 @@ def training_config():
 
 
 def directory_with_config(path: str) -> str:
-    from frpo_nemo.training.hub import CONFIG_ONLY, is_hub_name, local_model
+    from frpo_nemo.config.hub import CONFIG_ONLY, is_hub_name, local_model
 
     return local_model(path, download=True, files=CONFIG_ONLY) if is_hub_name(path) else path
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.report import print_summary, write_report
-from frpo_nemo.evaluation.results import Row, read_results
-from frpo_nemo.evaluation.runs import rows_of_runs
+from frpo_nemo.report.page import print_summary, write_report
+from frpo_nemo.report.runs import rows_of_runs
+from frpo_nemo.study.results import Row, read_results
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on prompt/completion data.
 
     torchrun --nproc_per_node 2 recipes/sft.py --config-name experiment/gsm8k_sft
-    python recipes/sft.py model.path=... data.train='[{path: rows.jsonl, completion: answer}]' ...   # options: configs/sft.yaml
+    python recipes/sft.py model.path=... data.train='[{path: rows.jsonl, completion: answer}]' ...   # options: docs/options.md
 
 A mistake in the configuration is told before anything heavy is imported, so nothing is imported above `__main__`.
 """
@@ -14,8 +14,8 @@ def run(cfg) -> bool:
 
 
 if __name__ == "__main__":
-    from frpo_nemo.training.cli import main
-    from frpo_nemo.training.config import SFTRun
+    from frpo_nemo.config.cli import main
+    from frpo_nemo.config.options import SFTRun
     from frpo_nemo.training.validate import validate_sft
 
     main(run, SFTRun, "sft", validate_sft)

@@ -12,10 +12,10 @@ import os
 import sys
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.forgetting import ForgettingStudy
-from frpo_nemo.evaluation.parts import check_command, study_of_command_line
-from frpo_nemo.evaluation.report import print_summary, write_report
-from frpo_nemo.evaluation.slurm_chain import SlurmChain
+from frpo_nemo.report.page import print_summary, write_report
+from frpo_nemo.study.parts import check_command, study_of_command_line
+from frpo_nemo.study.run import ForgettingStudy
+from frpo_nemo.study.slurm_chain import SlurmChain
 
 
 def main() -> None:

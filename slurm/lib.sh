@@ -8,7 +8,7 @@
 #   FRPO_PATIENCE      seconds in which every node must report in the preflight (default 40)
 #   FRPO_MAX_FAILURES  give up after so many failed starts without a new checkpoint (default 3)
 #
-# How a job ends. By itself with 0: done. A wrong configuration ends it before anything is loaded (exit code 2). After any
+# How a job ends. By itself with 0: done. A wrong configuration ends it, mostly before anything is loaded (exit code 2). After any
 # other end, a dead rank, a hang that the watchdog found, an exception, the job requeues itself under its number, and the
 # recipe continues from the newest checkpoint in its run_dir. Slurm requeues by itself when a node is lost.
 
@@ -36,6 +36,16 @@ try() {
   return 1
 }
 
+# The same for a question: its answer, which is never empty where it is right.
+ask() {
+  try frpo_answer "$@"
+}
+
+frpo_answer() {
+  local answer
+  answer=$("$@") && [ -n "$answer" ] && echo "$answer"
+}
+
 # srun with the job's environment: frpo_srun [srun options] -- command. A command's `python` is the environment's.
 frpo_srun() {
   local options=() command run_dir
@@ -43,7 +53,9 @@ frpo_srun() {
   shift
   command=("$@")
   if [ -n "${FRPO_CONTAINER:-}" ]; then
-    run_dir=$(realpath -m "${RUN_DIR:-$PWD}")
+    run_dir=$(realpath -m -- "${RUN_DIR:-$PWD}")
+    [[ $run_dir == "$PWD"/* ]] && run_dir=$PWD # which is mounted
+    [[ $run_dir == *[,:]* ]] && stop 2 "$run_dir has a comma or colon, which the list of a container's mounts cannot hold: take another run_dir"
     options+=("--container-image=$FRPO_CONTAINER" "--container-workdir=$PWD"
       "--container-mounts=$PWD:$PWD,$run_dir:$run_dir${FRPO_MOUNTS:+,$FRPO_MOUNTS}")
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, not one that the image has
@@ -72,13 +84,13 @@ frpo_heed_signal() {
   if [ "$signalled" = 1 ]; then
     signalled=2 deadline=$((SECONDS + FRPO_GRACE))
     say "the time limit is near: the run saves after this step, then the job goes on by requeue"
-    scancel --signal=USR1 "$SLURM_JOB_ID" # to the steps, not to this shell
+    try scancel --signal=USR1 "$SLURM_JOB_ID" # to the steps, not to this shell
   elif [ "$SECONDS" -ge "$deadline" ]; then
     frpo_continue "the step did not end in $FRPO_GRACE s"
   fi
 }
 
-frpo_newest_checkpoint() { ls "$RUN_DIR/checkpoints" 2>/dev/null | grep -x 'step_[0-9]*' | tail -n 1; }
+frpo_newest_checkpoint() { ls -- "$RUN_DIR/checkpoints" 2>/dev/null | grep -x 'step_[0-9]*' | tail -n 1; }
 
 # After the signal: requeue, which counts as a failed start if this one made no checkpoint.
 frpo_continue() { # what happened
@@ -98,31 +110,34 @@ frpo_retry() { # what happened
   failures=$((failures + 1))
   if [ "$failures" -ge "$FRPO_MAX_FAILURES" ]; then
     rm -f "$file"
-    stop 1 "$1; giving up after $failures failed starts without a new checkpoint (newest: $newest). To continue: the same sbatch command with run_dir=$RUN_DIR"
+    stop 1 "$1; giving up after $failures failed starts without a new checkpoint (newest: $newest). $(frpo_how_to_continue)"
   fi
-  echo "$failures $newest" >"$file" || stop 1 "$1; $file cannot be written. To continue: the same sbatch command with run_dir=$RUN_DIR"
+  mkdir -p -- "$RUN_DIR"
+  echo "$failures $newest" >"$file" || stop 1 "$1; $file cannot be written. $(frpo_how_to_continue)"
   say "$1; requeued (failed start $failures of $FRPO_MAX_FAILURES without a new checkpoint; newest: $newest)"
   frpo_requeue
 }
 
+frpo_how_to_continue() { echo "To continue: the same sbatch command${OWN_RUN_DIR:+ with ${OWN_RUN_DIR@Q}}"; }
+
 # The requeued job keeps its number, its log and its run_dir.
 frpo_requeue() { # [nodes to exclude]
   local nodes=${1:-} job state before left
-  job=$(try scontrol -o show job "$SLURM_JOB_ID")
+  job=$(ask scontrol -o show job "$SLURM_JOB_ID")
   state=$(sed -n 's/.* JobState=\([^ ]*\).*/\1/p' <<<"$job")
   [ "$state" = RUNNING ] || stop 1 "not requeued: the job is ${state:-unknown to Slurm}" # Slurm would revive a cancelled one
   if [ -n "$nodes" ]; then
     before=$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<<"$job")
     [ "$before" = "(null)" ] || nodes=$before,$nodes
-    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u | grep -cvxFf <(scontrol show hostnames "$nodes"))
+    left=$(ask sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u | grep -cvxFf <(ask scontrol show hostnames "$nodes"))
     if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
       frpo_retry "without $nodes the partition has $left nodes, too few for this job: none is excluded"
     fi
   fi
   trap '' TERM # Slurm ends this shell now
-  try scontrol requeue "$SLURM_JOB_ID" || stop 1 "Slurm does not requeue this job. To continue: the same sbatch command with run_dir=$RUN_DIR"
+  try scontrol requeue "$SLURM_JOB_ID" || stop 1 "Slurm does not requeue this job. $(frpo_how_to_continue)"
   # A pending job's nodes can be changed, and Slurm starts it no sooner than some seconds from now.
-  [ -z "$nodes" ] || scontrol update "JobId=$SLURM_JOB_ID" "ReqNodeList=" "ExcNodeList=$nodes"
+  [ -z "$nodes" ] || try scontrol update "JobId=$SLURM_JOB_ID" "ReqNodeList=" "ExcNodeList=$nodes"
   exit 0
 }
 
@@ -151,21 +166,31 @@ frpo_exclude() { # nodes, why
   frpo_requeue "$1"
 }
 
-# The last run_dir of the overrides, or one named after the job: the same at every restart.
-frpo_run_dir() {
-  local argument found=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
-  for argument in "$@"; do
-    [[ $argument =~ ^\+{0,2}run_dir=[\"\']?([^\"\']*) ]] && found=${BASH_REMATCH[1]}
-  done
-  echo "$found"
+# RUN_DIR, which only the recipe knows: it composes the configuration. Where that names none, a directory with the job's name
+# and number, the same at every restart; OWN_RUN_DIR is then the override that continues the run in another job.
+frpo_find_run_dir() { # recipe [argument ...]
+  local printed code
+  RUN_DIR= OWN_RUN_DIR=
+  export FRPO_DEFAULT_RUN_DIR=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+  printed=$(frpo_srun --nodes=1 --ntasks=1 --ntasks-per-node=1 -- python "recipes/$1" --print-run-dir "${@:2}")
+  code=$?
+  RUN_DIR=$(sed -n 's/^0: run_dir=//p' <<<"$printed") # srun puts the rank before a line
+  [ "$code" = 2 ] && stop 2 "the configuration is wrong, see above; nothing was started"
+  if [ -z "$RUN_DIR" ] || [ "$RUN_DIR" = "$FRPO_DEFAULT_RUN_DIR" ]; then
+    RUN_DIR=$FRPO_DEFAULT_RUN_DIR
+    OWN_RUN_DIR="run_dir='$(sed "s/'/\\\\'/g; s/\\\${/\\\\\${/g" <<<"$RUN_DIR")'" # as Hydra reads a text
+  fi
+  [ "$code" = 0 ] || frpo_retry "the configuration's run_dir was not found (exit code $code)"
 }
 
 # Two jobs in one run_dir would overwrite each other's checkpoints.
 frpo_own_run_dir() {
-  local other
-  mkdir -p "$RUN_DIR"
+  local other queue
+  mkdir -p -- "$RUN_DIR"
   other=$(cat "$RUN_DIR/slurm_job" 2>/dev/null)
-  if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && [ -n "$(squeue -h -j "$other" 2>/dev/null)" ]; then
+  # The whole queue, which holds this job: squeue fails for a job that has left it, as it does when Slurm is away.
+  queue=$(ask squeue -h -o %A) || stop 1 "Slurm does not say which jobs are in the queue"
+  if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && grep -qx "$other" <<<"$queue"; then
     stop 2 "run_dir=$RUN_DIR belongs to job $other, which is still in the queue; cancel it first, or take another run_dir"
   fi
   echo "$SLURM_JOB_ID" >"$RUN_DIR/slurm_job"
@@ -183,8 +208,8 @@ frpo_submit() { # recipe configuration [override ...]
   local nodes ranks
   nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0") ranks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
   if [ -z "${FRPO_CONTAINER:-}" ]; then
-    FRPO_LOGIN_NODE=1 "$FRPO_VENV/bin/python" "recipes/$1" --check --config-name "$2" "trainer.num_nodes=$nodes" \
-      "trainer.devices=$ranks" run_dir=runs/checked "${@:3}" || exit
+    FRPO_LOGIN_NODE=1 FRPO_DEFAULT_RUN_DIR=runs/checked "$FRPO_VENV/bin/python" "recipes/$1" --check --config-name "$2" \
+      "trainer.num_nodes=$nodes" "trainer.devices=$ranks" "${@:3}" || exit
   fi
   exec sbatch "$0" "${@:3}"
 }
@@ -192,19 +217,19 @@ frpo_submit() { # recipe configuration [override ...]
 # What the processes find: where they meet, how many there are, and how to continue the run.
 frpo_export() { # [override ...]
   local script restart=${SLURM_RESTART_COUNT:-0}
-  FRPO_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+  FRPO_HOSTS=$(ask scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
   MASTER_ADDR=${FRPO_HOSTS%%,*}
   MASTER_PORT=$((20000 + 2 * ((SLURM_JOB_ID + 7 * restart) % 5000))) # preflight takes the next one
   FRPO_RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
   SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE > SLURM_NTASKS_PER_NODE ? SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE : 1))
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # else a line per rank where addresses have no names
-  CUDA_DEVICE_MAX_CONNECTIONS=1                     # megatron-core's order of tensor-parallel communication
-  script=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')
+  script=$(ask scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\(.*\) WorkDir=.*/\1/p')
+  script=${script%" $*"} # Slurm has the arguments after it
   FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q}"
-  case " $*" in *run_dir=*) ;; *) FRPO_RESUME_COMMAND+=" run_dir=$RUN_DIR" ;; esac
+  [ -z "${OWN_RUN_DIR:-}" ] || FRPO_RESUME_COMMAND+=" ${OWN_RUN_DIR@Q}"
   export FRPO_HOSTS MASTER_ADDR MASTER_PORT FRPO_RANKS_PER_NODE SRUN_CPUS_PER_TASK OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL
-  export CUDA_DEVICE_MAX_CONNECTIONS FRPO_RESUME_COMMAND
+  export FRPO_RESUME_COMMAND
 }
 
 # frpo_train recipe configuration [override ...]
@@ -214,11 +239,11 @@ frpo_train() {
   shift 2
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || stop 2 "job arrays are not supported: requeue and signals would reach all of their tasks"
   [ -n "${SLURM_NTASKS_PER_NODE:-}" ] || stop 2 "--ntasks-per-node is not set"
-  RUN_DIR=$(frpo_run_dir "$@")
-  arguments=(--config-name "$config" "trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "run_dir=$RUN_DIR" "$@")
+  arguments=(--config-name "$config" "trainer.num_nodes=$SLURM_JOB_NUM_NODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "$@")
+  trap '[ "$signalled" = 0 ] && signalled=1' USR1
+  frpo_find_run_dir "$recipe" "${arguments[@]}"
   frpo_export "$@"
   frpo_own_run_dir
-  trap '[ "$signalled" = 0 ] && signalled=1' USR1
   began=$(frpo_newest_checkpoint)
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR, newest checkpoint: ${began:-none}"
   frpo_preflight
@@ -227,10 +252,14 @@ frpo_train() {
   [ "$code" = 2 ] && stop 2 "the configuration is wrong, see above; nothing was started"
   [ "$code" = 0 ] || frpo_retry "the check of the configuration ended with exit code $code"
   training=1
+  export FRPO_REFUSED=$RUN_DIR/slurm_refused
+  rm -f "$FRPO_REFUSED"
   frpo_step -- python "recipes/$recipe" "${arguments[@]}"
   code=$?
   [ "$code" = 0 ] && frpo_finished
-  [ "$code" = 2 ] && stop 2 "the configuration is wrong, see above"
+  # One rank may refuse what others do not see, and srun's exit code is then that of the others, which it ended. ls sees
+  # what another node has just written, where a file's own name may still be cached as absent.
+  [ "$code" = 2 ] || ls -- "$RUN_DIR" | grep -qx slurm_refused && stop 2 "the configuration is wrong, see above"
   [ "$signalled" = 2 ] && frpo_continue "stopped by the signal"
   frpo_retry "srun ended with exit code $code"
 }

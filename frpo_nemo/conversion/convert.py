@@ -1,11 +1,13 @@
-"""Conversion between a run's checkpoints and the Hugging Face format, in one process that never holds the model.
+"""Conversion between a run's checkpoints and the Hugging Face format, and from GGUF to that, in one process that never
+holds the model.
 
 Here is the order of the work. How tensors correspond is the business of megatron/hf_weights/, how the bytes of a
-checkpoint lie on disk that of megatron/checkpoint_weights.py.
+checkpoint lie on disk that of megatron/checkpoint_weights.py, what a GGUF file says that of gguf_file.py.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,22 +17,27 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from frpo_nemo.config.hub import is_hub_name
+from frpo_nemo.conversion.gguf_tokenizer import build_tokenizer, generation_config
 from frpo_nemo.conversion.inputs import Conversion, ConvertRun, check_conversion
-from frpo_nemo.conversion.model_card import model_card
+from frpo_nemo.conversion.model_card import gguf_card, model_card
 from frpo_nemo.conversion.verify import verify
+from frpo_nemo.data.tokenizer import check_read_alike
 from frpo_nemo.megatron.checkpoint_weights import MergedWeights, StoredWeights, write_checkpoint
 from frpo_nemo.megatron.hf_weights.export import write_adapter, write_files
 from frpo_nemo.megatron.hf_weights.files import CARD, begin_export, publish_export
 from frpo_nemo.megatron.hf_weights.load import check_checkpoint
-from frpo_nemo.training.hub import is_hub_name
 
 
-def convert(cfg: ConvertRun) -> Path:
+def convert(cfg: ConvertRun, conversion: Conversion | None = None) -> Path:
     """Write `cfg.out`; returns it. Raises ConfigError before anything is written, and VerificationError with nothing under
-    the name of `cfg.out`; what is written until then is below OUT.incomplete, which the next start removes."""
+    the name of `cfg.out`; what is written until then is below OUT.incomplete, which the next start removes. conversion: of
+    `check_conversion`, if that was called."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as it should be
-    conversion = check_conversion(cfg)
-    if conversion.checkpoint is None:
+    conversion = conversion or check_conversion(cfg)
+    if conversion.gguf is not None:
+        _from_gguf(conversion, cfg)
+    elif conversion.checkpoint is None:
         _to_checkpoint(conversion, cfg)
     else:
         _to_hugging_face(conversion, cfg)
@@ -56,6 +63,22 @@ def _to_hugging_face(conversion: Conversion, cfg: ConvertRun) -> None:
     (temporary / CARD).write_text(card)
     if cfg.verify:
         verify(temporary, conversion.checkpoint, dtype, base=conversion.model if lora else None)
+    publish_export(temporary, conversion.out)
+
+
+def _from_gguf(conversion: Conversion, cfg: ConvertRun) -> None:
+    file, dtype = conversion.gguf, getattr(torch, conversion.dtype)
+    tokenizer = build_tokenizer(file.fields)
+    temporary = begin_export(conversion.out)
+    with _progress(conversion) as advance:
+        stream = _counted(file.stream(dtype), advance)
+        write_files(stream, conversion.arch, None, temporary, dtype, cfg.max_shard_gb * 1e9)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "generation_config.json").write_text(json.dumps(generation_config(file.fields), indent=2) + "\n")
+    (temporary / CARD).write_text(gguf_card(file.path, file.fields, file.stored_as, conversion.dtype))
+    check_read_alike(str(temporary))
+    if cfg.verify:
+        verify(file.path, temporary, dtype)
     publish_export(temporary, conversion.out)
 
 

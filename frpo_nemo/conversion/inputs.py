@@ -1,5 +1,5 @@
-"""What a conversion is asked for, what its input is, and what can be wrong with both. Nothing here imports torch, so a
-mistake is told at once."""
+"""What a conversion is asked for, what its input is, and what can be wrong with both. Nothing here imports torch, except
+to read a GGUF file, so a mistake is told at once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from frpo_nemo.config.hub import FILES, WITHOUT_WEIGHTS, is_hub_name, local_model
+from frpo_nemo.config.option import check_values, option
 from frpo_nemo.conversion.model_card import trained_from
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.launcher import started_world
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.files import CARD, check_replaceable, others
 from frpo_nemo.planning.memory import adapter_parameters, parameters, readable
-from frpo_nemo.training.cli import started_world
-from frpo_nemo.training.config import required
-from frpo_nemo.training.hub import FILES, WITHOUT_WEIGHTS, is_hub_name, local_model
+
+if TYPE_CHECKING:
+    from frpo_nemo.conversion.gguf_file import GGUFFile
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 << 20  # bytes of disk for what is no weight: tokenizers, indices, the headers of chunks
@@ -29,23 +32,45 @@ _CONVERTED = (checkpoint_files.RECORD, ".metadata", "*.distcp", "common.pt", "me
 class ConvertRun:
     """recipes/convert.py"""
 
-    input: str = required("runs/first")  # checkpoint or run directory (to Hugging Face), or Hugging Face directory
-    out: str = required("runs/first/hf_best")
-    checkpoint: str = "newest"  # which of a run directory: newest or best
-    base: str | None = None  # configuration and tokenizer; None: what the checkpoint was trained from
-    adapter: bool = False  # of a run with adapters: these alone, in PEFT's format, instead of the merged model
-    dtype: str | None = None  # of the weights; None: what config.json names
-    max_shard_gb: float = 5.0  # of 10^9 bytes
-    verify: bool = False
+    input: str = option(
+        "Checkpoint, run directory or GGUF file, converted to Hugging Face format; or a model in that format, converted to a "
+        "checkpoint.",
+        example="runs/first",
+    )
+    out: str = option(
+        "Directory to write; an earlier conversion there is replaced, anything else refused.",
+        example="runs/first/hf_best",
+    )
+    checkpoint: str = option(
+        "Which checkpoint of a run directory; best is by validation.", "newest", choices=("newest", "best")
+    )
+    base: str | None = option(
+        "Model that gives configuration and tokenizer, and to adapters the frozen weights; null: the one that the checkpoint "
+        "was trained from.",
+        None,
+    )
+    adapter: bool = option(
+        "Of a run with adapters (model.lora): write them alone, for PEFT, instead of merging them into the base.", False
+    )
+    dtype: str | None = option(
+        "Of the weights written; null: what config.json names, or what most matrices of a GGUF file are stored in.",
+        None,
+        choices=tuple(ITEM_BYTES),
+    )
+    max_shard_gb: float = option(
+        "Largest safetensors file in 10^9 bytes; memory is a file and the largest weight.", 5.0, above=0
+    )
+    verify: bool = option("Compare log-probs by transformers and Megatron; needs memory for the whole model.", False)
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What a ConvertRun comes to. checkpoint: the input, or None when `model` is. model: the directory in Hugging Face
-    format that is converted, or that gives configuration and tokenizer, and to adapters (`lora`: their record) the frozen
-    weights. base: its name. adapter: they alone are written."""
+    format, or the GGUF file (read as `gguf`), that is converted; or the directory that gives configuration and tokenizer, and
+    to adapters (`lora`: their record) the frozen weights. base: its name. adapter: they alone are written."""
 
     checkpoint: Path | None
+    gguf: GGUFFile | None
     model: Path
     base: str
     lora: dict[str, Any] | None
@@ -67,6 +92,8 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
     a look into files of weights. Downloads what is a hub name."""
     _check_options(cfg)
     out = _out(cfg)
+    if Path(cfg.input).is_file():
+        return _of_gguf(cfg, out)
     checkpoint = _checkpoint(cfg)
     lora = None if checkpoint is None else checkpoint_files.read(checkpoint).get("lora")
     if cfg.adapter and lora is None:
@@ -86,24 +113,39 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
         _check_replaceable_adapter(out)
     else:
         check_replaceable(model, out)
-    conversion = Conversion(checkpoint, model, base, lora, cfg.adapter, arch, cfg.dtype or arch.dtype or "float32", out)
+    dtype = cfg.dtype or arch.dtype or "float32"
+    conversion = Conversion(checkpoint, None, model, base, lora, cfg.adapter, arch, dtype, out)
+    _check_disk(conversion)
+    return conversion
+
+
+def _of_gguf(cfg: ConvertRun, out: Path) -> Conversion:
+    for package in ("gguf", "accelerate") if cfg.verify else ("gguf",):  # transformers, of the second
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"input={cfg.input} is a file, and to read GGUF files takes {package}: pip install {package}."
+            )
+    if cfg.adapter:
+        raise ConfigError(f"adapter=true, but input={cfg.input} holds no adapters.")
+    from frpo_nemo.conversion.gguf_file import read_gguf
+
+    path = Path(cfg.input)
+    file = read_gguf(path)
+    check_replaceable(path, out)
+    dtype = cfg.dtype or file.arch.dtype
+    conversion = Conversion(None, file, path, cfg.input, None, False, file.arch, dtype, out)
     _check_disk(conversion)
     return conversion
 
 
 def _check_options(cfg: ConvertRun) -> None:
+    check_values(cfg)
     if started_world()[1] > 1:
         raise ConfigError(f"{started_world()[1]} processes were started; conversion is the work of one.")
-    if cfg.checkpoint not in ("newest", "best"):
-        raise ConfigError(f"checkpoint={cfg.checkpoint} must be newest or best.")
-    if cfg.dtype is not None and cfg.dtype not in ITEM_BYTES:
-        raise ConfigError(f"dtype={cfg.dtype} must be {', '.join(ITEM_BYTES)} or null.")
     if cfg.adapter and cfg.verify and importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "verify=true loads an adapter (adapter=true) with peft, which is not installed; pip install peft."
         )
-    if not cfg.max_shard_gb > 0:
-        raise ConfigError(f"max_shard_gb={cfg.max_shard_gb} must be above 0.")
 
 
 def _checkpoint(cfg: ConvertRun) -> Path | None:
@@ -121,7 +163,7 @@ def _checkpoint(cfg: ConvertRun) -> Path | None:
         return None
     raise ConfigError(
         f"input={cfg.input} is neither a checkpoint ({checkpoint_files.RECORD}), nor a run directory (checkpoints/), nor "
-        f"a model in Hugging Face format (config.json); the working directory is {Path.cwd()}."
+        f"a model in Hugging Face format (config.json), nor a GGUF file; the working directory is {Path.cwd()}."
     )
 
 

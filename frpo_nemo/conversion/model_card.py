@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from frpo_nemo import __version__, redact
+from frpo_nemo.config.hub import is_hub_name
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.training import record as run_record
-from frpo_nemo.training.hub import is_hub_name
 
 # /home/me/data.jsonl, ~/data.jsonl or file:///home/me/data.jsonl, also inside a command; no part of a URL
 _ABSOLUTE = re.compile(
@@ -64,6 +64,21 @@ def model_card(checkpoint: Path, arch: Architecture, *, adapter: bool = False) -
     if config is not None:
         text = yaml.safe_dump(_public(config), sort_keys=False, allow_unicode=True)
         parts += ["## Configuration", f"```yaml\n{text}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def gguf_card(path: Path, fields: dict[str, Any], stored_as: dict[str, int], dtype: str) -> str:
+    """The README.md of the GGUF file `path`, with metadata `fields`, in Hugging Face format: with the licence that it names.
+    stored_as: type of storage -> number of tensors. dtype: of the weights that were written."""
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if licence := fields.get("general.license"):
+        front["license"] = str(licence)
+    types = ", ".join(f"{count} in {kind}" for kind, count in stored_as.items())
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {fields.get('general.name', path.stem)}",
+        f"Converted by frpo-nemo {__version__} from {path.name}: of its tensors {types}, all written in {dtype}.",
+    ]
     return "\n\n".join(parts) + "\n"
 
 

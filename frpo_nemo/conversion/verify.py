@@ -1,17 +1,22 @@
-"""Do a Hugging Face directory and a checkpoint compute the same? transformers' log-probs against Megatron's.
+"""Do the two sides of a conversion compute the same? transformers' log-probs from the Hugging Face directory or the GGUF
+file against Megatron's from the checkpoint or the directory.
 
 One model after the other is in memory, each of them whole: what converts in a few GB may be too large for this.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from frpo_nemo.config.options import LoRAConfig, ModelConfig
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron import checkpoint as checkpoints
 from frpo_nemo.megatron import checkpoint_files, distributed
@@ -19,7 +24,6 @@ from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.adapter_files import PEFT_CONFIG
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.rollout.verify import GAP_LIMITS, logprob_gap
-from frpo_nemo.training.config import LoRAConfig, ModelConfig
 
 LENGTHS = (2, 17, 64, 256)  # tokens of the sequences
 
@@ -28,16 +32,18 @@ class VerificationError(RuntimeError):
     """What was converted does not compute what the input computes."""
 
 
-def verify(model: Path, checkpoint: Path, dtype: torch.dtype, base: Path | None = None) -> None:
-    """Compare the log-probs of random tokens under `model` (Hugging Face) and `checkpoint`, and print the difference.
-    Raises VerificationError when it is larger than rounding explains (GAP_LIMITS). base: of a checkpoint of adapters, the
-    model that they were trained on; `model` is then the merged model or PEFT's directory.
+def verify(model: Path, other: Path, dtype: torch.dtype, base: Path | None = None) -> None:
+    """Compare the log-probs of random tokens under `model` (Hugging Face) and `other`, its checkpoint, and print the
+    difference. Or `model` is a GGUF file, which transformers reads as well, and `other` what was made of it in Hugging Face
+    format. Raises VerificationError when it is larger than rounding explains (GAP_LIMITS). base: of a checkpoint of adapters,
+    the model that they were trained on; `model` is then the merged model or PEFT's directory.
 
     dtype: what was written. bfloat16 computes in bfloat16, everything else in float32, from weights that are rounded
     to `dtype` on both sides: the input may hold more digits than were asked for. Adapters are not merged in the checkpoint,
     and so not rounded as their sum is: anything but float32 may then differ as bfloat16 may.
     """
-    arch = Architecture.from_hf(base or model)
+    directory, checkpoint = (other, None) if model.is_file() else (base or model, other)
+    arch = Architecture.from_hf(directory)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     generator = torch.Generator().manual_seed(0)
     longest = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
@@ -45,8 +51,8 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype, base: Path | None 
     sequences = [torch.randint(arch.vocab_size, (length,), generator=generator) for length in lengths]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries', of their own calls
-        expected = _transformers(model, sequences, precision, dtype, base)
-        found = _megatron(base or model, checkpoint, sequences, precision, dtype)
+        expected = _transformers(model, sequences, precision, dtype, directory)
+        found = _megatron(directory, checkpoint, sequences, precision, dtype)
     mean, largest = logprob_gap(found, expected)
     rounding = "bf16" if base and dtype != torch.float32 else precision
     statistic, limit = GAP_LIMITS[rounding]
@@ -56,25 +62,30 @@ def verify(model: Path, checkpoint: Path, dtype: torch.dtype, base: Path | None 
         f"average ({rounding}: the {statistic} may be {limit:g})"
     )
     if not value <= limit:
-        raise VerificationError(f"{line}: the conversion is wrong. What there is of it: {model} and {checkpoint}.")
+        raise VerificationError(f"{line}: the conversion is wrong. What there is of it: {model} and {other}.")
     Console(soft_wrap=True, highlight=False, markup=False).print(line)
 
 
 @torch.no_grad()
 def _transformers(
-    model: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype, base: Path | None
+    model: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype, base: Path
 ) -> torch.Tensor:
-    """Log-probs fp32 of all tokens but the first of each sequence."""
-    from transformers import AutoModelForCausalLM
+    """Log-probs fp32 of all tokens but the first of each sequence. base: of adapters their model; of a GGUF file the
+    directory with its configuration, because transformers leaves out a part of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    is_adapter = (model / PEFT_CONFIG).is_file()
-    source = base if is_adapter else model
-    reference = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False).eval()
-    if is_adapter:
-        reference = _with_adapter(reference, model)
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype, trust_remote_code=False)
+    if model.is_file():
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting hides
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            reference = load(model.parent, gguf_file=model.name, config=config).eval()
+    elif (model / PEFT_CONFIG).is_file():
+        reference = _with_adapter(load(base).eval(), model)
+    else:
+        reference = load(model).eval()
     _round(reference, rounded_to)
     out = []
     for tokens in sequences:
@@ -90,19 +101,20 @@ def _with_adapter(reference: torch.nn.Module, adapter: Path) -> torch.nn.Module:
 
 
 def _megatron(
-    model: Path, checkpoint: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype
+    model: Path, checkpoint: Path | None, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype
 ) -> torch.Tensor:
-    """The same from the checkpoint, by the actor that trains."""
-    lora = LoRAConfig.of_record(checkpoint_files.read(checkpoint).get("lora"))
+    """The same from the checkpoint, or from `model` where there is none, by the actor that trains."""
+    lora = LoRAConfig.of_record(checkpoint_files.read(checkpoint).get("lora") if checkpoint else None)
     config = ModelConfig(path=str(model), precision=precision, lora=lora)
     distributed.start_world()
     distributed.start_model_parallel(config, seed=1)
     actor = PolicyActor(config, None, microbatch_tokens=sum(map(len, sequences)))
-    with torch.no_grad():
-        for name, parameter in actor.gpt.named_parameters():
-            if not lora.rank or ".lora." in name:
-                parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
-    checkpoints.load(checkpoint, actor)
+    if checkpoint:
+        with torch.no_grad():
+            for name, parameter in actor.gpt.named_parameters():
+                if not lora.rank or ".lora." in name:
+                    parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
+        checkpoints.load(checkpoint, actor)
     _round(actor.gpt, rounded_to)
     lists = [tokens.tolist() for tokens in sequences]
     batch = SequenceBatch.from_lists([tokens[:1] for tokens in lists], [tokens[1:] for tokens in lists])

@@ -6,30 +6,32 @@ column, it holds conversations. Token ids are the business of prompts.py and sft
 
 from __future__ import annotations
 
-import re
+from decimal import Decimal
 from typing import Any
 
+from frpo_nemo.config.options import SourceConfig
+from frpo_nemo.data.conversations import are_messages, as_conversation, thoughts
+from frpo_nemo.data.templates import fill, is_template, with_line_ends
 from frpo_nemo.errors import ConfigError
 
-PLACE = re.compile(r"\{([^{}\s][^{}]*)\}")  # not an empty pair of braces: prompts ask for \boxed{}
 
-
-def columns_of(name: str) -> list[str]:
-    """The columns that a template reads; a text without places is a column's name."""
-    return PLACE.findall(name) or [name]
-
-
-def prompt_messages(row: dict[str, Any], source) -> list[dict[str, str]]:
+def prompt_messages(row: dict[str, Any], source: SourceConfig) -> list[dict[str, Any]]:
     """The chat messages that the answer follows: a string is one user message, a conversation goes up to its last
     assistant turn; the source's system prompt goes before. Raises ConfigError on anything else."""
-    prompt = _value(row, source.prompt, source)
+    prompt = _conversation(row, source.prompt, source)
     if source.prompt == source.completion:
         prompt = prompt[: _last_answer(prompt, source)]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not _are_messages(messages):
+    if not are_messages(messages):
         raise ConfigError(
             f"data source '{source.path}', column '{source.prompt}': a prompt is a string or a list of "
             f"{{role, content}} messages, not {str(prompt)[:80]!r}"
+        )
+    if messages[-1]["role"] == "assistant" and source.prompt != source.completion:
+        raise ConfigError(
+            f"data source '{source.path}', column '{source.prompt}': a prompt ends in the assistant's answer, "
+            f"{str(messages[-1]['content'])[:80]!r}; set completion={source.prompt} to part the answer from it, or end "
+            "prompts before it"
         )
     if source.system_prompt is None:
         return messages
@@ -37,54 +39,59 @@ def prompt_messages(row: dict[str, Any], source) -> list[dict[str, str]]:
         raise ConfigError(
             f"data source '{source.path}' has prompts with a system message of their own: remove system_prompt"
         )
-    return [{"role": "system", "content": source.system_prompt}, *messages]
+    return [{"role": "system", "content": with_line_ends(source.system_prompt)}, *messages]
 
 
-def completion_text(row: dict[str, Any], source) -> str:
-    """The answer to `prompt_messages`. Raises ConfigError if it is no string."""
-    value = _value(row, source.completion, source)
+def completion_message(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """The assistant's message that answers `prompt_messages`. Raises ConfigError if there is none."""
+    value = _conversation(row, source.completion, source)
     if source.prompt == source.completion:
-        value = value[_last_answer(value, source)]["content"]
-    if not isinstance(value, str):
+        return value[_last_answer(value, source)]
+    if are_messages(value) and len(value) == 1 and value[0]["role"] == "assistant":
+        return value[0]
+    if not isinstance(value, str | None):
         raise ConfigError(
             f"data source '{source.path}', column '{source.completion}': a completion is a string, "
-            f"not {str(value)[:80]!r}"
+            f"not {str(value)[:80]!r} (or a list of one message, the assistant's)"
         )
-    return value
+    return {"role": "assistant", "content": value}
 
 
-def _value(row: dict[str, Any], name: str, source) -> Any:
+def completion_text(row: dict[str, Any], source: SourceConfig) -> str:
+    """The answer to `prompt_messages` as text, with its thoughts before it if it has any."""
+    message = completion_message(row, source)
+    thought, content = thoughts(message), message["content"] or ""
+    return f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
+
+
+def _value(row: dict[str, Any], name: str, source: SourceConfig) -> Any:
     """A column as it is, or a template filled in: text, without the space that empty columns leave at its ends."""
-    if not PLACE.search(name):
+    if not is_template(name):
         return row[name]
-    return PLACE.sub(lambda place: _text(row[place[1]], place[1], source), name).strip()
+    return fill(name, lambda column: _text(row[column], column, source)).strip()
 
 
-def _text(value: Any, column: str, source) -> str:
-    if value is None:
+def _text(value: Any, column: str, source: SourceConfig) -> str:
+    if value is None or value != value:  # NaN, which pandas writes where there is nothing
         return ""
-    if not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ConfigError(
             f"data source '{source.path}', column '{column}': a template takes text or numbers, not {str(value)[:80]!r}"
         )
     return str(value)
 
 
-def _last_answer(conversation: Any, source) -> int:
+def _conversation(row: dict[str, Any], name: str, source: SourceConfig) -> Any:
+    return as_conversation(_value(row, name, source), f"data source '{source.path}', column '{name}'")
+
+
+def _last_answer(conversation: Any, source: SourceConfig) -> int:
     """The place of the last assistant turn, which is not the first message."""
-    if _are_messages(conversation):
+    if are_messages(conversation):
         turns = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
         if turns and turns[-1] > 0:
             return turns[-1]
     raise ConfigError(
         f"data source '{source.path}', column '{source.prompt}': prompt and completion in one column are a list of "
         f"{{role, content}} messages with an assistant's after the first, not {str(conversation)[:80]!r}"
-    )
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
     )

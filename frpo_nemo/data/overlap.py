@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.columns import prompt_messages
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.errors import ConfigError
@@ -36,8 +37,8 @@ def check_apart(probe: Sequence[Any], training: Sequence[Any]) -> None:
         )
 
 
-def _prompts(sources: Sequence[Any]) -> list[Messages]:
-    return [prompt_messages(row, source) for source in sources for row in load_rows(source)]
+def _prompts(sources: Sequence[SourceConfig]) -> list[Messages]:
+    return [prompt_messages(row, source) for source in sources for row in load_rows(source, whole=False)]
 
 
 def _key(messages: Messages) -> tuple[str, ...]:

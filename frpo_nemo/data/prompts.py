@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from frpo_nemo.config.options import SourceConfig
+from frpo_nemo.data.chat import Chat
 from frpo_nemo.data.columns import prompt_messages
+from frpo_nemo.data.conversations import tools_of
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.errors import ConfigError
 
@@ -60,17 +62,17 @@ class PromptSet:
         return {name: [row.get(name) for row in rows] for name in names}
 
 
-def load_prompts(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int) -> PromptSet:
-    """Read all `sources`, render their prompts with the tokenizer's chat template (generation prompt added)
-    and tokenize. Raises ConfigError: whatever `check_source` finds, no chat template, a source of which
-    nothing is left.
+def load_prompts(sources: Sequence[SourceConfig], tokenizer, *, max_prompt_tokens: int) -> PromptSet:
+    """Read all `sources`, render their prompts with the chat template of `tokenizer` (or of a Chat), generation prompt
+    added, and tokenize. Raises ConfigError: whatever `check_source` and Chat find, a source of which nothing is left.
     """
-    check_tokenizer(tokenizer)
+    chat = Chat.of(tokenizer)
+    chat.check()
     examples, dropped = [], 0
     for source in sources:
         rows = load_rows(source)
         messages = [prompt_messages(row, source) for row in rows]
-        prompt_ids = encode_prompts(messages, tokenizer, source)
+        prompt_ids = chat.prompt_ids(messages, f"data source '{source.path}'", map(tools_of, rows))
         kept = [
             Prompt(ids, m, row_task(row, source), {k: v for k, v in row.items() if k != source.prompt})
             for ids, m, row in zip(prompt_ids, messages, rows, strict=True)
@@ -87,34 +89,7 @@ def load_prompts(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int) -
     return PromptSet(examples, dropped)
 
 
-def check_tokenizer(tokenizer) -> None:
-    """Raise ConfigError when prompts cannot be rendered or answers cannot end with this tokenizer."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: take an "
-            "instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer files"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"the tokenizer of '{tokenizer.name_or_path}' has no EOS token, so no answer can end: "
-            "set eos_token in its tokenizer_config.json"
-        )
-
-
-def encode_prompts(conversations: list[list[dict]], tokenizer, source) -> list[list[int]]:
-    """Token ids of every conversation up to the place where the assistant's answer begins. A template writes
-    its own BOS, so the tokenizer must not add another."""
-    try:
-        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as problem:
-        raise ConfigError(
-            f"data source '{source.path}': the chat template of '{tokenizer.name_or_path}' refuses its "
-            f"prompts: {problem}"
-        ) from problem
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-def row_task(row: dict[str, Any], source) -> str | None:
+def row_task(row: dict[str, Any], source: SourceConfig) -> str | None:
     """The task of a row: the source's own, or what its task column says."""
     task = source.task if source.task_column is None else row[source.task_column]
     return None if task is None else str(task)

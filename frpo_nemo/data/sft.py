@@ -1,21 +1,20 @@
-"""Supervised examples: a prompt as the chat template renders it, then the completion, then EOS.
-
-The two are tokenized apart and joined as ids, which is exactly what a sampler sees: it continues prompt ids
-that were fixed before the first answer token. Tokenizing the joined text instead could merge tokens across
-the border.
-"""
+"""Supervised examples: a prompt as a sampler gets it, then the completion as the chat template writes it in the whole
+conversation, up to the token that ends the turn (or EOS, where the template writes none)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.data.columns import completion_text, prompt_messages
-from frpo_nemo.data.prompts import check_tokenizer, encode_prompts, fingerprint
+from frpo_nemo.data.chat import Chat
+from frpo_nemo.data.columns import completion_message, completion_text, prompt_messages
+from frpo_nemo.data.conversations import tools_of
+from frpo_nemo.data.prompts import fingerprint
 from frpo_nemo.data.sources import load_rows
+from frpo_nemo.data.templates import with_line_ends
 from frpo_nemo.errors import ConfigError
 
 
@@ -35,18 +34,19 @@ class SFTSet:
         return fingerprint(self.batch.unpack())
 
 
-def load_examples(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int, max_tokens: int) -> SFTSet:
+def load_examples(sources: Sequence[SourceConfig], tokenizer, *, max_prompt_tokens: int, max_tokens: int) -> SFTSet:
     """Read all `sources`; examples with more than `max_prompt_tokens` of prompt or `max_tokens` in all are dropped, and
     so are those whose completion is empty: they would teach to say nothing.
 
-    Raises ConfigError: whatever `check_source` and `check_tokenizer` find, no completion column, a completion
+    Raises ConfigError: whatever `check_source` and Chat find, no completion column, a completion
     that is no string, `completion_until` where no completion has it, a source of which nothing is left.
     """
-    check_tokenizer(tokenizer)
+    chat = Chat.of(tokenizer)
+    chat.check()
     prompts, completions, dropped = [], [], 0
     for source in sources:
-        rows, examples = _read_examples(source)
-        pairs = _encode(examples, tokenizer, source)
+        rows, examples, tools = _read_examples(source)
+        pairs = chat.examples(examples, f"data source '{source.path}'", tools)
         kept = [(p, c) for p, c in pairs if len(p) <= max_prompt_tokens and len(p) + len(c) <= max_tokens]
         if not kept:
             raise ConfigError(
@@ -60,37 +60,27 @@ def load_examples(sources: Sequence[Any], tokenizer, *, max_prompt_tokens: int, 
     return SFTSet(SequenceBatch.from_lists(prompts, completions), dropped)
 
 
-def _read_examples(source) -> tuple[int, list[tuple[list[dict[str, str]], str]]]:
-    """(number of rows, those with an answer as chat messages and completion)."""
+def _read_examples(source: SourceConfig) -> tuple[int, list[tuple[list[dict], dict]], list[list[dict] | None]]:
+    """(number of rows, those with an answer as chat messages and the assistant's message, the tools that these may call)."""
     if source.completion is None:
         raise ConfigError(f"data source '{source.path}' names no completion column: supervised training needs one")
-    rows = load_rows(source)
-    whole = [completion_text(row, source) for row in rows]
-    texts = [_until(text, source.completion_until) for text in whole]
-    if source.completion_until and not any(source.completion_until in text for text in whole):
-        raise ConfigError(
-            f"data source '{source.path}': none of {len(rows)} completions has "
-            f"completion_until={source.completion_until!r}"
-        )
-    examples = [(prompt_messages(row, source), text) for row, text in zip(rows, texts, strict=True) if text.strip()]
+    rows = load_rows(source, whole=False)
+    end = source.completion_until and with_line_ends(source.completion_until)
+    if end and not any(end in completion_text(row, source) for row in rows):
+        raise ConfigError(f"data source '{source.path}': none of {len(rows)} completions has completion_until={end!r}")
+    answers = [_until(completion_message(row, source), end) for row in rows]
+    pairs = [(row, answer) for row, answer in zip(rows, answers, strict=True) if _says_something(answer)]
+    examples = [(prompt_messages(row, source), answer) for row, answer in pairs]
     if not examples:
         raise ConfigError(f"data source '{source.path}': all {len(rows)} completions are empty")
-    return len(rows), examples
+    return len(rows), examples, [tools_of(row) for row, _ in pairs]
 
 
-def _encode(examples, tokenizer, source) -> list[tuple[list[int], list[int]]]:
-    prompt_ids = encode_prompts([messages for messages, _ in examples], tokenizer, source)
-    completion_ids = tokenizer([text for _, text in examples], add_special_tokens=False)["input_ids"]
-    return [
-        (prompt, _ended(answer, tokenizer.eos_token_id))
-        for prompt, answer in zip(prompt_ids, completion_ids, strict=True)
-    ]
-
-
-def _until(text: str, end: str | None) -> str:
+def _until(answer: dict, end: str | None) -> dict:
     """GSM8K's worked answers, for one, end in a line `#### number`, which may be unwanted."""
-    return text.partition(end)[0].rstrip() if end and end in text else text
+    text = answer["content"]
+    return {**answer, "content": text.partition(end)[0].rstrip()} if end and end in (text or "") else answer
 
 
-def _ended(ids: list[int], eos: int) -> list[int]:
-    return ids if ids[-1:] == [eos] else [*ids, eos]
+def _says_something(answer: dict) -> bool:
+    return bool((answer["content"] or "").strip() or answer.get("tool_calls"))

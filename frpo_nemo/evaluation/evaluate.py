@@ -9,17 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.benchmarks import (
-    PROBE,
-    EvaluateRun,
-    check_benchmarks,
-    check_model,
-    model_directory,
-    run_benchmarks,
-    weights_stamp,
-    write_json,
-    write_summary,
-)
+from frpo_nemo.evaluation.benchmark_checks import check_benchmarks, check_model, model_directory
+from frpo_nemo.evaluation.benchmark_runs import PROBE, run_benchmarks, write_json, write_summary
+from frpo_nemo.evaluation.benchmarks import EvaluateRun, weights_stamp
 from frpo_nemo.evaluation.reward_probe import (
     SAMPLES,
     check_host_memory,
@@ -28,13 +20,14 @@ from frpo_nemo.evaluation.reward_probe import (
     probe_settings,
     run_reward_probe,
 )
+from frpo_nemo.launcher import started_world
 from frpo_nemo.megatron import checkpoint_files
-from frpo_nemo.training.cli import started_world
 
 
-def evaluate(cfg: EvaluateRun) -> bool:
+def evaluate(cfg: EvaluateRun, *, only_check: bool = False) -> bool:
     """Measure what has no result in cfg.out yet; returns whether everything has one in the end. Raises ConfigError,
-    before anything is measured, for a mistake in the options."""
+    before anything is measured, for a mistake in the options. only_check: nothing is exported or measured; of a checkpoint
+    the options alone are checked, because its context and tokenizer are those of its export."""
     from frpo_nemo.training.run import ignore_warnings_of_libraries
 
     ignore_warnings_of_libraries()
@@ -42,11 +35,18 @@ def evaluate(cfg: EvaluateRun) -> bool:
     if cfg.probe.prompts:
         check_host_memory(cfg.probe, processes=started_world()[1])
     if (Path(cfg.model.path) / checkpoint_files.RECORD).is_file():
+        if only_check:
+            print(
+                f"the options are right; {cfg.model.path} is a checkpoint, and its export is checked when it is there"
+            )
+            return True
         cfg.model.path = str(exported(Path(cfg.model.path), Path(cfg.out) / "hf"))
-    if cfg.benchmarks:
-        check_model(cfg)
-    probed = _probe(cfg, model_directory(cfg.model.path)) if cfg.probe.prompts else True
-    return (run_benchmarks(cfg) if cfg.benchmarks else True) and probed
+    model = check_model(cfg) if cfg.benchmarks else model_directory(cfg.model.path)
+    if only_check:
+        print(f"the configuration is right for {model}")
+        return True
+    probed = _probe(cfg, model) if cfg.probe.prompts else True
+    return (run_benchmarks(cfg, model) if cfg.benchmarks else True) and probed
 
 
 def check_options(cfg: EvaluateRun) -> None:

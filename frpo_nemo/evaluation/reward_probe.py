@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from frpo_nemo import redact
-from frpo_nemo.data.sources import check_source
+from frpo_nemo.config.option import check_values, option
+from frpo_nemo.config.options import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.planning.memory import readable
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
-from frpo_nemo.training.config import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
 from frpo_nemo.training.resources import host_memory
-from frpo_nemo.training.validate_data import check_reward_tasks
+from frpo_nemo.training.validate_data import check_reward_tasks, check_source_list
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 SAMPLES = "samples.jsonl"
@@ -27,27 +27,28 @@ SAMPLES = "samples.jsonl"
 class RewardProbeConfig:
     """Prompts, rewards, and how to sample."""
 
-    prompts: list[SourceConfig] = field(default_factory=list)
-    reward: dict[str, RewardConfig] = field(default_factory=dict)
-    samples: int = 1  # responses to each prompt
-    max_prompt_tokens: int = 1024  # longer ones are dropped
-    max_response_tokens: int = 2048
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    seed: int = 1  # of sampling
+    prompts: list[SourceConfig] = option(
+        "List of sources like those of data.train in recipes/frpo.py; none: no probe.", list
+    )
+    reward: dict[str, RewardConfig] = option("Mapping of rewards, like reward in recipes/frpo.py.", dict)
+    samples: int = option("Responses to each prompt.", 1, at_least=1)
+    max_prompt_tokens: int = option("Longest prompt in tokens; longer ones are dropped.", 1024, at_least=1)
+    max_response_tokens: int = option("Longest response in tokens.", 2048, at_least=1)
+    temperature: float = option(
+        "Temperature of sampling; vLLM samples at 0.01 where it is lower. 0: the likeliest token each time.",
+        1.0,
+        at_least=0.01,
+        also=0,
+    )
+    top_p: float = option("Sample from the likeliest tokens of this total probability.", 1.0, above=0, at_most=1)
+    seed: int = option("Seed of sampling.", 1)
 
 
 def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
     """What can be wrong before a model loads. Raises ConfigError."""
     if not probe.reward:
         raise ConfigError("probe.prompts is given, but probe.reward is empty; name what scores the responses.")
-    for name in ("samples", "max_prompt_tokens", "max_response_tokens"):
-        if getattr(probe, name) < 1:
-            raise ConfigError(f"probe.{name}={getattr(probe, name)} must be at least 1.")
-    if not probe.temperature >= 0 or not 0 < probe.top_p <= 1:
-        raise ConfigError(
-            f"probe.temperature={probe.temperature} must be at least 0, and probe.top_p={probe.top_p} above 0 and at most 1."
-        )
+    check_values(probe, "probe.")
     if probe.temperature != 1 and probe.top_p < 1:
         raise ConfigError(f"probe.top_p={probe.top_p} needs probe.temperature=1, and it is {probe.temperature}.")
     if probe.temperature == 0 and probe.samples > 1:
@@ -56,10 +57,8 @@ def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
         )
     if dtype not in PRECISION:
         raise ConfigError(f"dtype={dtype} must be {' or '.join(PRECISION)} for a probe.")
-    columns: dict[str, None] = {}
-    for source in probe.prompts:
-        columns |= dict.fromkeys(name for name in check_source(source) if name != source.prompt)
-    check_rewards(probe.reward, list(columns))
+    columns = check_source_list([(f"probe.prompts.{i}", source) for i, source in enumerate(probe.prompts)])
+    check_rewards(probe.reward, columns)
     check_reward_tasks(probe.reward, probe.prompts)
 
 
@@ -100,7 +99,7 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
         max_model_len=probe.max_prompt_tokens + probe.max_response_tokens,
         load_format="safetensors",
     )
-    scored = ScoredPrompts.load(probe.prompts, rewards, worker.tokenizer, probe.max_prompt_tokens)
+    scored = ScoredPrompts.load(probe.prompts, rewards, worker.chat, probe.max_prompt_tokens)
     if rank == 0 and scored.prompts.dropped:
         print(f"probe: {scored.prompts.dropped} prompts longer than probe.max_prompt_tokens are left out", flush=True)
     everything, limit = range(len(scored.prompts)), probe.max_response_tokens
@@ -122,11 +121,11 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     from frpo_nemo.training.run import ignore_warnings_of_libraries
 
     ignore_warnings_of_libraries()
+    from frpo_nemo.config.hub import local_model
     from frpo_nemo.megatron import checkpoint as checkpoints
     from frpo_nemo.megatron import distributed
     from frpo_nemo.megatron.actor import PolicyActor
     from frpo_nemo.megatron.hf_weights.export import save_hf
-    from frpo_nemo.training.hub import local_model
 
     record = checkpoint_files.read(checkpoint)
     run = OmegaConf.load(checkpoint.parents[1] / "config.yaml")

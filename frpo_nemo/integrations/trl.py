@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective import FRPO, Objective
 from frpo_nemo.objective.kl import sequence_kl
+from frpo_nemo.objective.parts import compared_rewards, partly_scored
 from frpo_nemo.objective.ragged import token_mean
 
 MEMORY_FILE = "frpo_memory.json"  # in a checkpoint: what the objective keeps from step to step
@@ -149,13 +150,14 @@ class Rollout:
 class FRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages and loss are FRPO's; `args` must be a FRPOConfig. Written for TRL 1.16.0.
 
-    Overridden: `_calculate_rewards` (keeps the gathered rewards), `_generate_and_score_completions` (replaces the
-    advantages), `_prepare_inputs` (computes them anew between optimizer steps), `_compute_loss`; `_save_checkpoint`
-    and `_load_optimizer_and_scheduler` (what frpo_kl_radius with smoothing keeps).
+    Overridden: `_calculate_rewards` (keeps the gathered rewards of every function), `_generate_and_score_completions`
+    (replaces the advantages), `_prepare_inputs` (computes them anew between optimizer steps), `_compute_loss`;
+    `_save_checkpoint` and `_load_optimizer_and_scheduler` (what frpo_kl_radius with smoothing keeps).
 
     A completion without a reward (every reward function gave None) or without a token that counts (by
-    mask_truncated_completions) leaves its group. ConfigError for another config, and for a mixture-of-experts model
-    with a load-balancing loss.
+    mask_truncated_completions) leaves its group. A reward that some functions did not give is filled, as
+    `compared_rewards` says. ConfigError for another config, and for a mixture-of-experts model with a load-balancing
+    loss.
     """
 
     _tag_names = ["trl", "frpo"]
@@ -175,19 +177,17 @@ class FRPOTrainer(GRPOTrainer):
             )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        weights = self.reward_weights.to(rewards_per_func.device)
-        unscored_N = rewards_per_func.isnan().all(dim=1)
-        self._latest_rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscored_N, torch.nan)
-        return rewards_per_func
+        self._latest_parts = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._latest_parts
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         training = self.model.training
         lengths_N = self.accelerator.gather(_loss_mask(batch).sum(dim=1))
-        rewards_N = self._latest_rewards.masked_fill(lengths_N == 0, torch.nan)
-        all_rows = torch.arange(len(rewards_N), device=rewards_N.device)
+        parts_NP = self._latest_parts.masked_fill((lengths_N == 0).unsqueeze(1), torch.nan)
+        all_rows = torch.arange(len(parts_NP), device=parts_NP.device)
         groups_N = all_rows // (self.num_generations if training else self.num_generations_eval)
+        rewards_N = compared_rewards(parts_NP, self.reward_weights.to(parts_NP.device), groups_N)
 
         objective = self.frpo.for_batch(rewards_N, groups_N, self.frpo_memory if training else dict(self.frpo_memory))
         advantages_N = objective.effective_advantages(rewards_N, groups_N)
@@ -198,7 +198,10 @@ class FRPOTrainer(GRPOTrainer):
         batch |= {"row": rows, "advantages": advantages_N[rows], "weights": weights_N[rows]}
         if training:
             self._rollout = Rollout(objective, rewards_N, groups_N, rows)
-        self._log_batch(objective.statistics(rewards_N, groups_N, advantages_N), advantages_N)
+        left_out_N = rewards_N.isnan() & ~parts_NP.isnan().all(dim=1)
+        shares = {"partly_scored": partly_scored(parts_NP, groups_N), "not_compared": left_out_N}
+        statistics = {f"share_{name}": mask_N.double().mean().item() for name, mask_N in shares.items()}
+        self._log_batch(objective.statistics(rewards_N, groups_N, advantages_N) | statistics, advantages_N)
         return batch
 
     def _prepare_inputs(self, generation_batch):

@@ -18,14 +18,16 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
-from frpo_nemo.megatron import adapter_files, distributed, lora, optimizer, packing
+from frpo_nemo.megatron import adapter_files, distributed, lora, optimizer, packing, weight_decay
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.hf_weights.export import stream_hf_weights
 from frpo_nemo.megatron.hf_weights.load import load_hf_weights
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
-from frpo_nemo.megatron.model import DTYPES, build_model, output_weight, uses_transformer_engine
+from frpo_nemo.megatron.model import DTYPES, build_model, output_weight
+from frpo_nemo.stack import uses_transformer_engine
 
 
 @dataclass
@@ -40,7 +42,6 @@ class Losses:
 
 # (logprobs fp32 [R], entropy fp32 [R], the microbatch's sequences with their columns) -> Losses
 Loss = Callable[[Tensor, Tensor, SequenceBatch], Losses]
-Check = Callable[[Tensor], None]
 # Hidden states of a microbatch's response tokens [t, H], equal on all TP ranks -> more columns [t]
 Observe = Callable[[Tensor], dict[str, Tensor]]
 
@@ -67,8 +68,16 @@ class StepResult:
 class PolicyActor:
     """Model, optimizer and frozen reference of this rank."""
 
-    def __init__(self, model, optim=None, *, microbatch_tokens: int, temperature: float = 1.0, seed: int = 1):
-        """`model`: a ModelConfig with the Hugging Face path; `optim`: an OptimizerConfig, or None for inference only.
+    def __init__(
+        self,
+        model: ModelConfig,
+        optim: OptimizerConfig | None = None,
+        *,
+        microbatch_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 1,
+    ):
+        """optim: None for inference only.
         temperature: of the policy whose log-probs are meant, softmax(logits / temperature). seed: of new adapters."""
         self.arch = Architecture.from_hf(model.path)
         self.config, self.optim = model, optim
@@ -80,6 +89,7 @@ class PolicyActor:
         load_hf_weights(self.gpt, self.arch, model.path)
         lora.initialise_adapters(self.gpt, self.arch, seed)
         self.ddp = self.optimizer = None
+        self.decayed = weight_decay.MATRICES
         self._reference: dict[str, Tensor] | None = None
         self._offloaded = False
         if optim is not None:
@@ -87,27 +97,10 @@ class PolicyActor:
 
     # -- training
 
-    @runs_on_megatron_device
-    def train_step(
-        self, batch: SequenceBatch, loss: Loss, *, update: int, total_updates: int, check: Check | None = None
-    ) -> StepResult:
-        """Gradient of the sum of all sequences' losses, then one optimizer update (number `update` from 0).
-
-        check: called with the policy's log-probs [R] before the update, to stop it by an exception. Raises NonFiniteLoss
-        before the update.
-        """
-        per_sequence, per_token = self.accumulate_gradient(batch, loss)
-        if check is not None:
-            check(per_token["logprobs"])
-        bad = (~torch.isfinite(per_sequence["loss"])).nonzero().flatten().tolist()
-        if bad:
-            raise NonFiniteLoss(f"the loss of {len(bad)} of {batch.num_sequences} sequences is not finite", bad)
-        rate = optimizer.learning_rate(update, total_updates, self.optim)
-        try:
-            norm = optimizer.step(self.optimizer, rate, self.optim.clip_grad)
-        except optimizer.NonFiniteGradient as error:
-            raise NonFiniteLoss(f"{error}, although every loss is finite", []) from None
-        return StepResult(per_sequence, per_token, norm, rate)
+    def train_step(self, batch: SequenceBatch, loss: Loss, *, update: int, total_updates: int) -> StepResult:
+        """Gradient of the sum of all sequences' losses, then one optimizer update (number `update` from 0). Raises
+        NonFiniteLoss before the update."""
+        return self.optimizer_step(*self.accumulate_gradient(batch, loss), update=update, total_updates=total_updates)
 
     @runs_on_megatron_device
     def accumulate_gradient(self, batch: SequenceBatch, loss: Loss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -117,6 +110,28 @@ class PolicyActor:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._run(batch, loss, forward_only=False)
+
+    @runs_on_megatron_device
+    def optimizer_step(
+        self, per_sequence: dict[str, Tensor], per_token: dict[str, Tensor], *, update: int, total_updates: int
+    ) -> StepResult:
+        """One update (number `update` from 0) with the gradient that `accumulate_gradient` left, which returned these columns.
+        Raises NonFiniteLoss before it where a loss or the gradient is not finite."""
+        bad = (~torch.isfinite(per_sequence["loss"])).nonzero().flatten().tolist()
+        if bad:
+            count = per_sequence["loss"].numel()
+            raise NonFiniteLoss(f"the loss of {len(bad)} of {count} sequences is not finite", bad)
+        rate = optimizer.learning_rate(update, total_updates, self.optim)
+        try:
+            norm = optimizer.step(self.optimizer, rate, self.optim.clip_grad)
+        except optimizer.NonFiniteGradient as error:
+            raise NonFiniteLoss(f"{error}, although every loss is finite", []) from None
+        return StepResult(per_sequence, per_token, norm, rate)
+
+    def decay(self, rule: str) -> None:
+        """Let weight decay pull what `rule` (see weight_decay.py) names from the next update on."""
+        self.decayed = rule
+        weight_decay.apply(self.optimizer, self.optim.weight_decay, rule)
 
     def get_forward_output_and_loss_func(self, loss: Loss | None, observe: Observe | None = None):
         """megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss)."""
@@ -217,6 +232,7 @@ class PolicyActor:
         config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.ddp = DistributedDataParallel(self.gpt.config, config, self.gpt)
         self.optimizer = optimizer.build_optimizer(self.ddp, self.optim, DTYPES[self.config.precision])
+        self.decay(self.decayed)
         self.gpt.config.no_sync_func = self.ddp.no_sync
         self.gpt.config.grad_scale_func = None
         # Losses are already divided by global counts, so the token count that the schedule passes is dropped.
@@ -254,7 +270,7 @@ class PolicyActor:
             raise ValueError(f"{batch.num_sequences} sequences cannot be split over {replicas} data-parallel replicas")
         mine = packing.split_over_replicas(lengths, replicas)[rank]
         packs = packing.split_into_microbatches([lengths[i] for i in mine], self.microbatch_tokens)
-        te = uses_transformer_engine()
+        te = uses_transformer_engine(self.config)
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return [
             packing.build_microbatch(
@@ -320,6 +336,7 @@ class PolicyActor:
             vocab_size=self.arch.vocab_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             chunk_tokens=self.config.logprob_chunk_tokens,
+            in_fp32=self.config.fp32_logits,
             temperature=self.temperature,
         )
 
@@ -349,8 +366,10 @@ class PolicyActor:
                 yield
             return
         self._swap_reference()
-        yield
-        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
 
     @torch.no_grad()
     def _swap_reference(self) -> None:

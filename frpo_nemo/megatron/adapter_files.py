@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.hf_weights.files import INDEX, SINGLE
@@ -19,15 +20,15 @@ PEFT_PREFIX = "base_model.model."  # before the names of tensors in its files
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14  # of each file of weights
 
 
-def record(model) -> dict[str, Any] | None:
-    """What the checkpoints of a run keep of its adapters; None without any. `model`: a ModelConfig."""
+def record(model: ModelConfig) -> dict[str, Any] | None:
+    """What the checkpoints of a run keep of its adapters; None without any."""
     if not model.lora.rank:
         return None
     return {"rank": model.lora.rank, "alpha": model.lora.alpha, "base": digest(model.path)}
 
 
-def check(checkpoint: str | Path, model, ours: dict[str, Any] | None) -> None:
-    """Raise ConfigError when `checkpoint` holds adapters that `model` (a ModelConfig) would not have, on this base. `ours`:
+def check(checkpoint: str | Path, model: ModelConfig, ours: dict[str, Any] | None) -> None:
+    """Raise ConfigError when `checkpoint` holds adapters that `model` would not have, on this base. `ours`:
     its record."""
     saved = checkpoint_files.read(checkpoint).get("lora")
     if saved == ours:
@@ -56,13 +57,18 @@ def digest(path: str | Path) -> str:
     for file in (Path(path, name) for name in sorted(names)):
         if not file.is_file():
             raise ConfigError(f"{file} does not exist, so which weights the adapters belong to cannot be seen.")
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
-        with file.open("rb") as weights:
-            for sample in range(_SAMPLES):
-                weights.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
-                found.update(weights.read(_SAMPLE_BYTES))
+        add_samples(found, file)
     return found.hexdigest()
+
+
+def add_samples(found, file: Path) -> None:
+    """Add a file's name, size and samples to the hash `found`."""
+    size = file.stat().st_size
+    found.update(f"{file.name} {size}".encode())
+    with file.open("rb") as weights:
+        for sample in range(_SAMPLES):
+            weights.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
+            found.update(weights.read(_SAMPLE_BYTES))
 
 
 def peft_config(rank: int, alpha: float, base: str | Path) -> str:
@@ -71,7 +77,9 @@ def peft_config(rank: int, alpha: float, base: str | Path) -> str:
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": os.fspath(base),
+        "base_model_name_or_path": os.fspath(
+            Path(base).resolve() if Path(base).is_dir() else base
+        ),  # read from anywhere
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,

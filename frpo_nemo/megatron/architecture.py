@@ -19,6 +19,8 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as attention heads
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_SIZES = (*_REQUIRED, "max_position_embeddings")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")  # null is a value of these
 _ROPE_SETTINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -59,14 +61,20 @@ class Architecture:
     @classmethod
     def from_hf(cls, path: str | Path) -> Architecture:
         """Read `path`/config.json, in the style of transformers 4 or 5. ConfigError: not supported."""
-        config = _read_config(Path(path))
+        return cls.from_config(_read_config(Path(path)), path)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], path: str | Path) -> Architecture:
+        """The same of what config.json holds, or would hold. path: of the model, for messages."""
         family = _supported_family(config, path)
         missing = [key for key in _REQUIRED if config.get(key) is None]
         if missing:
             raise ConfigError(f"{path}/config.json lacks {', '.join(missing)}.")
+        as_in_file = config
+        config = {"max_position_embeddings": _DEFAULT_MAX_POSITIONS[family], "rms_norm_eps": 1e-6, **config}
+        _check_numbers(config, path)
         _refuse_unsupported(config, family, path)
-        heads = config["num_attention_heads"]
-        max_positions = config.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+        heads, max_positions = config["num_attention_heads"], config["max_position_embeddings"]
         theta, scaling = _rope(config, max_positions, path)
         return cls(
             family=family,
@@ -78,7 +86,7 @@ class Architecture:
             num_kv_heads=config.get("num_key_value_heads", _DEFAULT_KV_HEADS.get(family)) or heads,
             head_dim=_head_dim(config, family),
             vocab_size=config["vocab_size"],
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            norm_eps=float(config["rms_norm_eps"]),
             rope_theta=theta,
             rope_scaling=scaling,
             qkv_bias=family == "qwen2",
@@ -87,7 +95,7 @@ class Architecture:
             max_position_embeddings=max_positions,
             sliding_window=_sliding_window(config, family),
             dtype=_dtype(config, path),
-            hf_config=config,
+            hf_config=as_in_file,
         )
 
     def padded_vocab_size(self, tp: int) -> int:
@@ -190,6 +198,17 @@ class Architecture:
                 f"of {self.source}. Shorten the prompts or the responses."
             )
 
+    def check_engine_windows(self) -> None:
+        """Raise ConfigError when vLLM cannot run this model because a window is set for some of its layers (Qwen)."""
+        if self.family == "qwen2" or self.family == "qwen3":
+            layers, config = _windowed_layers(self.hf_config), self.hf_config
+            if any(layers) and not all(layers) and config.get("max_window_layers") != self.num_layers:
+                raise ConfigError(
+                    f"{self.source}/config.json sets use_sliding_window for {sum(layers)} of {self.num_layers} layers, which "
+                    f"vLLM does not support; set use_sliding_window to false there: attention is the same for sequences of "
+                    f"up to sliding_window={self.sliding_window} tokens, and longer ones are refused here anyway."
+                )
+
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
@@ -202,6 +221,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{file} holds a JSON {type(config).__name__}, not an object of settings.")
     return config
+
+
+def _check_numbers(config: dict[str, Any], path: str | Path) -> None:
+    for key in (*_SIZES, *_OPTIONAL_SIZES):
+        value = config.get(key)
+        if value is None and key in _OPTIONAL_SIZES:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                f"{path}/config.json has {key}={json.dumps(value)}; it should be a whole number from 1 on."
+            )
+    epsilon = config["rms_norm_eps"]
+    if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or epsilon < 0:
+        raise ConfigError(
+            f"{path}/config.json has rms_norm_eps={json.dumps(epsilon)}; it should be a number such as 1e-6."
+        )
 
 
 def _supported_family(config: dict[str, Any], path: str | Path) -> str:
@@ -260,11 +295,18 @@ def _dtype(config: dict[str, Any], path: str | Path) -> str | None:
 def _sliding_window(config: dict[str, Any], family: str) -> int | None:
     if family == "llama":
         return None
-    if family != "mistral":
-        layer_types = config.get("layer_types")
-        windowed = config.get("max_window_layers", 28) < config["num_hidden_layers"]
-        if not config.get("use_sliding_window", False):
-            return None
-        if not ("sliding_attention" in layer_types if layer_types else windowed):
-            return None
-    return config.get("sliding_window", 4096)
+    window = config.get("sliding_window", 4096)
+    if family == "mistral":
+        return window
+    return window if any(_windowed_layers(config)) else None
+
+
+def _windowed_layers(config: dict[str, Any]) -> list[bool]:
+    """Which layers of a Qwen model attend to a window."""
+    layers = config["num_hidden_layers"]
+    if not config.get("use_sliding_window", False):
+        return [False] * layers
+    if config.get("layer_types"):
+        return [kind == "sliding_attention" for kind in config["layer_types"]]
+    first = config.get("max_window_layers")
+    return [layer >= (28 if first is None else first) for layer in range(layers)]

@@ -19,7 +19,6 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factory_merges, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -43,9 +41,9 @@ from safetensors.torch import save as to_safetensors
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from frpo_nemo import __version__
+from frpo_nemo import __version__, stack
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import adapter_files, distributed, optimizer_state, rng
+from frpo_nemo.megatron import adapter_files, distributed, optimizer_state, rng, weight_decay
 from frpo_nemo.megatron import checkpoint_files as files
 from frpo_nemo.megatron.checkpoint_files import best, check_matches, newest, prune  # noqa: F401  (the public face)
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
@@ -121,7 +119,9 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     parameters = dict(actor.gpt.named_parameters())
     for name, value in loaded["model"].items():
         parameters[name].copy_(value)
-    optimizer_state.restore(actor.optimizer, parameters, loaded.get("optimizer", {}), record["adam_step"])
+    if actor.optimizer is not None:
+        optimizer_state.restore(actor.optimizer, parameters, loaded.get("optimizer", {}), record["adam_step"])
+        actor.decay(weight_decay.rule_of(record))
     restored = record["layout"] == _layout(actor)
     if restored:
         rng.restore(load_file(Path(checkpoint) / _rng_file()))
@@ -195,16 +195,13 @@ class Writer(torch_checkpoint.FileSystemWriter):
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-class _InProcessSave(SaveShardedStrategy):
+class _InProcessSave:
     """megatron-core's torch_dist format, written by torch's own writer in this thread.
 
     megatron-core's writer starts a manager process, which imports `__main__` again (seconds, once), and forks one
     process per file from a process full of gloo, CUDA and vLLM threads. Ranks are parallel enough: each GPU's process
     writes its share, copying from the GPU meanwhile. One thread, because torch's writer drops what fails in others.
     """
-
-    def __init__(self):
-        super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
         by_key: dict[str, list] = {}
@@ -255,6 +252,7 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
         "seed": seed,
         "score": score if score is not None and math.isfinite(score) else None,
         "adam_step": optimizer_state.adam_step(actor.optimizer),
+        "decayed": actor.decayed,
         "precision": actor.config.precision,
         "layout": _layout(actor),
         "architecture": files.identity(actor.arch),
@@ -275,14 +273,7 @@ def _rng_file() -> str:
 
 def versions() -> dict[str, str]:
     """Of this program and of the packages that write its files."""
-    return {"frpo-nemo": __version__} | {name: v for name in _PACKAGES if (v := _version(name))}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return {"frpo-nemo": __version__} | {name: v for name in _PACKAGES if (v := stack.version(name))}
 
 
 def _on_every_rank(action: Callable[[], None], temporary: Path, *, only_first: bool = False) -> None:

@@ -119,10 +119,17 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
     file = Path(checkpoint) / RECORD
     if not file.is_file():
         raise ConfigError(f"{checkpoint} is not a checkpoint: it has no {RECORD}.")
-    record = json.loads(file.read_text())
-    if record.get("format") != FORMAT:
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
         raise ConfigError(
-            f"{checkpoint} was written by another version of frpo-nemo (format {record.get('format')}, here {FORMAT}); "
+            f"{file} is cut off or damaged, so {checkpoint} cannot be used; copy it again, or remove that directory to "
+            "continue from the checkpoint before it."
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        written = record.get("format") if isinstance(record, dict) else None
+        raise ConfigError(
+            f"{checkpoint} was written by another version of frpo-nemo (format {written}, here {FORMAT}); "
             "resume it with that version, or take another run_dir."
         )
     return record

@@ -45,6 +45,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.export import assemble
 from frpo_nemo.megatron.hf_weights.load import check_checkpoint, read_weight
 from frpo_nemo.megatron.hf_weights.table import Layout, Weight, adapter_weights, weights
+from frpo_nemo.megatron.hf_weights.tensors import check_range
 from frpo_nemo.megatron.lora import membership, merge
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -120,7 +121,7 @@ class StoredWeights:
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"{self._path} has a chunk of {key} that is no plain tensor: {reason}") from error
-        _check_range(weight, whole)
+        check_range(whole, *(name for name, _ in weight.hugging_face))
         return whole
 
 
@@ -167,7 +168,7 @@ class MergedWeights:
                 a, b = next(adapters), next(adapters)
                 member = membership(weight, 0) if len(weight.hugging_face) > 1 else None
                 whole = merge(whole, a, b, member, self._record["alpha"] / self._record["rank"]).to(dtype)
-            _check_range(weight, whole)
+            check_range(whole, *(name for name, _ in weight.hugging_face))
             yield from assemble(weight, whole.view(1, -1))
 
     def stream_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -244,22 +245,9 @@ class _FromHuggingFace(SavePlanner):
         if self._written_last is not None:  # torch's writer keeps one tensor of every key until it is done
             self._written_last.untyped_storage().resize_(0)
         whole = self._written_last = read_weight(weight, self._source, self._dtype)
-        _check_range(weight, whole)
+        check_range(whole, *(name for name, _ in weight.hugging_face))
         self._written(sum(math.prod(shape) for _, shape in weight.hugging_face) * whole.itemsize)  # without padding
         return whole.view(tuple(write_item.tensor_data.chunk.sizes))
-
-
-def _check_range(weight: Weight, whole: Tensor) -> None:
-    """float32 and bfloat16 reach further than float16."""
-    if whole.dtype != torch.float16:
-        return
-    low, high = whole.aminmax()  # makes no copy, as isfinite would
-    if not (math.isfinite(low) and math.isfinite(high)):
-        names = " or ".join(name for name, _ in weight.hugging_face)
-        limit = torch.finfo(torch.float16).max
-        raise ConfigError(
-            f"{names} has a value that float16 cannot hold (its largest is {limit:g}); choose dtype=bfloat16 or float32."
-        )
 
 
 def _place(weight: Weight) -> tuple[str, int | None]:

@@ -4,6 +4,7 @@ few collectives that the rest uses. One process per GPU (per rank on CPU)."""
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
+from frpo_nemo.config.options import ModelConfig
+from frpo_nemo.launcher import srun_task
 from frpo_nemo.megatron import addresses
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 
@@ -24,9 +27,8 @@ def read_world() -> tuple[int, int]:
     """(rank, world size) that torchrun or srun started, or (0, 1); completes the rendezvous variables in the
     environment, which torch.distributed and vLLM's external launcher read."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
-        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+    if "RANK" not in env and (task := srun_task()):
+        env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = map(str, task)
         env.setdefault("MASTER_ADDR", _first_slurm_host(env["SLURM_STEP_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
     if "RANK" not in env:
@@ -56,20 +58,22 @@ def start_world() -> tuple[int, int]:
 
 
 @runs_on_megatron_device
-def start_model_parallel(model, seed: int) -> None:
-    """Create Megatron's groups for `model` (a ModelConfig): ranks are ordered TP fastest, then CP, DP, PP."""
+def start_model_parallel(model: ModelConfig, seed: int) -> None:
+    """Create Megatron's groups for `model`: ranks are ordered TP fastest, then CP, DP, PP."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
+        distributed_timeout_minutes=int(GROUP_TIMEOUT.total_seconds() // 60),
     )
     tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
 
 
 def stop_model_parallel() -> None:
     """Undo start_model_parallel, so that another layout can follow in the same processes (tests do). megatron-core
-    forgets its groups but leaves them alive, with the threads that each gloo group owns."""
+    forgets its groups but leaves them alive, with the threads that each gloo group owns and that wake 100 times a second."""
     parallel_state.destroy_model_parallel()
+    gc.collect()  # models that are done with hold groups, and are in cycles
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -10,21 +10,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ROWS_AT_A_TIME = 8192  # of an output layer that is multiplied in fp32 on CPU
+
 
 def vocab_parallel_logits(
-    hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_rank: int, temperature: float
+    hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_rank: int, temperature: float, in_fp32: bool = False
 ) -> Tensor:
     """This rank's part of the logits in fp32: hidden [T, H], weight [V/tp, H] -> [T, V/tp].
 
-    Rows of a padded vocabulary get -inf: they are no tokens.
+    Rows of a padded vocabulary get -inf: they are no tokens. in_fp32: do not round the product to the dtype of `hidden`.
     """
-    logits = (hidden @ weight.t()).float()
+    logits = _fp32_product(hidden, weight) if in_fp32 else (hidden @ weight.t()).float()
     if temperature != 1.0:
         logits = logits / temperature
     first = tp_rank * weight.shape[0]
     if first + weight.shape[0] > vocab_size:
         logits[:, max(vocab_size - first, 0) :] = float("-inf")
     return logits
+
+
+def _fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight^T in fp32, without an fp32 copy of the whole weight: a GPU adds up in fp32 and can return that."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    product = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+    hidden = hidden.float()
+    for rows in _chunks(weight.shape[0], ROWS_AT_A_TIME):
+        torch.mm(hidden, weight[rows].float().t(), out=product[:, rows])
+    return product
 
 
 def token_logprobs(
@@ -36,14 +49,17 @@ def token_logprobs(
     tp_group: dist.ProcessGroup,
     chunk_tokens: int,
     temperature: float = 1.0,
+    in_fp32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log softmax(hidden @ weight^T / temperature) at `targets`, the entropy of that distribution, and 1 where the target
     is its likeliest token, else 0 (no gradient in the last two).
 
     hidden: [T, H], equal on all TP ranks; its gradient comes out *partial* (this rank's vocabulary only), to be summed
-    over TP by the caller's mapping. weight: [V/tp, H]. targets: int64 [T], global ids. Returns three fp32 [T].
+    over TP by the caller's mapping. weight: [V/tp, H]. targets: int64 [T], global ids. in_fp32: of vocab_parallel_logits.
+    Returns three fp32 [T].
     """
-    return _TokenLogprobs.apply(hidden, weight, targets, vocab_size, tp_group, chunk_tokens, temperature)
+    options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature, in_fp32=in_fp32)
+    return _TokenLogprobs.apply(hidden, weight, targets, tp_group, chunk_tokens, options)
 
 
 @torch.no_grad()
@@ -57,10 +73,11 @@ def token_kl(
     tp_group: dist.ProcessGroup,
     chunk_tokens: int,
     temperature: float = 1.0,
+    in_fp32: bool = False,
 ) -> Tensor:
     """KL of softmax(hidden @ weight^T / temperature) from the same of the reference, exact, at every token. Shapes as in
     token_logprobs, weights and hidden states of the two models. fp32 [T]."""
-    options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature)
+    options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature, in_fp32=in_fp32)
     kl = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     for chunk in _chunks(hidden.shape[0], chunk_tokens):
         own = _log_softmax(vocab_parallel_logits(hidden[chunk], weight, **options), tp_group)
@@ -83,9 +100,8 @@ def _log_softmax(logits: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, tp_group, chunk_tokens, temperature):
-        ctx.options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature)
-        ctx.chunk_tokens = chunk_tokens
+    def forward(ctx, hidden, weight, targets, tp_group, chunk_tokens, options):
+        ctx.options, ctx.chunk_tokens = options, chunk_tokens
         tokens = hidden.shape[0]
         logprobs, entropy, likeliest, logsumexp = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(4))
         for chunk in _chunks(tokens, chunk_tokens):
@@ -126,7 +142,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight += grad_logits.t() @ hidden[chunk]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

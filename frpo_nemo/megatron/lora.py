@@ -24,9 +24,11 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from frpo_nemo.config.options import LoRAConfig
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.binding import bind, bind_adapters
 from frpo_nemo.megatron.hf_weights.load import fill
@@ -38,8 +40,8 @@ class Adapter(torch.nn.Module):
     fuses, one above the other. `b` [rows, rank]: each row belongs to the B of the matrix that the layer's row belongs to.
     rows, columns: of this rank's shard of the layer's weight."""
 
-    def __init__(self, weight: Weight, config, lora):
-        """weight: of the layer, in the table. config: the model's TransformerConfig. lora: a LoRAConfig."""
+    def __init__(self, weight: Weight, config: TransformerConfig, lora: LoRAConfig):
+        """weight: of the layer, in the table."""
         super().__init__()
         rows, columns = weight.shard_shape
         fused, dtype = len(weight.hugging_face), config.params_dtype
@@ -88,8 +90,8 @@ class Adapter(torch.nn.Module):
         return F.dropout(x, self.dropout)
 
 
-def add_adapters(gpt: torch.nn.Module, arch: Architecture, lora) -> None:
-    """Freeze this rank's GPTModel and give its linear layers adapters, values not set. `lora`: a LoRAConfig."""
+def add_adapters(gpt: torch.nn.Module, arch: Architecture, lora: LoRAConfig) -> None:
+    """Freeze this rank's GPTModel and give its linear layers adapters, values not set."""
     gpt.requires_grad_(False)
     for binding in bind(gpt, arch):
         if binding.parameter is not None and binding.weight.is_linear_layer:

@@ -1,13 +1,11 @@
 """The policy as a megatron-core GPTModel, built from an Architecture and a ModelConfig. Weights come from hf_weights.
 
-With Transformer Engine on a CUDA device its layers are used (FP8, context parallelism); otherwise megatron-core's
-local ones with the replacements of layers.py. Either gets lora.py's adapters where model.lora.rank is above 0. The output
-layer passes hidden states through: logprobs.py computes what is needed of the logits, in chunks.
+Where stack.uses_transformer_engine says so, Transformer Engine's layers are used (FP8, context parallelism); otherwise
+megatron-core's local ones with the replacements of layers.py. Either gets lora.py's adapters where model.lora.rank is
+above 0. The output layer passes hidden states through: logprobs.py computes what is needed of the logits, in chunks.
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from megatron.core import parallel_state
@@ -18,22 +16,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 from frpo_nemo.megatron.hf_weights.binding import bind, bind_adapters
 from frpo_nemo.megatron.layers import PackedRotaryEmbedding, RMSNorm, local_layer_spec
 from frpo_nemo.megatron.lora import add_adapters
+from frpo_nemo.stack import uses_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def uses_transformer_engine() -> bool:
-    """Transformer Engine's modules need a CUDA device, so having it installed is not enough."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def transformer_config(arch: Architecture, model, *, transformer_engine: bool) -> TransformerConfig:
-    """megatron-core's configuration. `model`: a ModelConfig (see configs/frpo.yaml for its fields)."""
+def transformer_config(arch: Architecture, model: ModelConfig, *, transformer_engine: bool) -> TransformerConfig:
+    """megatron-core's configuration."""
     dtype = DTYPES[model.precision]
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -95,14 +90,15 @@ def _take_norms_apart(spec: ModuleSpec) -> None:
 
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
-    layer.self_attention.submodules.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    mlp = layer.mlp.keywords["submodules"]  # of functools.partial(MLP.as_mlp_submodule, submodules=...)
+    layer.self_attention.submodules.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
 
 
 @runs_on_megatron_device
-def build_model(arch: Architecture, model) -> GPTModel:
+def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
     """This rank's part of the policy, weights and adapters not set. Model parallel groups exist already. `model`: a
     ModelConfig."""
-    transformer_engine = uses_transformer_engine()
+    transformer_engine = uses_transformer_engine(model)
     config = transformer_config(arch, model, transformer_engine=transformer_engine)
     spec = layer_spec(arch, transformer_engine=transformer_engine, adapters=model.lora.rank > 0)
     layers = [spec] * get_num_layers_to_build(config)
@@ -165,5 +161,7 @@ def _recompute(mode: str) -> dict:
     return {}
 
 
-def _fp8(model) -> dict:
-    return dict(fp8=model.fp8, fp8_recipe=model.fp8_recipe) if model.fp8 else {}
+def _fp8(model: ModelConfig) -> dict:
+    """Under the delayed recipe, Transformer Engine reduces the largest values of each microbatch over a group. Replicas have
+    unequal numbers of microbatches, so that group must not cross them, or a rank would wait for ever."""
+    return dict(fp8=model.fp8, fp8_recipe=model.fp8_recipe, tp_only_amax_red=True) if model.fp8 else {}

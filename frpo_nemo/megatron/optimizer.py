@@ -12,13 +12,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from frpo_nemo.config import options
+
 
 class NonFiniteGradient(RuntimeError):
     """The gradient norm is NaN or infinite; no weight was changed."""
 
 
-def build_optimizer(model: DistributedDataParallel, optim, dtype: torch.dtype):
-    """`optim`: an OptimizerConfig of the run (see configs/frpo.yaml)."""
+def build_optimizer(model: DistributedDataParallel, optim: options.OptimizerConfig, dtype: torch.dtype):
+    """Return megatron-core's optimizer of `model`; what is decayed is yet to be set (weight_decay.py)."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -35,9 +37,9 @@ def build_optimizer(model: DistributedDataParallel, optim, dtype: torch.dtype):
     return get_megatron_optimizer(config, [model])
 
 
-def learning_rate(update: int, total_updates: int, optim) -> float:
-    """Rate of optimizer update `update` (from 0): linear warm-up over warmup_ratio of all updates, then constant or
-    a half cosine from lr down to min_lr."""
+def learning_rate(update: int, total_updates: int, optim: options.OptimizerConfig) -> float:
+    """Return the rate of optimizer update `update` (from 0). The first W = warmup_ratio of all have lr / W, 2 lr / W, ..., lr;
+    then it is constant, or half a cosine from lr that would arrive at min_lr one update after the last."""
     warmup = round(optim.warmup_ratio * total_updates)
     if update < warmup:
         return optim.lr * (update + 1) / warmup

@@ -8,7 +8,8 @@ One optimizer step of any objective:
     (weights * loss).sum().backward()                             # summed over parts: the loss of the rewards
 
 The KL to the frozen reference (`objective.beta`, kl.py) and the weights against a train-rollout mismatch
-(mismatch.py) are the same for every objective and stand beside them.
+(mismatch.py) are the same for every objective and stand beside them; so is the one reward of a response that has
+several, some of them missing (parts.py).
 """
 
 from frpo_nemo.objective.base import Objective

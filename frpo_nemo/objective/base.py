@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from frpo_nemo.errors import ConfigError
+from frpo_nemo.config.option import check_values, option
 from frpo_nemo.objective.ragged import Groups
 
 
@@ -23,12 +21,17 @@ class Objective(ABC):
     any microbatching and any split over ranks gives the same gradient.
     """
 
-    clip_high: float = 0.2  # a token's probability ratio counts up to 1 + clip_high
-    beta: float = 0.0  # weight of the KL to the frozen reference policy; 0: no reference is needed
+    beta: float = option(
+        "Weight of the KL to the frozen reference policy, in nats per token; 0: only validation asks for it.",
+        0.0,
+        at_least=0,
+    )
+    clip_high: float = option(
+        "The ratio of a token's probability to that under the rollout policy counts up to 1 + clip_high.", 0.2, above=0
+    )
 
     def __post_init__(self) -> None:
-        require_number("clip_high", self.clip_high, above=0)
-        require_number("beta", self.beta, at_least=0)
+        check_values(self, "objective.")
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> Objective:
         """The objective for one global batch of rollouts, asked for before all else: itself, unless a setting depends
@@ -83,27 +86,3 @@ class Objective(ABC):
             "share_contributing_groups": groups.count / num_groups,
             "share_zero_spread_groups": equal_K.sum().item() / num_groups,
         }
-
-
-def require_number(
-    field: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
-) -> None:
-    """ConfigError unless `value` is a finite number within the bounds."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if is_number and value > above and value >= at_least and value < below:
-        return
-    bounds = [("above", above), ("at least", at_least), ("below", below)]
-    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
-    raise ConfigError(f"objective.{field}={value!r} must be a number {wanted}.")
-
-
-def require_bool(field: str, value: Any) -> None:
-    """ConfigError unless `value` is true or false."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"objective.{field}={value!r} must be true or false.")
-
-
-def require_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
-    """ConfigError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"objective.{field}={value!r} must be one of {', '.join(choices)}.")

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from frpo_nemo.config.option import option
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.objective.base import Objective, require_bool, require_choice, require_number
+from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.divergence import DIVERGENCES, Divergence
 from frpo_nemo.objective.radius import solve_lambda
 from frpo_nemo.objective.ragged import Groups, token_mean
@@ -47,34 +48,46 @@ class FRPO(Objective):
     unless exactly one of lambda_ and kl_radius is given.
     """
 
-    lambda_: float | None = None  # temperature in units of reward: small looks at the worst response, large at the mean
-    kl_radius: float | None = None  # or: of the ball, in nats per prompt; each batch finds its lambda_ (for_batch)
-    radius_smoothing: float = 0.0  # weight of the last step's log lambda_ in this one's
-    f_divergence: str = "kl"  # how the adversary's distance is measured: kl or chi_squared
-    jackknife: bool = True
-    baseline: bool = True
-    scale: str = "paper"  # of the loss: paper is the authors' max(lambda_, 1), objective is lambda_
-    refresh_importance: bool = True  # with several updates per rollout; false: m_i = 1, better at large lambda_
+    lambda_: float | None = option(
+        "Temperature in units of reward: small looks at the worst response of a group, large at the mean.",
+        None,
+        above=0,
+    )
+    kl_radius: float | None = option(
+        "Instead of lambda_: the downstream KL to withstand, in nats per prompt; each batch finds its lambda_ from its "
+        "rewards.",
+        None,
+        at_least=0,
+    )
+    radius_smoothing: float = option(
+        "With kl_radius: weight of the last step's log lambda_ in this one's.", 0.0, at_least=0, below=1
+    )
+    f_divergence: str = option(
+        "How the distance of a fine-tuned policy is measured (docs/theory.md).", "kl", choices=tuple(DIVERGENCES)
+    )
+    refresh_importance: bool = option(
+        "With trainer.updates_per_rollout above 1: importance under the present policy, by a forward pass for each minibatch; "
+        "false: 1, an approximation that saves the pass, and better at large lambda_.",
+        True,
+    )
+    jackknife: bool = option("Remove the bias of order 1 / group_size.", True)
+    baseline: bool = option("Subtract the mean importance of the group, which lowers the variance.", True)
+    scale: str = option(
+        "Factor of the loss: max(lambda_, 1), as the authors have it (paper), or lambda_ (objective).",
+        "paper",
+        choices=("paper", "objective"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.lambda_ is None) == (self.kl_radius is None):
             raise ConfigError("objective.lambda_ or objective.kl_radius must be set: exactly one of the two.")
-        if self.lambda_ is not None:
-            require_number("lambda_", self.lambda_, above=0)
-        require_number("radius_smoothing", self.radius_smoothing, at_least=0, below=1)
-        require_choice("f_divergence", self.f_divergence, tuple(DIVERGENCES))
-        if self.kl_radius is not None:
-            require_number("kl_radius", self.kl_radius, at_least=0)
-            if self.f_divergence != "kl":
-                raise ConfigError(
-                    f"objective.kl_radius is a radius in KL; with f_divergence={self.f_divergence} give lambda_."
-                )
-        elif self.radius_smoothing:
+        if self.kl_radius is not None and self.f_divergence != "kl":
+            raise ConfigError(
+                f"objective.kl_radius is a radius in KL; with f_divergence={self.f_divergence} give lambda_."
+            )
+        if self.kl_radius is None and self.radius_smoothing:
             raise ConfigError("objective.radius_smoothing has an effect with kl_radius only; lambda_ is fixed.")
-        for field in ("jackknife", "baseline", "refresh_importance"):
-            require_bool(field, getattr(self, field))
-        require_choice("scale", self.scale, ("paper", "objective"))
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> FRPO:
         """With kl_radius: itself with the batch's lambda_ instead, smoothed over steps in log lambda_. A batch without

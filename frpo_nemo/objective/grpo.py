@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frpo_nemo.objective.base import Objective, require_number
+from frpo_nemo.config.option import option
+from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.ragged import Groups, per_token, token_mean
 from frpo_nemo.objective.registry import register_objective
 
@@ -24,11 +25,12 @@ class DrGRPO(Objective):
     mean over a sequence's tokens, so that a comparison differs in the advantages and the clip only.
     """
 
-    clip_low: float = 0.2  # a token's ratio counts down to 1 - clip_low when its advantage is negative
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("clip_low", self.clip_low, above=0, below=1)
+    clip_low: float = option(
+        "That ratio counts down to 1 - clip_low where the advantage is negative; up to 1 + clip_high where it is positive.",
+        0.2,
+        above=0,
+        below=1,
+    )
 
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """importance_N has no influence. See Objective."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from frpo_nemo.objective.ragged import token_mean
+
+LINEAR_BEYOND = 5.0  # nats by which the reference's log-prob exceeds the policy's: a ratio of 148
 
 
 def k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
@@ -15,6 +19,21 @@ def k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
     return torch.expm1(difference_R) - difference_R
 
 
-def sequence_kl(logprobs_R: Tensor, ref_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
-    """k3 averaged over each sequence's tokens; lengths_N: int64, >= 1. [N], differentiable in logprobs_R."""
-    return token_mean(k3(logprobs_R, ref_logprobs_R), lengths_N)
+def k3_penalty(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
+    """k3 where d <= LINEAR_BEYOND, and its tangent at that point beyond it, so that no token's gradient exceeds e^5 - 1
+    and none stops pulling. theory.md, section 9. [R], differentiable in logprobs_R."""
+    difference_R = ref_logprobs_R - logprobs_R
+    # Not clamp, whose slope at the bound itself is 0 from torch 2.14 on.
+    bounded_R = torch.where(difference_R > LINEAR_BEYOND, LINEAR_BEYOND, difference_R)
+    slope = math.expm1(LINEAR_BEYOND)
+    tangent_R = slope * (difference_R - LINEAR_BEYOND) + (slope - LINEAR_BEYOND)
+    return torch.where(difference_R > LINEAR_BEYOND, tangent_R, torch.expm1(bounded_R) - bounded_R)
+
+
+def sequence_kl(
+    logprobs_R: Tensor, ref_logprobs_R: Tensor, lengths_N: Tensor, token_weights_R: Tensor | None = None
+) -> Tensor:
+    """k3_penalty, times the tokens' weights if given, averaged over each sequence's tokens; lengths_N: int64, >= 1. [N],
+    differentiable in logprobs_R."""
+    penalties_R = k3_penalty(logprobs_R, ref_logprobs_R)
+    return token_mean(penalties_R if token_weights_R is None else penalties_R * token_weights_R, lengths_N)

@@ -1,6 +1,6 @@
-"""The rollout engine and the trainer compute the same policy with different kernels: how far apart, and the
-truncated importance weights that correct for it (Yao et al. 2025, "Your Efficient RL Framework Secretly
-Brings You Off-Policy RL Training")."""
+"""The rollout engine and the trainer compute the same policy with different kernels: how far apart, which tokens they
+disagree about, and the truncated importance weights that correct for the rest (Yao et al. 2025, "Your Efficient RL
+Framework Secretly Brings You Off-Policy RL Training")."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ def truncated_importance(
     if level == "sequence":
         gaps_R = per_token(token_sum(gaps_R, lengths_N), lengths_N, gaps_R.numel())
     return torch.exp(gaps_R.clamp(max=math.log(limit)))
+
+
+@torch.no_grad()
+def agreement(train_logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit: float) -> Tensor:
+    """1 for each token whose two log-probs differ by at most `limit` nats, else 0: a factor of its terms in the loss.
+    A NaN counts as agreement, because it has to show in the loss. theory.md, section 12. [R]"""
+    beyond_R = (train_logprobs_R - rollout_logprobs_R).abs() > limit
+    return (~beyond_R).to(train_logprobs_R.dtype)
 
 
 @torch.no_grad()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from omegaconf import MISSING
 
+from frpo_nemo.config.option import option
 from frpo_nemo.planning.memory import GIB
 
 CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
@@ -17,17 +17,17 @@ CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "cluster"
 class Cluster:
     """Nodes of equal GPUs. Bandwidths are per GPU and direction, in GB/s (1e9 bytes)."""
 
-    gpu: str = field(default=MISSING, metadata={"example": "H100"})
-    num_nodes: int = 1
-    gpus_per_node: int = 8
-    gpu_memory_gib: float = field(default=MISSING, metadata={"example": "79"})
-    host_memory_gib: float = field(default=MISSING, metadata={"example": "2000"})
-    peak_tflops: float = field(default=MISSING, metadata={"example": "989"})
-    peak_fp32_tflops: float = field(default=MISSING, metadata={"example": "67"})
-    memory_gb_per_s: float = field(default=MISSING, metadata={"example": "3350"})
-    nvlink_gb_per_s: float = field(default=MISSING, metadata={"example": "450"})
-    network_gb_per_s: float = field(default=MISSING, metadata={"example": "50"})
-    host_gb_per_s: float = field(default=MISSING, metadata={"example": "50"})
+    gpu: str = option("Name of the GPU, as its driver spells it.", example="H100")
+    num_nodes: int = option("Machines.", 1, at_least=1)
+    gpus_per_node: int = option("GPUs of a machine, which NVLink connects.", 8, at_least=1)
+    gpu_memory_gib: float = option("Memory of a GPU, in GiB.", above=0, example="79")
+    host_memory_gib: float = option("Memory of a machine, in GiB.", above=0, example="2000")
+    peak_tflops: float = option("Dense bf16 TFLOP/s of a GPU, by its data sheet.", above=0, example="989")
+    peak_fp32_tflops: float = option("The same in fp32, without TF32.", above=0, example="67")
+    memory_gb_per_s: float = option("Bandwidth of the memory of a GPU.", above=0, example="3350")
+    nvlink_gb_per_s: float = option("Bandwidth to the other GPUs of a machine.", above=0, example="450")
+    network_gb_per_s: float = option("Bandwidth to other machines.", above=0, example="50")
+    host_gb_per_s: float = option("Bandwidth to host memory.", above=0, example="50")
 
     @property
     def world_size(self) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.binding import bind
 from frpo_nemo.megatron.hf_weights.table import hf_shapes
@@ -32,9 +32,9 @@ class Stage:
     estimate: int
 
 
-def dry_run(model, layout: Layout) -> list[Stage]:
-    """Build one rank of each stage (tensor-parallel ranks have equal shapes) and check it. `model`: a ModelConfig;
-    `layout`: its sizes. Raises ValueError that names what differs."""
+def dry_run(model: ModelConfig, layout: Layout) -> list[Stage]:
+    """Build one rank of each stage (tensor-parallel ranks have equal shapes) and check it. layout: the
+    sizes of `model`. Raises ValueError that names what differs."""
     arch = Architecture.from_hf(model.path)
     arch.check_parallel(layout.tp, layout.pp, layout.first, layout.last)
     check_against_transformers(arch)
@@ -67,7 +67,7 @@ def check_against_transformers(arch: Architecture) -> int:
     return len(found)
 
 
-def _stage(arch: Architecture, model, layout: Layout, number: int) -> Stage:
+def _stage(arch: Architecture, model: ModelConfig, layout: Layout, number: int) -> Stage:
     replicas = layout.dp * layout.cp
     with _fake_world(layout, rank=number * layout.tp * replicas), torch.device("meta"):
         gpt = build_model(arch, model)
@@ -86,6 +86,8 @@ def _stage(arch: Architecture, model, layout: Layout, number: int) -> Stage:
 
 @contextmanager
 def _fake_world(layout: Layout, rank: int) -> Iterator[None]:
+    from megatron.core import parallel_state  # after frpo_nemo.megatron, which may hide Transformer Engine from it
+
     size = layout.tp * layout.pp * layout.cp * layout.dp
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:

@@ -18,6 +18,8 @@ GPU_RESERVE = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers, what a sleep
 CPU_RESERVE = GIB  # libraries; measured: 0.6 GiB with megatron-core, 1.0 GiB with vLLM as well
 VLLM_RESERVE = 2 * GIB  # of vLLM's share: activations of its largest batch, CUDA graphs
 CPU_KV_CACHE = GIB  # rollout/engine.py's limit for an engine rank
+FP8_WEIGHT_BYTES = 2  # Transformer Engine keeps a weight and its transpose in FP8 from one update to the next
+ROTARY_TABLES = 32  # of the longest sequences of as many packs, which megatron-core keeps in fp32
 ATTENTION_PADDING = 4 / 3  # of the local attention's rectangles, lengths spread evenly over a power of two
 
 
@@ -57,6 +59,7 @@ class Layout:
     lora_dropout: bool = False
     gpu: bool = True
     transformer_engine: bool = True
+    fp8: bool = False
 
     @property
     def element(self) -> int:
@@ -167,6 +170,12 @@ def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int
     if name in ("generate", "refit") and layout.gpu and layout.precision != "fp32":
         state = {"weights": state["weights"]}  # the optimizer is in host memory, the gradients are released
     parts = {"reserve": GPU_RESERVE if layout.gpu else CPU_RESERVE} | state
+    if layout.fp8:
+        layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+        parts["FP8 weights"] = FP8_WEIGHT_BYTES * layers * layer_parameters(arch, layout.tp)
+    if layout.transformer_engine:
+        longest = min(layout.microbatch_tokens, layout.engine.longest if layout.engine else layout.microbatch_tokens)
+        parts["rotary tables"] = ROTARY_TABLES * longest * arch.head_dim * 4
     if layout.reference and not layout.gpu:
         parts["reference"] = state["weights"]
     if layout.engine and (name in ("generate", "refit") or not layout.gpu):

@@ -3,11 +3,11 @@ hours of a run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from omegaconf import MISSING
 from rich.console import Console
 
+from frpo_nemo.config.option import option
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import Cluster
@@ -19,22 +19,29 @@ from frpo_nemo.planning.timing import Workload, seconds
 
 @dataclass
 class PlanModel:
-    path: str = field(default=MISSING, metadata={"example": "Qwen/Qwen2.5-7B-Instruct"})
-    precision: str = "bf16"
-    lora_rank: int = 0
+    path: str = option(
+        "Directory with config.json, or hub name; of the hub, config.json alone is downloaded.",
+        example="Qwen/Qwen2.5-7B-Instruct",
+    )
+    precision: str = option("Precision of training.", "bf16", choices=("bf16", "fp32"))
+    lora_rank: int = option("Rank of the adapters, if they are trained instead of the weights; 0: none.", 0, at_least=0)
 
 
 @dataclass
 class PlanRun:
     """recipes/plan.py"""
 
-    model: PlanModel = field(default_factory=PlanModel)
-    cluster: Cluster = field(default_factory=Cluster)
-    workload: Workload = field(default_factory=Workload)
-    gpu_memory_utilization: float = 0.6
-    max_num_seqs: int = 256
-    head_room: float = 0.1
-    show: int = 8
+    model: PlanModel = option("The policy.", PlanModel)
+    cluster: Cluster = option(
+        "Machines, as in configs/cluster/; bandwidths are in GB/s (10^9 bytes) per GPU and direction.", Cluster
+    )
+    workload: Workload = option("One step.", Workload)
+    gpu_memory_utilization: float = option(
+        "Share of GPU memory that vLLM may use while it generates.", 0.6, above=0, at_most=1
+    )
+    max_num_seqs: int = option("Sequences that one engine decodes together.", 256, at_least=1)
+    head_room: float = option("Share of GPU memory that must stay free.", 0.1, at_least=0, below=1)
+    show: int = option("Rows of the table.", 8, at_least=0)
 
 
 def plan(cfg: PlanRun, console: Console) -> None:
@@ -92,21 +99,9 @@ def _rounded(number: float) -> str:
 
 
 def _check(cfg: PlanRun) -> None:
-    if cfg.model.precision not in ("bf16", "fp32"):
-        raise ConfigError(f"model.precision={cfg.model.precision} must be bf16 or fp32.")
-    if cfg.model.lora_rank < 0:
-        raise ConfigError(f"model.lora_rank={cfg.model.lora_rank} must be at least 0.")
-    for group in ("cluster", "workload"):
-        for name, value in vars(getattr(cfg, group)).items():
-            if name not in ("gpu", "logprob_passes") and value <= 0:
-                raise ConfigError(f"{group}.{name}={value} must be above 0.")
     work = cfg.workload
     if work.prompts_per_step % work.updates_per_rollout:
         raise ConfigError(
             f"workload.updates_per_rollout={work.updates_per_rollout} must divide workload.prompts_per_step="
             f"{work.prompts_per_step}."
         )
-    if not 0 <= cfg.head_room < 1:
-        raise ConfigError(f"head_room={cfg.head_room} must be at least 0 and below 1.")
-    if not 0 < cfg.gpu_memory_utilization <= 1:
-        raise ConfigError(f"gpu_memory_utilization={cfg.gpu_memory_utilization} must be above 0 and at most 1.")

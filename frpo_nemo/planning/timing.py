@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from frpo_nemo.config.option import option
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning import communication
 from frpo_nemo.planning.cluster import Cluster
@@ -29,17 +30,20 @@ TENSOR_OVERHEAD = 0.001  # of a refit, per Hugging Face tensor: reload and two f
 
 @dataclass
 class Workload:
-    """One step. Lengths are means, but for max_response_tokens, which the longest response of a step is taken to reach.
-    `logprob_passes`: forward passes over the batch besides training (reference, old policy)."""
+    """One step."""
 
-    prompts_per_step: int = 64
-    group_size: int = 8
-    prompt_tokens: int = 256
-    response_tokens: int = 512
-    max_prompt_tokens: int = 1024
-    max_response_tokens: int = 3072
-    updates_per_rollout: int = 1
-    logprob_passes: int = 1
+    prompts_per_step: int = option("Prompts per step, over all ranks.", 64, at_least=1)
+    group_size: int = option("Responses per prompt.", 8, at_least=1)
+    prompt_tokens: int = option("Mean length of a prompt.", 256, at_least=1)
+    response_tokens: int = option("Mean length of a response.", 512, at_least=1)
+    max_prompt_tokens: int = option("Longest prompt.", 1024, at_least=1)
+    max_response_tokens: int = option("Longest response, which one of each step is taken to have.", 3072, at_least=1)
+    updates_per_rollout: int = option("Optimizer steps per rollout.", 1, at_least=1)
+    logprob_passes: int = option(
+        "Forward passes besides training: 1 for objective.beta above 0, 1 for updates_per_rollout above 1.",
+        1,
+        at_least=0,
+    )
 
     @property
     def sequences(self) -> int:

@@ -5,14 +5,17 @@ data/world.py."""
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
+
+from frpo_nemo.rewards.final_answer import after_hashes, complete_boxes, gold_text
 
 
 def exact_answer(prompts, completions: list[str], *, column: str = "answer", **columns) -> list[float]:
-    """1 where the final answer is the gold one letter by letter, else 0. The final answer, on both sides:
-    what follows the last `####`, else the content of the last \\boxed{}, else all; without $, thousands
-    separators, repeated spaces and a final full stop."""
-    golds = columns[column]
-    return [float(_plain(c) == _plain(str(gold))) for c, gold in zip(completions, golds, strict=True)]
+    """1 where the final answer is the gold one, letter by letter or, where the data has a number, as a number; else 0.
+    The final answer, on both sides: the content of the last complete \\boxed{}, else what follows the last `####`, else
+    all; without $, thousands separators, repeated spaces and a final full stop. Raises ValueError where the gold answer is
+    missing or isn't text or a number."""
+    return [float(_is_exact(_plain(c), gold, column)) for c, gold in zip(completions, columns[column], strict=True)]
 
 
 def format_match(prompts, completions: list[str], *, pattern: str, **columns) -> list[float]:
@@ -30,7 +33,10 @@ def regex_search(prompts, completions: list[str], *, pattern: str, **columns) ->
 def one_boxed(prompts, completions: list[str], **columns) -> list[float]:
     """1 where the completion has exactly one \\boxed and its braces close around something, else 0. Nested and escaped
     braces are read as TeX reads them; \\boxed 5 without braces is no answer, and every \\boxed counts as one."""
-    return [float(c.count("\\boxed") == 1 and _last_box_has_content(c)) for c in completions]
+    return [
+        float(c.count("\\boxed") == 1 and any(content.strip() for *_, content in complete_boxes(c)))
+        for c in completions
+    ]
 
 
 def length_penalty(
@@ -48,6 +54,8 @@ def length_penalty(
     characters or words."""
     if (max is None) == (target is None):
         raise ValueError(f"length needs one of max and target (max={max}, target={target})")
+    if target is not None and target < 1:
+        raise ValueError(f"target={target} must be at least 1")
     if unit not in ("tokens", "characters", "words"):
         raise ValueError(f"unit={unit} is none of tokens, characters, words")
     if unit == "tokens":
@@ -59,36 +67,19 @@ def length_penalty(
     return [0.0 if n <= max else -1.0 if n >= max + soft else -(n - max) / soft for n in lengths]
 
 
-def after_hashes(text: str) -> str:
-    """The line after the last `####`, GSM8K's sign of the final answer; all of a text without one."""
-    _, sign, answer = text.rpartition("####")
-    return answer.strip().split("\n")[0] if sign else text
+def _is_exact(answer: str, gold, column: str) -> bool:
+    """A number has no letters: 72 may be 72.0 in the data, because a column with a gap became one of floats."""
+    text = gold_text(gold, column)
+    if isinstance(gold, str):
+        return answer == _plain(text)
+    try:
+        return Decimal(answer) == Decimal(text)
+    except InvalidOperation:
+        return False
 
 
 def _plain(text: str) -> str:
-    answer = after_hashes(text)
-    answer = _last_boxed(answer) if "\\boxed{" in answer else answer
+    boxes = complete_boxes(text)
+    answer = boxes[-1][2] if boxes else after_hashes(text)
     answer = re.sub(r"(?<=\d),(?=\d{3})", "", answer.replace("$", ""))
     return " ".join(answer.split()).removesuffix(".")
-
-
-def _last_boxed(text: str) -> str:
-    """The content of the last \\boxed{...}, with its nested braces."""
-    start = text.rindex("\\boxed{") + len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end]
-    return text[start:]
-
-
-def _last_box_has_content(text: str) -> bool:
-    """Whether braces follow the last \\boxed and close around something. Unlike `_last_boxed`, which takes what there is."""
-    content = text.rpartition("\\boxed")[2].lstrip()
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", content, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0:
-            return content[0] == "{" and content[1 : token.start()].strip() != ""
-    return False

@@ -8,6 +8,8 @@ TRL). Shared by the training process and the reward workers, so it imports nothi
 
 from __future__ import annotations
 
+import ast
+import copy
 import difflib
 import hashlib
 import importlib
@@ -66,8 +68,9 @@ def load_target(target: str) -> Callable:
             "nor path/to/file.py:function" + (f"; did you mean '{close[0]}'?" if close else "")
         )
     try:
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except Exception as problem:
+        is_file = module_name.endswith(".py")
+        module = _load_file(Path(module_name).expanduser()) if is_file else importlib.import_module(module_name)
+    except (Exception, SystemExit) as problem:
         raise ConfigError(f"'{target}' cannot be imported: {type(problem).__name__}: {problem}") from problem
     function = getattr(module, name, None)
     if not callable(function):
@@ -77,13 +80,18 @@ def load_target(target: str) -> Callable:
 
 @dataclass(frozen=True)
 class Bound:
-    """`function` with the arguments that it receives in every call; they win over columns of the same name."""
+    """`function` with the arguments that it receives in every call; they win over columns of the same name. options: names
+    that no column may fill."""
 
     function: Callable
     args: dict[str, Any]
+    options: frozenset[str] = frozenset()
 
     def __call__(self, prompts: list, completions: list[str], columns: dict[str, list]) -> Any:
-        return self.function(prompts=prompts, completions=completions, **{**columns, **self.args})
+        """Call the function with copies, which it may change: responses share the prompt and columns of their example."""
+        own = {name: [*map(copy.deepcopy, values)] for name, values in columns.items() if name not in self.options}
+        own |= copy.deepcopy(self.args)
+        return self.function(prompts=[*map(copy.deepcopy, prompts)], completions=list(completions), **own)
 
     def load(self) -> None:
         """What takes long and comes once, before the first call: a class's method `load`, if it has one."""
@@ -98,8 +106,19 @@ def bind(target: str, args: dict[str, Any]) -> Bound:
     """The reward `target` with its `args`: a class is instantiated with them, once; a function receives them with
     every call."""
     redact.remember(args)  # what the function says when it fails may quote them
-    function = load_target(target)
-    return Bound(function(**args), {}) if inspect.isclass(function) else Bound(function, args)
+    function, args = load_target(target), copy.deepcopy(args)
+    if inspect.isclass(function):
+        return Bound(function(**args), {})
+    return Bound(function, args, options(target, function))
+
+
+def options(target: str, function: Callable) -> frozenset[str]:
+    """Return what no column of the data may fill in a built-in reward: its parameters that aren't lists. Of other functions
+    every parameter may be a column, as in TRL."""
+    if target not in BUILT_IN and target not in BUILT_IN.values():
+        return frozenset()
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is not list)
 
 
 def call_batch(function: Callable, prompts: list, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
@@ -148,6 +167,42 @@ def _load_file(path: Path):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
+        _let_import_siblings(path.resolve())
+        sys.modules[name] = module  # before it runs: dataclasses look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
+
+
+def _let_import_siblings(file: Path) -> None:
+    """Let a reward file import the modules beside it, as a script could, also later, inside of its functions. They come
+    last in the search, so that none takes the place of a library's; one whose name is taken is refused."""
+    directory = file.parent
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
+    importlib.invalidate_caches()
+    for name, sibling in _imported_siblings(file, directory, {}).items():
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
+        if found != sibling:
+            raise ImportError(
+                f"{file.name} imports {name}, which is beside it, but another module has that name ({found or name}): "
+                f"rename {sibling.relative_to(directory)}"
+            )
+
+
+def _imported_siblings(file: Path, directory: Path, known: dict[str, Path]) -> dict[str, Path]:
+    """Add to `known` the modules of `directory` that `file` imports, or that those import: name -> file. Python's own come
+    before any."""
+    nodes = list(ast.walk(ast.parse(file.read_bytes(), file)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    for name in {name.partition(".")[0] for name in names} - known.keys() - sys.stdlib_module_names:
+        for sibling in (directory / f"{name}.py", directory / name / "__init__.py"):
+            if sibling.is_file():
+                known[name] = sibling
+                _imported_siblings(sibling, directory, known)
+    return known

@@ -9,6 +9,7 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
+from frpo_nemo.rewards.choices import read_choices
 from frpo_nemo.rewards.remote import UNREADABLE, RemoteServer, quote
 from frpo_nemo.rewards.templates import read_entry, read_template
 
@@ -50,7 +51,7 @@ class ChatJudge:
         if self._template is None:
             raise ConfigError("a chat_judge needs template or template_file")
         self._system = system if system_key is None else read_entry(template_file, system_key)
-        self._choices = {str(text).casefold(): float(value) for text, value in (choices or {}).items()}
+        self._choices = _without_case(read_choices(choices or {}))
         self._pattern = None if rubric else _compile(pattern, self._choices)
         self._options = OPTIONS if options is None else options
         self._server = RemoteServer(model, **remote)
@@ -91,6 +92,17 @@ def rubric_score(text: str) -> float | None:
     if refusal not in (0, 1) or not 1 <= convincing <= 5 or not 1 <= specific <= 5:
         return None
     return (1 - refusal) * (convincing + specific - 2) / 8
+
+
+def _without_case(choices: dict[str, float]) -> dict[str, float]:
+    """Raise ConfigError where two answers are the same to a reader of `choices` who ignores case."""
+    folded = {answer.casefold(): value for answer, value in choices.items()}
+    for answer, value in choices.items():
+        if folded[answer.casefold()] != value:
+            raise ConfigError(
+                f"choices: {answer!r} differs from another answer in case alone, which is not read; keep one"
+            )
+    return folded
 
 
 def _compile(pattern: str | None, choices: dict[str, float]) -> re.Pattern:

@@ -13,6 +13,7 @@ import operator
 import re
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from frpo_nemo.errors import ConfigError
@@ -30,13 +31,22 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A test of which the sandbox learns the expression alone; `compare` is asked outside for its value and `expected`."""
+
+    expression: str
+    compare: Callable[[Any, Any], bool]
+    expected: Any
+
+
 class CodeTests:
     """1 where the program passes all of its tests, else 0; with `partial`, the share that it passes.
 
     column: the tests of each response, a list or a list as JSON, of either assert statements (MBPP's test_list), run in
     the namespace of the program, or {"input": stdin, "output": stdout}; {"inputs": [...], "outputs": [...]} (APPS) is
-    the same. setup_column: code to run before each assert statement. seconds: for all tests of a response together.
-    memory_mb: MiB of address space.
+    the same, or with "fn_name" arguments and results of that function. setup_column: code, or lines of it, to run before
+    each assert statement. seconds: for all tests of a response together. memory_mb: MiB of address space.
 
     What a program can and cannot do to its verdict: docs/rewards.md. ConfigError where there is no sandbox.
     """
@@ -57,27 +67,26 @@ class CodeTests:
     def __call__(self, prompts, completions: list[str], **columns) -> list[float]:
         setups = columns[self._setup_column] if self._setup_column else [""] * len(completions)
         return [
-            self._score(program_of(completion), _parse_tests(tests), setup)
+            self._score(program_of(completion), _parse_tests(tests), _text(setup or ""))
             for completion, tests, setup in zip(completions, columns[self._column], setups, strict=True)
         ]
 
     def _score(self, program: str, tests: list, setup: str) -> float:
-        if isinstance(tests[0], str):
-            passed = self._passed_asserts(program, tests, setup)
-        else:
+        if isinstance(tests[0], tuple):
             passed = self._passed_pairs(program, tests)
+        else:
+            passed = self._passed_asserts(program, tests, setup)
         return passed / len(tests) if self._partial else float(passed == len(tests))
 
-    def _passed_asserts(self, program: str, tests: list[str], setup: str) -> int:
+    def _passed_asserts(self, program: str, tests: list[str | Comparison], setup: str) -> int:
         nonce = secrets.token_hex(16)
-        parts = [_open_comparison(test) for test in tests]
-        inside = [(part[0], True) if part else (test, False) for test, part in zip(tests, parts, strict=True)]
+        parts = [_open_comparison(test) if isinstance(test, str) else test for test in tests]
+        inside = [(part.expression, True) if part else (test, False) for test, part in zip(tests, parts, strict=True)]
         run = self._sandbox.run(program, self._seconds, tests=marshal.dumps([nonce, setup, inside]))
         lines = run.output.decode(errors="replace").split("\n")
         verdicts = [line.removeprefix(nonce) if line.startswith(nonce) else "" for line in lines]
         return sum(
-            _holds(verdict, *part[1:]) if part else verdict == "1"
-            for verdict, part in zip(verdicts, parts, strict=False)
+            _holds(verdict, part) if part else verdict == "1" for verdict, part in zip(verdicts, parts, strict=False)
         )
 
     def _passed_pairs(self, program: str, pairs: list[tuple[str, str]]) -> int:
@@ -107,9 +116,9 @@ def _dedented(program: str, indent: str) -> str:
     return re.sub(f"^{indent}", "", program, flags=re.MULTILINE) if indent else program
 
 
-def _open_comparison(test: str) -> tuple[str, Callable[[Any, Any], bool], Any] | None:
-    """(expression, comparison, literal) of a test that is just `assert expression == literal` or with another comparison;
-    None for any other."""
+def _open_comparison(test: str) -> Comparison | None:
+    """Return what a test compares that is just `assert expression == literal` or with another comparison; None for any
+    other."""
     try:
         body = ast.parse(test).body
     except (SyntaxError, ValueError):
@@ -119,7 +128,8 @@ def _open_comparison(test: str) -> tuple[str, Callable[[Any, Any], bool], Any] |
             sides = [(left, right), (right, left)] if isinstance(comparison, ast.Eq) else [(left, right)]
             for expression, literal in sides:
                 if type(comparison) in _COMPARISONS and _is_literal(literal, comparison):
-                    return ast.unparse(expression), _COMPARISONS[type(comparison)], ast.literal_eval(literal)
+                    compare, expected = _COMPARISONS[type(comparison)], ast.literal_eval(literal)
+                    return Comparison(ast.unparse(expression), compare, expected)
     return None
 
 
@@ -131,10 +141,10 @@ def _is_literal(node: ast.expr, comparison: ast.cmpop) -> bool:
     return not isinstance(comparison, ast.Is) or value is None or isinstance(value, bool)
 
 
-def _holds(verdict: str, compare: Callable[[Any, Any], bool], expected: Any) -> bool:
+def _holds(verdict: str, comparison: Comparison) -> bool:
     """Of what a program gave, which may be anything."""
     try:
-        return bool(compare(_decode(json.loads(verdict)), expected))
+        return bool(comparison.compare(_decode(json.loads(verdict)), comparison.expected))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return False
 
@@ -151,16 +161,60 @@ def _decode(value: Any) -> Any:
     return {"list": list, "tuple": tuple, "set": set}[kind](map(_decode, content))
 
 
-def _parse_tests(value: Any) -> list[str] | list[tuple[str, str]]:
+def _parse_tests(value: Any) -> list[str] | list[Comparison] | list[tuple[str, str]]:
+    """Raise ValueError where there are none."""
     tests = json.loads(value) if isinstance(value, str) else value
     if isinstance(tests, dict):
-        tests = [{"input": i, "output": o} for i, o in zip(tests["inputs"], tests["outputs"], strict=True)]
-    if tests and all(isinstance(test, str) for test in tests):
+        pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+        if pairs and tests.get("fn_name"):
+            return [_call(tests["fn_name"], given, expected) for given, expected in pairs]
+        tests = [{"input": given, "output": expected} for given, expected in pairs]
+    if not isinstance(tests, list) or not tests:
+        raise ValueError(f"no tests: {str(value)[:80]!r}")
+    if all(isinstance(test, str) for test in tests):
         return tests
-    pairs = [(test["input"], test["output"]) for test in tests]
-    if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
-        raise ValueError(f"no tests, or none that are text: {str(value)[:80]!r}")
-    return pairs
+    return [(_text(test["input"]), _text(test["output"])) for test in tests]
+
+
+def _text(value: Any) -> str:
+    """Return text, or a list of its lines as text. Raises ValueError for anything else."""
+    lines = value if isinstance(value, list) else [value]
+    if not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"neither text nor lines of it: {str(value)[:80]!r}")
+    return "\n".join(lines)
+
+
+def _call(name: str, arguments: Any, expected: Any) -> Comparison:
+    """Return the test of a function, or method of a class Solution, in APPS's form. Raises ValueError."""
+    if not isinstance(arguments, list) or not name.isidentifier():
+        raise ValueError(f"no arguments of a function: {name}, {str(arguments)[:80]!r}")
+    listed = ", ".join(repr(_with_numbers_as_keys(argument)) for argument in arguments)
+    ast.literal_eval(f"[{listed}]")  # ValueError for what has no literal, such as NaN
+    return Comparison(f"({name} if {name!r} in globals() else Solution().{name})({listed})", _is_result, expected)
+
+
+def _with_numbers_as_keys(value: Any) -> Any:
+    """Undo what JSON does to dicts whose keys are whole numbers, as APPS's own tests do."""
+    if isinstance(value, list):
+        return [_with_numbers_as_keys(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    numbers = all(re.fullmatch(r"-?\d+", key) for key in value)
+    return {int(key) if numbers else key: _with_numbers_as_keys(item) for key, item in value.items()}
+
+
+def _is_result(value: Any, expected: Any) -> bool:
+    """Whether a function gave what APPS's tests expect, which they may have put into a list. Tuples count as lists."""
+    value = _as_json_has_it(value)
+    return value == expected or (isinstance(expected, list) and len(expected) == 1 and value == expected[0])
+
+
+def _as_json_has_it(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_json_has_it(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json_has_it(item) for key, item in value.items()}
+    return value
 
 
 def _lines(output: str) -> list[str]:

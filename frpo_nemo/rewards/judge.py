@@ -9,6 +9,7 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
+from frpo_nemo.rewards.choices import read_choices
 from frpo_nemo.rewards.local import LocalModel, LocalWeights
 from frpo_nemo.rewards.models import ModelFiles, conversation
 from frpo_nemo.rewards.remote import UNREADABLE, finite, quote
@@ -63,7 +64,7 @@ class Judge:
         self._chat, self._answer_prefix = chat, answer_prefix
         self._max_response_tokens, self._drop_special_tokens = max_response_tokens, chat or drop_special_tokens
         self._decide, self._min_mass = decide, min_mass
-        self._choices = {str(text): float(value) for text, value in (choices or STRONGREJECT).items()}
+        self._choices = read_choices(choices or STRONGREJECT)
         self._choice_ids = [_single_token(self._files.tokenizer, text, model) for text in self._choices]
 
     def load(self) -> None:

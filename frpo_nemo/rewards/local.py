@@ -74,7 +74,11 @@ class LocalModel:
         except (OSError, ValueError) as problem:
             raise ConfigError(f"model={self._name} cannot be read: {problem}") from problem
         if report["missing_keys"]:
-            raise ConfigError(f"model={self._name} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
+            lacking = f"model={self._name} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}"
+            for adapter in getattr(model, "peft_config", {}).values():  # such as AdaLoRA's, which peft itself fills in
+                kind = adapter.peft_type.value
+                lacking += f"; transformers does not read all of its adapter ({kind}): merge it into its base model"
+            raise ConfigError(lacking)
         self._model = model.eval().requires_grad_(False)
 
     def next_token_logprobs(self, sequences: list[list[int]], token_ids: list[int]) -> list[list[float]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from frpo_nemo.data.chat import Chat
+from frpo_nemo.data.tokenizer import load_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.local import LocalModel, LocalWeights
@@ -25,26 +27,25 @@ class ModelFiles:
     def __init__(self, model: str, revision: str | None, head: str, *, local: dict | None, remote: dict | None) -> None:
         """head: ForCausalLM or ForSequenceClassification. local, remote: arguments of LocalModel and RemoteServer; it is
         remote if there is a remote.url. Raises ConfigError."""
-        from transformers import AutoTokenizer
-
         self.model = model
         with _sentences(model):
-            base, base_revision = _base(model, revision)
+            base, base_revision, adapter = _base(model, revision)
             self.config = _read_config(base, base_revision)
-            self.tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+            self.tokenizer = load_tokenizer(model, revision)
+        self._chat = Chat(self.tokenizer)
         found = _head(self.config)
         if not found.endswith(head):
             raise ConfigError(f"model={model} has the wrong head: {found}, where one {head} is needed")
         self.host = _host(model, revision, head, local or {}, remote or {})
         if isinstance(self.host, LocalModel):
             with _sentences(model):
-                _require_loadable(base, base_revision, adapted=base != model)
+                _require_loadable(base, base_revision, adapter)
 
     @property
     def longest(self) -> int:
         """Tokens that the model takes."""
         own = self.config.get_text_config()
-        return min(getattr(own, "max_position_embeddings", 1 << 31), self.tokenizer.model_max_length)
+        return min(getattr(own, "max_position_embeddings", None) or 1 << 31, self.tokenizer.model_max_length)
 
     def load(self) -> None:
         """Read the weights of a local model."""
@@ -59,13 +60,11 @@ class ModelFiles:
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool, suffix: str = ""
     ) -> list[int] | Failure:
         """Messages through the model's chat template, which ConfigError says there is (`require_chat_template`); a Failure
-        if it refuses them, as many do a system message."""
+        if it refuses them, as many do a system message, or leaves one out."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text = self._chat.render(messages, "a conversation to score", prompt=add_generation_prompt)
         except Exception as problem:  # noqa: BLE001 - a template is a program of the model's
-            return Failure("error", f"the chat template of model={self.model} refuses the conversation: {problem}")
+            return Failure("error", str(problem))
         return self.tokenizer(text + suffix, add_special_tokens=False)["input_ids"]
 
     def require_chat_template(self) -> None:
@@ -86,7 +85,8 @@ class ModelFiles:
 def read_head(model: str, revision: str | None) -> str:
     """The class of a model, such as LlamaForCausalLM, from its config.json. Raises ConfigError."""
     with _sentences(model):
-        return _head(_read_config(*_base(model, revision)))
+        base, base_revision, _ = _base(model, revision)
+        return _head(_read_config(base, base_revision))
 
 
 def as_messages(prompt: Any) -> list[dict[str, str]]:
@@ -107,12 +107,15 @@ def _host(
     return LocalModel(f"AutoModel{head}", model, revision, **local)
 
 
-def _base(model: str, revision: str | None) -> tuple[str, str | None]:
-    """Model and revision of the base model, if this is a LoRA adapter; else its own."""
+def _base(model: str, revision: str | None) -> tuple[str, str | None, dict[str, Any] | None]:
+    """Model and revision of the base model and the adapter's settings, if this is a LoRA adapter; else its own and None."""
     from transformers.utils import find_adapter_config_file
 
-    adapter = find_adapter_config_file(model, revision=revision)
-    return (json.loads(Path(adapter).read_text())["base_model_name_or_path"], None) if adapter else (model, revision)
+    found = find_adapter_config_file(model, revision=revision)
+    if not found:
+        return model, revision, None
+    adapter = json.loads(Path(found).read_text())
+    return adapter["base_model_name_or_path"], None, adapter
 
 
 def _read_config(model: str, revision: str | None):
@@ -121,12 +124,17 @@ def _read_config(model: str, revision: str | None):
     return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
 
 
-def _require_loadable(model: str, revision: str | None, *, adapted: bool) -> None:
-    """What reading the weights would tell, minutes later. model: itself or, of an adapter, its base."""
+def _require_loadable(model: str, revision: str | None, adapter: dict[str, Any] | None) -> None:
+    """What reading the weights would tell, minutes later. model: itself or, of an `adapter`, its base."""
     from transformers.utils import is_peft_available
 
-    if adapted and not is_peft_available():
+    if adapter and not is_peft_available():
         raise ValueError("it is a LoRA adapter, which needs peft: pip install peft, merge it, or serve it (remote.url)")
+    if adapter and adapter.get("use_dora"):  # findings/transformers_loses_the_magnitudes_of_dora.sh
+        raise ValueError(
+            "it is a DoRA adapter (use_dora in adapter_config.json), of which transformers does not read the magnitude "
+            "vectors: merge it into its base model (merge_and_unload of peft)"
+        )
     if not _has(SAFETENSORS, model, revision) and (Path(model).is_dir() or _has(PICKLES, model, revision)):
         raise ValueError(
             f"{model} has no {SAFETENSORS[0]}, and pickled weights are not read here: convert them by transformers' "
@@ -153,11 +161,14 @@ def _head(config) -> str:
 @contextlib.contextmanager
 def _sentences(model: str) -> Iterator[None]:
     """What transformers says about missing or strange files, as a ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (OSError, ValueError) as problem:
-        first_line = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise ConfigError(f"model={model} cannot be read: {first_line}") from problem
+    except (OSError, ValueError, StrictDataclassError) as problem:
+        lines = [line.strip() for line in str(problem).splitlines()] or [type(problem).__name__]
+        shown = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        raise ConfigError(f"model={model} cannot be read: {shown}") from problem
 
 
 def _checked(ids: list[int] | Failure, longest: int, model: str) -> list[int] | Failure:

@@ -4,10 +4,13 @@ waited for, and found again where its URL file then points; a request that stays
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import logging
 import math
 import os
 import random
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +77,7 @@ class RemoteServer:
         self._last_answer = 0.0
         self._trouble: Failure | None = None  # anyone's last
         self._random = random.Random()  # not the run's generator, which a checkpoint restores
+        self._client().close()  # finds a proxy that cannot be used
 
     def post_all(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
         """The JSON of each answer to POST url/path, or a Failure (error: the server refused it; timeout; died: it went
@@ -82,10 +86,21 @@ class RemoteServer:
             return []
         self._last_answer, self._trouble = time.monotonic(), None
         with (
-            httpx.Client(timeout=self._timeout, headers=self._headers, limits=NO_LIMITS) as client,
+            self._client() as client,
             ThreadPoolExecutor(self._concurrency) as threads,
         ):
             return list(threads.map(lambda body: self._post(client, path, body), bodies))
+
+    def _client(self) -> httpx.Client:
+        """A server of this cluster is asked directly, others through the proxy of the environment, if it names one."""
+        direct = self._url_file or is_near(httpx.URL(self._url).host)
+        transport = httpx.HTTPTransport(limits=NO_LIMITS) if direct else None
+        try:
+            return httpx.Client(timeout=self._timeout, headers=self._headers, limits=NO_LIMITS, transport=transport)
+        except (ImportError, ValueError) as problem:
+            raise ConfigError(
+                f"remote.url={self._url}: the proxy of the environment cannot be used: {problem}"
+            ) from problem
 
     def _post(self, client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
         taken = 0
@@ -155,6 +170,19 @@ def longest_wait(remote: dict[str, Any]) -> float:
     """Seconds for which a call waits for a server that stays away, by the arguments of its RemoteServer: a last request
     may begin when the patience ends."""
     return remote.get("patience", PATIENCE) + remote.get("timeout", TIMEOUT)
+
+
+@functools.lru_cache
+def is_near(host: str) -> bool:
+    """Whether a host is this machine or in this network: its name has no domain, or means private addresses alone. A web
+    proxy knows no way there."""
+    if "." not in host and ":" not in host:
+        return True
+    try:
+        found = {entry[4][0].partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:  # no such name here: the proxy may know it
+        return False
+    return not any(ipaddress.ip_address(address).is_global for address in found)
 
 
 def _refusal(response: httpx.Response) -> Failure:

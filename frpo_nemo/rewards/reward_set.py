@@ -2,7 +2,8 @@
 
 A response's total is the weighted sum of the rewards that scored it. It has none, NaN, when no reward scored
 it or when one that should have scored it failed: a failure is never 0, which would count against the
-response.
+response. Totals are logged; what training compares, where some rewards scored only a part of a group, follows from
+the parts (objective/parts.py).
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frpo_nemo.config.option import check_values
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target
+from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target, options
 from frpo_nemo.rewards.local import LocalWeights
 from frpo_nemo.rewards.pool import WorkerPool
 from frpo_nemo.rewards.remote import longest_wait
 
 ALWAYS_ISOLATED = ("math", "code")  # may hang on ordinary input; waits for programs, several at a time
+ARGUMENTS = ("prompts", "completions")  # of every reward
 PROVIDED_COLUMNS = ("task", "response_tokens")  # by training, beside those of the data
 
 
@@ -69,9 +73,12 @@ class RewardSet:
     ) -> Scores:
         """Score N responses. prompts: strings or lists of chat messages. completions: text without special
         tokens. tasks: of each response's prompt. columns: name -> N values, passed to every reward; `task` is
-        added, and columns named prompts or completions are left out, since the arguments are called so. Never
-        raises for what a reward does; RuntimeError when an isolated one cannot be started."""
-        columns = {k: v for k, v in columns.items() if k not in ("prompts", "completions")} | {"task": tasks}
+        added (where a prompt has none, a column of this name stands), and columns named prompts or completions are
+        left out, since the arguments are called so. Never raises for what a reward does; RuntimeError when an isolated
+        one cannot be started."""
+        named = zip(tasks, columns.get("task", tasks), strict=True)
+        shown = {"task": [own if task is None else task for task, own in named]}
+        columns = {k: v for k, v in columns.items() if k not in ARGUMENTS} | shown
         total = torch.zeros(len(completions), dtype=torch.float64)
         scored, failed = torch.zeros_like(total, dtype=torch.bool), torch.zeros_like(total, dtype=torch.bool)
         scores = Scores(total, {})
@@ -107,6 +114,20 @@ class RewardSet:
                     f"reward.{reward.name}.tasks: no example has task '{absent[0]}'; the data has {found}"
                 )
 
+    def describe_overlap(self, tasks: set[str | None]) -> list[str]:
+        """Return a sentence that names the rewards which share some tasks of the data and not others; none for none."""
+        own = {reward.name: {task for task in tasks if reward.applies(task)} for reward in self.rewards}
+        named = [name for name in own if any(own[name] & own[o] and own[name] != own[o] for o in own)]
+        if not named:
+            return []
+        tasks_of: dict[str, list[str]] = {}
+        for task in sorted(tasks, key=str):
+            total = " + ".join(name for name in own if task in own[name])
+            tasks_of.setdefault(total, []).append("no task" if task is None else task)
+        some = {total: ", ".join(of[:3]) + ", ..." * (len(of) > 3) for total, of in tasks_of.items()}
+        totals = "; ".join(f"{total} for {of}" for total, of in some.items())
+        return [f"reward: the tasks of {', '.join(named)} overlap in part, so totals are different sums: {totals}"]
+
     def close(self) -> None:
         """End the worker processes."""
         for pool in self.pools:
@@ -138,7 +159,7 @@ def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) 
         raise ConfigError("there is no reward: name at least one under `reward`")
     for name, config in configs.items():
         try:
-            _check_numbers(config)
+            check_values(config)
             _check_arguments(config, columns)
         except ConfigError as problem:
             raise ConfigError(f"reward.{name}: {problem}") from problem
@@ -166,7 +187,7 @@ def check_waits(configs: Mapping[str, Any], phase_timeout: float, where: str) ->
         )
 
 
-def _waits(config, at: str) -> Iterator[tuple[str, float]]:
+def _waits(config: RewardConfig, at: str) -> Iterator[tuple[str, float]]:
     """(key, seconds) of each server that a built-in reward may wait for. at: the key of its arguments."""
     if config.target in BUILT_IN:
         yield from _servers(_args(config), at)
@@ -180,18 +201,11 @@ def _servers(args: dict[str, Any], at: str) -> Iterator[tuple[str, float]]:
             yield from _servers(value, f"{at}.{name}")
 
 
-def _is_isolated(config) -> bool:
+def _is_isolated(config: RewardConfig) -> bool:
     return config.isolate or config.target in ALWAYS_ISOLATED
 
 
-def _check_numbers(config) -> None:
-    if not math.isfinite(config.weight):
-        raise ConfigError(f"weight={config.weight} is not a finite number")
-    if config.timeout <= 0 or config.workers < 1:
-        raise ConfigError(f"timeout={config.timeout} must be above 0 and workers={config.workers} at least 1")
-
-
-def _check_arguments(config, columns: list[str] | None) -> None:
+def _check_arguments(config: RewardConfig, columns: list[str] | None) -> None:
     target, args = load_target(config.target), _args(config)
     parameters = _named_parameters(target)
     unknown = [name for name in args if name not in parameters]
@@ -200,9 +214,10 @@ def _check_arguments(config, columns: list[str] | None) -> None:
             f"{config.target} has no argument '{unknown[0]}' (args); it has {', '.join(parameters) or 'none'}"
         )
     needed = [name for name, p in parameters.items() if p.default is p.empty and name not in args]
+    own = parameters if inspect.isclass(target) else options(config.target, target)
+    if missing := [name for name in needed if name in own]:
+        raise ConfigError(f"{config.target} needs the argument '{missing[0]}' (args)")
     if inspect.isclass(target):
-        if needed:
-            raise ConfigError(f"{config.target} needs the argument '{needed[0]}' (args)")
         target = target.__call__
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(target).parameters.values()):
         raise ConfigError(f"{config.target} must take (prompts, completions, **columns): it has no **columns")
@@ -212,6 +227,7 @@ def _check_arguments(config, columns: list[str] | None) -> None:
         needed += [column for column in named if column is not None]
     if columns is not None:
         _check_columns(config.target, needed, sorted({*columns, *PROVIDED_COLUMNS}))
+    _check_names(config.target, needed, {*ARGUMENTS, *options(config.target, load_target(config.target))})
     if config.target in BUILT_IN:
         _try_empty(config.target, args, needed)
     if config.target == "code":
@@ -228,7 +244,7 @@ def _check_clock(timeout: float, seconds: float) -> None:
         )
 
 
-def _check_worker_waits(config) -> None:
+def _check_worker_waits(config: RewardConfig) -> None:
     """A server that is away for a while is waited for, in a worker as elsewhere."""
     waits = list(_waits(config, "args"))
     total = sum(seconds for _, seconds in waits)
@@ -243,7 +259,7 @@ def _named_parameters(target: Callable) -> dict[str, inspect.Parameter]:
     return {
         name: p
         for name, p in inspect.signature(target).parameters.items()
-        if name not in ("prompts", "completions") and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        if name not in ARGUMENTS and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
     }
 
 
@@ -253,6 +269,15 @@ def _check_columns(target: str, needed: list[str], available: list[str]) -> None
             raise ConfigError(
                 f"{target} needs '{name}', which is neither in args nor a column of the data; "
                 f"the columns are {', '.join(available)}"
+            )
+
+
+def _check_names(target: str, needed: list[str], taken: set[str]) -> None:
+    for name in needed:
+        if name in taken:
+            raise ConfigError(
+                f"{target} cannot be given the column '{name}' of the data, because an argument of its own is called so; "
+                "rename the column"
             )
 
 
@@ -274,7 +299,7 @@ def _in_process(name: str, function: Bound) -> Callable:
     return lambda prompts, completions, columns: call_batch(function, prompts, completions, columns)
 
 
-def _args(config) -> dict[str, Any]:
+def _args(config: RewardConfig) -> dict[str, Any]:
     """Plain containers: OmegaConf's would follow the arguments into workers and users' functions."""
     from omegaconf import OmegaConf
 

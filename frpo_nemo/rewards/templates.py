@@ -26,7 +26,7 @@ class Template:
 
     def fill_all(self, prompts: list, responses: list[str], data: dict[str, list]) -> list[str]:
         """One text per response. data: column -> its value for each; a value that is None is left out, and so is a column
-        that none of these responses has."""
+        that none of these responses has. Lists, dicts, true and false are shown as JSON, not as Python writes them."""
         shown = {name: data.get(column, [None] * len(prompts)) for name, column in self.columns.items()}
         return [
             self._fill(prompt, response, {name: values[i] for name, values in shown.items()})
@@ -36,7 +36,13 @@ class Template:
     def _fill(self, prompt: Any, response: str, values: dict[str, Any]) -> str:
         asked = next((m["content"] for m in reversed(as_messages(prompt)) if m["role"] == "user"), "")
         names = dict.fromkeys(PROMPT, asked) | dict.fromkeys(RESPONSE, response)
-        return self.text.format(**names | {name: "" if value is None else value for name, value in values.items()})
+        return self.text.format(**names | {name: _shown(value) for name, value in values.items()})
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | dict | bool):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None or value != value else str(value)  # NaN, which pandas writes where there is nothing
 
 
 def read_template(

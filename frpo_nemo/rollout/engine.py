@@ -49,10 +49,12 @@ class RolloutEngine:
         gpu_memory_utilization: float = 0.6,
         max_num_seqs: int = 256,
         enforce_eager: bool = False,
+        fp32_logits: bool = False,
         temperature: float = 1.0,
         load_format: str = "dummy",
     ):
-        """dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. temperature: of the rollouts;
+        """dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. fp32_logits: as in a ModelConfig,
+        whatever config.json says of it (head_dtype). temperature: of the rollouts;
         their log-probs are those of softmax(logits / temperature), or at 0 (greedy) of softmax(logits). load_format:
         "dummy" leaves the weights to the first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for
         a layout that does not fit.
@@ -83,6 +85,7 @@ class RolloutEngine:
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager or not self._on_gpu,  # compiling on CPU: 15-25 s, for 5% at most (measured)
                 enable_sleep_mode=self._on_gpu,
+                hf_overrides={"head_dtype": "float32" if fp32_logits else "model"},
                 load_format=load_format,
                 # "raw" is before the temperature, "processed" after; at temperature 1 raw does not copy the logits.
                 logprobs_mode="raw_logprobs" if temperature == 1 else "processed_logprobs",
@@ -120,7 +123,7 @@ class RolloutEngine:
             top_k=top_k,
             max_tokens=max_tokens,
             stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # the stop tokens are the caller's, and no others
+            ignore_eos=True,  # alone keeps the stop tokens of generation_config.json out: only the caller's end a response
             detokenize=False,
             logprobs=0 if rollout else None,  # 0: of the sampled token alone
             flat_logprobs=True,
@@ -227,9 +230,10 @@ def _start_vllm(**settings):
             distributed_executor_backend="external_launcher",
             trust_remote_code=False,
             skip_tokenizer_init=True,  # token ids in, token ids out
-            generation_config="vllm",  # else the checkpoint's file would add stop tokens and sampling settings
+            generation_config="vllm",  # no sampling settings from the checkpoint's file; its stop tokens: see ignore_eos
             enable_prefix_caching=True,  # the responses of one group share their prompt
             use_tqdm_on_load=False,
+            async_scheduling=False,  # else generate() may return while a batch is still in the engine's queue
             **settings,
         )
 

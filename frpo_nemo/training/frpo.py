@@ -6,31 +6,38 @@ Phases (sleep and wake of the engine, timing, the watchdog) belong to the object
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
-from frpo_nemo.objective import build_objective
+from frpo_nemo.objective import Objective, build_objective
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.training.loss import PolicyLoss
+from frpo_nemo.training.masked import save_masked
 from frpo_nemo.training.probe import VALIDATION, Probe, distance_from_reference
 from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
-from frpo_nemo.training.statistics import rollout_statistics, step_statistics
+from frpo_nemo.training.statistics import rollout_statistics, sampling_logprobs, step_statistics
 
 
-def train(cfg) -> bool:
+def train(cfg: FRPORun) -> bool:
     """Run the job that `cfg` (FRPORun, validated) describes, in every process of the world. False if a signal
     ended it early."""
     with Run(cfg) as run:
         objective = build_objective(cfg.objective)
         with run.phases("load"):
             worker = RolloutWorker(
-                cfg.model, cfg.rollout, run.phases, seed=cfg.trainer.seed, max_model_len=longest_sequence(cfg)
+                cfg.model,
+                cfg.rollout,
+                run.phases,
+                seed=cfg.trainer.seed,
+                max_model_len=longest_sequence(cfg),
+                moment=run.moment,
+                measured=run.measured,
             )
             training, held_out = load_prompts(cfg, worker)
             probe = Probe(cfg, worker) if cfg.probe.interval else None
@@ -64,6 +71,7 @@ def train(cfg) -> bool:
             results = learn(run, goal, worker, actor, rollouts, step)
             worker.refit(actor)
             values = rollout_statistics(rollouts) | step_statistics(goal, rollouts.batch, results)
+            values["rollout_mismatch/gap_limit"] = worker.gap_limit.value
             measure(run, worker, actor, held_out, probe, step)
             run.record(step, values, int(rollouts.batch.lengths.sum()))
         if run.finished:
@@ -75,17 +83,17 @@ def train(cfg) -> bool:
     return run.finished
 
 
-def load_prompts(cfg, worker: RolloutWorker) -> tuple[ScoredPrompts, ScoredPrompts | None]:
+def load_prompts(cfg: FRPORun, worker: RolloutWorker) -> tuple[ScoredPrompts, ScoredPrompts | None]:
     """(what to train on, what to validate on or None), with the same rewards. The second does not depend on
     val_interval: its fingerprint is in the checkpoints, and a resumed run may begin to validate."""
     rewards = build_rewards(cfg.reward)
-    training = ScoredPrompts.load(cfg.data.train, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
+    training = ScoredPrompts.load(cfg.data.train, rewards, worker.chat, cfg.data.max_prompt_tokens)
     if not cfg.data.validation:
         return training, None
-    return training, ScoredPrompts.load(cfg.data.validation, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
+    return training, ScoredPrompts.load(cfg.data.validation, rewards, worker.chat, cfg.data.max_prompt_tokens)
 
 
-def longest_sequence(cfg) -> int:
+def longest_sequence(cfg: FRPORun) -> int:
     """Tokens of the longest prompt and response that the engine may see."""
     probe = cfg.probe.max_response_tokens if cfg.probe.interval else 0
     return cfg.data.max_prompt_tokens + max(cfg.rollout.max_response_tokens, probe)
@@ -108,8 +116,6 @@ def learn(
         if updates > 1:
             batch.token_columns["old_logprobs"] = actor.get_inference_log_probs(batch)
             worker.check_logprobs(step, batch, batch.token_columns["old_logprobs"])
-    # Before the first update, the policy's log-probs must be those that vLLM sampled with.
-    check = partial(worker.check_logprobs, step, batch) if updates == 1 else None
     results, advantages = [], torch.zeros(batch.num_sequences)
     for number, indices in enumerate(minibatches(rollouts.groups, updates)):
         minibatch = batch.select(indices)
@@ -119,30 +125,41 @@ def learn(
                 current = actor.get_inference_log_probs(minibatch)
             old = minibatch.token_columns["old_logprobs"]
             importance = objective.importance(current, old, minibatch.response_lengths)
+        rewards, groups = minibatch.columns["compared"], minibatch.columns["group"]
+        minibatch.columns["advantage"] = objective.effective_advantages(rewards, groups, importance)
+        minibatch.columns["coefficient"] = objective.coefficients(rewards, groups)
         with run.phases("train"):
-            number += (step - 1) * updates
-            results.append(update(run, objective, actor, minibatch, importance, step, number, check))
+            per_sequence, per_token = actor.accumulate_gradient(minibatch, policy_loss(cfg, objective, minibatch))
+            if updates == 1:  # this forward pass had the weights with which vLLM sampled
+                worker.check_logprobs(step, batch, per_token["logprobs"])
+            results.append(
+                update(run, actor, minibatch, (per_sequence, per_token), step, (step - 1) * updates + number)
+            )
         advantages[indices] = minibatch.columns["advantage"]
     batch.columns["advantage"] = advantages
+    save_masked(run, worker, batch, sampling_logprobs(batch, results), step)
     return results
 
 
+def policy_loss(cfg, objective: Objective, minibatch: SequenceBatch) -> PolicyLoss:
+    rollout = cfg.rollout
+    return PolicyLoss(
+        objective,
+        minibatch.num_sequences,
+        token_gap_limit=rollout.token_gap_limit,
+        importance_correction=rollout.importance_correction,
+        importance_limit=rollout.importance_limit,
+    )
+
+
 def update(
-    run: Run, objective, actor, minibatch: SequenceBatch, importance, step: int, number: int, check
+    run: Run, actor: PolicyActor, minibatch: SequenceBatch, columns: tuple, step: int, number: int
 ) -> StepResult:
-    """One gradient and optimizer step over a minibatch of whole groups."""
-    rewards, groups = minibatch.columns["reward"], minibatch.columns["group"]
-    minibatch.columns["advantage"] = objective.effective_advantages(rewards, groups, importance)
-    minibatch.columns["coefficient"] = objective.coefficients(rewards, groups)
-    rollout, trainer = run.cfg.rollout, run.cfg.trainer
-    loss = PolicyLoss(objective, minibatch.num_sequences, rollout.importance_correction, rollout.importance_limit)
+    """One optimizer step, update `number` of the run, with the gradient of `minibatch`, which gave `columns`."""
+    trainer = run.cfg.trainer
     try:
-        return actor.train_step(
-            minibatch,
-            loss,
-            update=number,
-            total_updates=trainer.max_steps * trainer.updates_per_rollout,
-            check=check,
+        return actor.optimizer_step(
+            *columns, update=number, total_updates=trainer.max_steps * trainer.updates_per_rollout
         )
     except NonFiniteLoss as error:
         path = run.save_offenders(step, minibatch, error)

@@ -11,7 +11,7 @@ from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron.actor import Losses
 from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.kl import sequence_kl
-from frpo_nemo.objective.mismatch import truncated_importance
+from frpo_nemo.objective.mismatch import agreement, truncated_importance
 
 
 @dataclass(frozen=True)
@@ -20,29 +20,43 @@ class PolicyLoss:
 
     Reads the columns advantage and coefficient, and the token columns rollout_logprobs, reference_logprobs (if the
     objective has a KL term) and old_logprobs (off-policy; without it the present policy is the old one).
+    token_gap_limit: nats by which vLLM and Megatron may differ about a token that counts in the loss; None: any.
     importance_correction: none, token or sequence weights for the mismatch between vLLM and Megatron.
     """
 
     objective: Objective
     num_sequences: int
+    token_gap_limit: float | None = None
     importance_correction: str = "none"
     importance_limit: float = 2.0
 
     def __call__(self, logprobs: Tensor, entropy: Tensor, sequences: SequenceBatch) -> Losses:
         lengths = sequences.response_lengths
         old = sequences.token_columns.get("old_logprobs", logprobs.detach())
-        weights = None
-        if self.importance_correction != "none":
-            rollout = sequences.token_columns["rollout_logprobs"]
-            weights = truncated_importance(old, rollout, lengths, self.importance_correction, self.importance_limit)
+        counted, weights = self._token_weights(old, sequences)
         losses, clipped = self.objective.sequence_loss(logprobs, old, lengths, sequences.columns["advantage"], weights)
         losses = losses * sequences.columns["coefficient"]
         per_sequence = {"clipped": clipped}
         if self.objective.beta > 0:
-            kl = sequence_kl(logprobs, sequences.token_columns["reference_logprobs"], lengths)
+            kl = sequence_kl(logprobs, sequences.token_columns["reference_logprobs"], lengths, counted)
             losses = losses + self.objective.beta * kl / self.num_sequences
             per_sequence["kl"] = kl.detach()
-        return Losses(losses, per_sequence, {"ratio": torch.exp(logprobs.detach() - old)})
+        return Losses(losses, per_sequence, {"ratio": torch.exp(logprobs.detach() - old), "masked": 1 - counted})
+
+    def _token_weights(self, old: Tensor, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """Factors [R] of the tokens' KL terms, which are 0 or 1, and of their reward terms."""
+        counted = torch.ones_like(old)
+        if self.token_gap_limit is None and self.importance_correction == "none":
+            return counted, counted
+        rollout = sequences.token_columns["rollout_logprobs"]
+        if self.token_gap_limit is not None:
+            counted = agreement(old, rollout, self.token_gap_limit)
+        if self.importance_correction == "none":
+            return counted, counted
+        # A token that is left out must not decide about the others of its sequence either.
+        compared, lengths = torch.where(counted == 0, old, rollout), sequences.response_lengths
+        correction = truncated_importance(old, compared, lengths, self.importance_correction, self.importance_limit)
+        return counted, counted * correction
 
 
 @dataclass(frozen=True)

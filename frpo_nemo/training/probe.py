@@ -7,9 +7,10 @@ run's trajectory is the same, bit for bit, with probes and without.
 
 from __future__ import annotations
 
+from frpo_nemo.config.options import TrainingRun
 from frpo_nemo.data.batch import segment_sum
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.objective.kl import k3
+from frpo_nemo.objective.kl import k3, k3_penalty
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
@@ -21,10 +22,10 @@ VALIDATION, PROBE = 1 << 31, 1 << 31 | 1  # take the step's place in sampling se
 class Probe:
     """The `probe` part of a configuration, at work in a run."""
 
-    def __init__(self, cfg, worker: RolloutWorker):
+    def __init__(self, cfg: TrainingRun, worker: RolloutWorker):
         self.cfg, self.worker = cfg, worker
         rewards = build_rewards(cfg.probe.reward)
-        self.scored = ScoredPrompts.load(cfg.probe.prompts, rewards, worker.tokenizer, cfg.data.max_prompt_tokens)
+        self.scored = ScoredPrompts.load(cfg.probe.prompts, rewards, worker.chat, cfg.data.max_prompt_tokens)
 
     def run_if_due(self, run: Run, actor: PolicyActor, step: int, *, refit: bool) -> None:
         """Before the first step (0), every `interval` steps, and after the last. refit: the engine does not have the
@@ -54,17 +55,18 @@ class Probe:
 def distance_from_reference(
     worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
 ) -> dict[str, float]:
-    """KL of the policy from the frozen reference on responses that the policy sampled, in nats: per token (k3, as the
-    objective's), and of whole responses by three estimates: the mean log-ratio, k3 of every token, and the exact KL of
-    every next-token distribution, which varies least."""
+    """KL of the policy from the frozen reference on responses that the policy sampled, in nats: per token (k3 with the
+    objective's bound), and of whole responses by three estimates: the mean log-ratio, k3 of every token, and the exact
+    KL of every next-token distribution, which varies least."""
     batch = rollouts.batch
     lengths = batch.response_lengths
     columns = actor.compare_with_reference(batch)
     worker.check_logprobs(step, batch, columns["logprobs"])
     actor.finish_inference()
     tokens_k3 = k3(columns["logprobs"], columns["reference_logprobs"])
+    penalties = k3_penalty(columns["logprobs"], columns["reference_logprobs"])
     return {
-        "kl/reference": (segment_sum(tokens_k3, lengths) / lengths).mean().item(),
+        "kl/reference": (segment_sum(penalties, lengths) / lengths).mean().item(),
         "kl/per_response": segment_sum(columns["logprobs"] - columns["reference_logprobs"], lengths).mean().item(),
         "kl/k3": segment_sum(tokens_k3, lengths).mean().item(),
         "kl/exact": segment_sum(columns["kl"], lengths).mean().item(),

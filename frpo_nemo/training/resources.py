@@ -3,12 +3,13 @@ planning/memory.py; megatron-core is not imported."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from frpo_nemo import stack
+from frpo_nemo.config.options import FRPORun, ModelConfig, TrainingRun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
@@ -32,6 +33,7 @@ from frpo_nemo.rewards.reward_set import local_weights
 _REMEDIES = {
     "activations": "lower trainer.microbatch_tokens={tokens}, or set model.recompute=full",
     "logits": "lower model.logprob_chunk_tokens={chunk}",
+    "FP8 weights": "set model.fp8=null",
     "vLLM weights": "raise rollout.tensor_model_parallel_size={engine_tp}",
     "vLLM KV cache": "lower rollout.gpu_memory_utilization={utilization}",
     "refit buckets": "lower rollout.refit_bucket_mb={bucket_mb}",
@@ -43,7 +45,7 @@ _SPREAD = (
 )
 
 
-def check_disk(cfg, arch: Architecture, directory: Path) -> None:
+def check_disk(cfg: TrainingRun, arch: Architecture, directory: Path) -> None:
     """Raise ConfigError when the checkpoints to keep, and one being written, do not fit on the disk of run_dir, of which
     `directory` exists. Those that an earlier part of the run has left are on it already."""
     keep, checkpoints = cfg.checkpoint, Path(cfg.run_dir, "checkpoints")
@@ -63,7 +65,7 @@ def check_disk(cfg, arch: Architecture, directory: Path) -> None:
         )
 
 
-def check_memory(cfg, arch: Architecture, world_size: int) -> None:
+def check_memory(cfg: TrainingRun, arch: Architecture, world_size: int) -> None:
     """Raise ConfigError when a phase of a step cannot fit a GPU, or a CPU's process its share of the host's memory, or
     when what GPUs leave there between phases exceeds the host's memory. A login node tells nothing of either."""
     if on_login_node():
@@ -87,7 +89,7 @@ def check_memory(cfg, arch: Architecture, world_size: int) -> None:
         )
 
 
-def describe_plan(cfg, world_size: int) -> str:
+def describe_plan(cfg: TrainingRun, world_size: int) -> str:
     """The plan that a run prints before it loads anything: layout, memory by part, expected peak."""
     gpu = gpu_memory() is not None
     arch, layout, limit = Architecture.from_hf(cfg.model.path), layout_of(cfg, world_size, gpu=gpu), memory_limit(cfg)
@@ -95,9 +97,9 @@ def describe_plan(cfg, world_size: int) -> str:
     return summary(layout, found, limit, "GPU" if gpu else "process on the CPU")
 
 
-def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
-    """What of a typed FRPORun or SFTRun, started in `world_size` processes, decides its memory."""
-    model, trainer, is_rl = cfg.model, cfg.trainer, hasattr(cfg, "objective")
+def layout_of(cfg: TrainingRun, world_size: int, *, gpu: bool) -> Layout:
+    """What of a run, started in `world_size` processes, decides its memory."""
+    model, trainer, is_rl = cfg.model, cfg.trainer, isinstance(cfg, FRPORun)
     ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     replicas, rest = divmod(world_size, ranks)
     if rest:
@@ -140,14 +142,15 @@ def layout_of(cfg, world_size: int, *, gpu: bool) -> Layout:
         lora_rank=model.lora.rank,
         lora_dropout=model.lora.dropout > 0,
         gpu=gpu,
-        transformer_engine=gpu and importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine=_has_transformer_engine(model, gpu),
+        fp8=model.fp8 is not None,
     )
 
 
-def step_of(cfg, means: Workload) -> tuple[Layout, Workload]:
-    """Layout and work of one step of a typed FRPORun or SFTRun on GPUs, to estimate its seconds. `means`: its
+def step_of(cfg: TrainingRun, means: Workload) -> tuple[Layout, Workload]:
+    """Layout and work of one step of a run on GPUs, to estimate its seconds. `means`: its
     prompt_tokens and response_tokens (of a completion, in supervised training) are what no configuration tells."""
-    trainer, is_rl = cfg.trainer, hasattr(cfg, "objective")
+    trainer, is_rl = cfg.trainer, isinstance(cfg, FRPORun)
     layout = layout_of(cfg, trainer.num_nodes * trainer.devices, gpu=True)
     if is_rl:
         batch = dict(prompts_per_step=cfg.rollout.prompts_per_step, group_size=cfg.rollout.group_size)
@@ -166,7 +169,7 @@ def step_of(cfg, means: Workload) -> tuple[Layout, Workload]:
     return layout, Workload(**batch, **lengths, updates_per_rollout=updates, logprob_passes=passes)
 
 
-def memory_limit(cfg) -> int:
+def memory_limit(cfg: TrainingRun) -> int:
     """Bytes of a GPU, or a process's share of the host's memory."""
     return gpu_memory() or host_memory() // cfg.trainer.devices
 
@@ -203,8 +206,16 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
     return min(limits)
 
 
-def _local_reward_models(cfg) -> list[LocalWeights]:
-    """Of a typed FRPORun or SFTRun, its probe's included."""
+def _has_transformer_engine(model: ModelConfig, gpu: bool) -> bool:
+    """Whether its layers will be used: on this machine's GPU, or on one like those that the tests of docs/gpu.md name."""
+    if not gpu:
+        return False
+    installed = stack.version("transformer-engine") is not None
+    return stack.uses_transformer_engine(model) if gpu_memory() else installed and model.precision == "bf16"
+
+
+def _local_reward_models(cfg: TrainingRun) -> list[LocalWeights]:
+    """Of a run, its probe's included."""
     return local_weights(getattr(cfg, "reward", {})) + (local_weights(cfg.probe.reward) if cfg.probe.interval else [])
 
 
@@ -227,7 +238,7 @@ def _phases(arch: Architecture, layout: Layout, limit: int, models: list[LocalWe
     return [*found, Phase("reward", refit.stage, kept | {"a local reward model": largest})]
 
 
-def _beta(cfg) -> float:
+def _beta(cfg: FRPORun) -> float:
     from frpo_nemo.objective import build_objective
 
     return build_objective(cfg.objective).beta
@@ -244,7 +255,7 @@ def _check_engine_share(arch: Architecture, layout: Layout, limit: int) -> None:
         )
 
 
-def _too_large(cfg, layout: Layout, phase: Phase, limit: int) -> str:
+def _too_large(cfg: TrainingRun, layout: Layout, phase: Phase, limit: int) -> str:
     where = "each GPU, which has" if layout.gpu else "this host for each process, which has"
     if not layout.gpu and cfg.trainer.devices > 1:
         where = f"this host for each of trainer.devices={cfg.trainer.devices} processes, whose share is"

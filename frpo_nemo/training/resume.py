@@ -5,52 +5,25 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from frpo_nemo import redact
+from frpo_nemo.config.hub import is_hub_name
+from frpo_nemo.config.option import given_options, options_of
+from frpo_nemo.config.options import TrainingRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import adapter_files, checkpoint_files
+from frpo_nemo.megatron import adapter_files, checkpoint_files, weight_decay
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.files import check_replaceable
 from frpo_nemo.training import record
-from frpo_nemo.training.hub import is_hub_name
-
-# What may differ between the parts of one run: where, how fast and how long it computes, and what it tells.
-MAY_CHANGE = (
-    "run_dir",
-    "model.*_parallel*",
-    "model.num_layers_in_*",
-    "model.recompute",
-    "model.logprob_chunk_tokens",
-    "rollout.tensor_model_parallel_size",
-    "rollout.gpu_memory_utilization",
-    "rollout.max_num_seqs",
-    "rollout.enforce_eager",
-    "rollout.refit_bucket_mb",
-    "rollout.logprob_gap_threshold",
-    "reward.*.timeout",
-    "reward.*.isolate",
-    "reward.*.workers",
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.max_steps",
-    "trainer.microbatch_tokens",
-    "trainer.val_interval",
-    "trainer.save_interval",
-    "trainer.phase_timeout",
-    "checkpoint.*",
-    "logging.*",
-)
-
-_READ = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of a model's files
+from frpo_nemo.training.same_files import READ, digests, names_file, same_files
 
 
-def check_resume(cfg, arch: Architecture | None) -> None:
+def check_resume(cfg: TrainingRun, arch: Architecture | None) -> None:
     """Raise ConfigError when `cfg` (a typed run) asks to continue what it cannot. arch: None where it is not known."""
     resume, run_dir = cfg.checkpoint.resume, Path(cfg.run_dir)
     own = checkpoint_files.newest(run_dir)
@@ -68,7 +41,7 @@ def check_resume(cfg, arch: Architecture | None) -> None:
             "take another run_dir, or move hf/ away."
         )
     check_replaceable(Path(cfg.model.path), run_dir / "hf")  # the export at the end would refuse as well
-    checkpoint = own or (None if resume in ("auto", "never") else Path(resume))
+    checkpoint = _checkpoint_to_resume(cfg)
     if checkpoint is None:
         return
     if not checkpoint.exists():
@@ -81,6 +54,8 @@ def check_resume(cfg, arch: Architecture | None) -> None:
         if arch:
             checkpoint_files.check_matches(checkpoint, arch)
             adapter_files.check(checkpoint, cfg.model, adapter_files.record(cfg.model))
+        for each in checkpoint_files.complete(run_dir):
+            checkpoint_files.read(each)  # one that cannot be read would end the run at its next save
         step = checkpoint_files.read(checkpoint)["step"]
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={resume}: {error}") from error
@@ -91,6 +66,34 @@ def check_resume(cfg, arch: Architecture | None) -> None:
         )
 
 
+def describe_weight_decay(cfg: TrainingRun) -> str:
+    """Return a sentence on what the run of a checked `cfg` decays: by the rule of the checkpoint that it continues from, or
+    by that of new runs."""
+    checkpoint = _checkpoint_to_resume(cfg)
+    rule = weight_decay.rule_of(checkpoint_files.read(checkpoint)) if checkpoint else weight_decay.MATRICES
+    return weight_decay.describe(cfg.optim.weight_decay, rule, adapters=cfg.model.lora.rank > 0)
+
+
+def _checkpoint_to_resume(cfg: TrainingRun) -> Path | None:
+    """The newest of run_dir, or for a new run what the configuration names."""
+    resume = cfg.checkpoint.resume
+    return checkpoint_files.newest(cfg.run_dir) or (None if resume in ("auto", "never") else Path(resume))
+
+
+def check_same_data(checkpoint: Path, state: dict[str, Any], data: dict[str, str]) -> None:
+    """Raise ConfigError unless the fingerprints `data`, by the name of the set, are those in the checkpoint's state."""
+    changed = [name for name in data if state["data"].get(name) != data[name]]
+    if not changed:
+        return
+    hint = "give it the same"
+    if "moment" not in state:  # of a version that did not record it yet
+        hint += " (an older version guessed the types of data files, read directories in part and rendered some conversations "
+        hint += "otherwise: a run that began with it and read such data ends with it)"
+    raise ConfigError(
+        f"{checkpoint} was made with other {', '.join(changed)} data than this run has; {hint}, or take another run_dir."
+    )
+
+
 def is_failed_start(run_dir: Path) -> bool:
     """Whether a run began here and ended before its first step: another may take its place."""
     metrics = run_dir / "metrics.jsonl"
@@ -99,15 +102,22 @@ def is_failed_start(run_dir: Path) -> bool:
     return not any(json.loads(line)["step"] > 0 for line in metrics.read_text().split("\n")[:-1])
 
 
-def check_same_run(cfg, saved: Path) -> None:
-    """Raise ConfigError unless `cfg` is the configuration `saved`, but for what MAY_CHANGE."""
-    before = _defaults(cfg) | _flat(OmegaConf.to_container(OmegaConf.load(saved)))  # options may be newer than the run
+def check_same_run(cfg: TrainingRun, saved: Path) -> None:
+    """Raise ConfigError unless `cfg` is the configuration `saved`, except for options that may change."""
+    defaults = {key: each.default for key, value, each in given_options(cfg) if not isinstance(value, (dict, list))}
+    before = defaults | _flat(_read(saved))  # options may be newer than the run
     now = _flat(redact.values(OmegaConf.to_container(OmegaConf.structured(cfg))))  # as it was saved; secrets rotate
     name = before.get("model.path")
     if _is_snapshot_of(now["model.path"], name):  # cli.py has put the directory in the place of the hub name
         _check_same_snapshot(cfg, name)
         now["model.path"] = name
-    changed = [key for key in before | now if before.get(key) != now.get(key) and not _may_change(key)]
+    free = [each.key for each in options_of(type(cfg)) if each.rule.may_change]
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in free)]
+    moved = [key for key in changed if _has_moved(Path(cfg.run_dir), key, before.get(key), now.get(key))]
+    for key in moved:
+        print(f"{key}={now[key]} holds the same files as {before[key]}, with which the run in {cfg.run_dir} began.")
+    changed = [key for key in changed if key not in moved]
     if changed:
         listed = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed[:8])
         raise ConfigError(
@@ -116,12 +126,37 @@ def check_same_run(cfg, saved: Path) -> None:
         )
 
 
+def _read(saved: Path) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(saved))
+    except (yaml.YAMLError, OSError) as error:
+        raise ConfigError(
+            f"{saved}, the configuration of the run there, is cut off or damaged; put a copy of it there, or take "
+            "another run_dir."
+        ) from error
+
+
+def source_digests(cfg: TrainingRun) -> dict[str, str]:
+    """{key: digest} of the files that a typed run reads: a run may go on when they lie elsewhere."""
+    return digests(_flat(OmegaConf.to_container(OmegaConf.structured(cfg))))
+
+
+def _has_moved(run_dir: Path, key: str, old: Any, new: Any) -> bool:
+    """Whether two values of an option are names of the same files. Another name on the hub is another model."""
+    if not names_file(key, old) or not names_file(key, new):
+        return False
+    if is_hub_name(old) and Path(new).parts[-2:-1] == ("snapshots",):
+        return False
+    start = next(reversed(record.starts(run_dir)), {})
+    return same_files(Path(start.get("directory", "."), old), Path(new), start.get("files", {}).get(key))
+
+
 def _is_snapshot_of(path: str, name: str | None) -> bool:
     """Whether `path` is where the Hugging Face cache keeps a commit of the hub's model `name`."""
     return is_hub_name(name or "") and Path(path).parts[-3:-1] == ("models--" + name.replace("/", "--"), "snapshots")
 
 
-def _check_same_snapshot(cfg, name: str) -> None:
+def _check_same_snapshot(cfg: TrainingRun, name: str) -> None:
     """The weights come from the checkpoint, but the reference policy, the tokenizer and the template from model.path."""
     starts, new = record.starts(Path(cfg.run_dir)), Path(cfg.model.path)
     old = (
@@ -139,37 +174,13 @@ def _check_same_snapshot(cfg, name: str) -> None:
 def _blobs(snapshot: Path) -> set[tuple[str, Path]]:
     """(name, what the cache stores under it) of each file that a model is read from: commits that differ in others, of
     which the cache may have some or none, share theirs."""
-    files = [file for file in snapshot.rglob("*") if file.suffix in _READ and file.is_file()]
+    files = [file for file in snapshot.rglob("*") if file.suffix in READ and file.is_file()]
     return {(str(file.relative_to(snapshot)), file.resolve()) for file in files}
-
-
-def _may_change(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in MAY_CHANGE)
-
-
-def _defaults(values: Any, path: str = "") -> dict[str, Any]:
-    """{"model.lora.rank": 0, ...}: what each option of the dataclasses in `values` is where nobody has set it."""
-    found = {}
-    for name, item in _items(values):
-        key = f"{path}.{name}" if path else str(name)
-        if is_dataclass(item) or isinstance(item, (dict, list)):
-            found |= _defaults(item, key)
-        elif is_dataclass(values):
-            found[key] = next(option.default for option in fields(values) if option.name == name)
-    return found
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
     """{"data.train.0.path": "a", ...} of nested dicts and lists."""
     if not isinstance(values, (dict, list)):
         return {path: values}
-    items = _items(values)
+    items = enumerate(values) if isinstance(values, list) else values.items()
     return {k: v for name, item in items for k, v in _flat(item, f"{path}.{name}" if path else str(name)).items()}
-
-
-def _items(values: Any) -> Iterable[tuple[Any, Any]]:
-    return (
-        enumerate(values)
-        if isinstance(values, list)
-        else (values if isinstance(values, dict) else vars(values)).items()
-    )

@@ -11,27 +11,30 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
 
+from frpo_nemo.config.options import EngineConfig, ModelConfig, SourceConfig
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.data.prompts import Prompt, PromptSet, load_prompts
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.objective.parts import compared_rewards, partly_scored
 from frpo_nemo.rewards.reward_set import RewardSet
 from frpo_nemo.rollout.engine import RolloutEngine, isolated_rng
-from frpo_nemo.rollout.verify import check_logprob_gap
-from frpo_nemo.training.config import EngineConfig, ModelConfig
+from frpo_nemo.rollout.verify import GapLimit, check_logprob_gap
+from frpo_nemo.training.chat import load_chat, stop_token_ids
 from frpo_nemo.training.metrics import Phases
 
 
 @dataclass
 class Rollouts:
-    """A step's responses: `batch` has the columns group, task (index into tasks), truncated, reward and reward/NAME
-    (NaN: unscored), and the token column rollout_logprobs. failures: reward -> kind -> count."""
+    """A step's responses: `batch` has the columns group, task (index into tasks), truncated, reward, the weighted sum of
+    what was scored, and its parts reward/NAME (NaN: unscored), compared, the reward for the objective (NaN: no part in
+    it), partly_scored, and the token column rollout_logprobs. failures: reward -> kind -> count."""
 
     batch: SequenceBatch
     tasks: list[str | None]
@@ -39,7 +42,8 @@ class Rollouts:
 
     @property
     def rewards(self) -> Tensor:
-        return self.batch.columns["reward"]
+        """What the objective compares."""
+        return self.batch.columns["compared"]
 
     @property
     def groups(self) -> Tensor:
@@ -62,9 +66,9 @@ class ScoredPrompts:
     tasks: list[str | None]
 
     @classmethod
-    def load(cls, sources, rewards: RewardSet, tokenizer, max_prompt_tokens: int) -> ScoredPrompts:
-        """Raises ConfigError if a task has no reward."""
-        prompts = load_prompts(sources, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    def load(cls, sources: Sequence[SourceConfig], rewards: RewardSet, chat, max_prompt_tokens: int) -> ScoredPrompts:
+        """chat: of the policy, or its tokenizer. Raises ConfigError if a task has no reward."""
+        prompts = load_prompts(sources, chat, max_prompt_tokens=max_prompt_tokens)
         rewards.check_tasks(prompts.tasks, all_rewards=False)  # prompts that are too long may have been all of a task's
         return cls(prompts, rewards, sorted(prompts.tasks, key=str))
 
@@ -81,13 +85,16 @@ class RolloutWorker:
         seed: int,
         max_model_len: int,
         load_format: str = "dummy",
+        moment: datetime | None = None,
+        measured: dict[str, float] | None = None,
     ):
         """torch.distributed runs; Megatron's model does not exist yet (vLLM measures free memory). seed: of sampling.
         max_model_len: of the longest prompt and response together, in tokens. load_format: "dummy" waits for the weights
-        of a refit, "auto" reads them from model.path."""
+        of a refit, "auto" reads them from model.path. moment: as of `load_chat`. measured: of the run, as Run.measured."""
         self.model, self.rollout, self.phases, self.seed = model, rollout, phases, seed
-        self.tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=False)
-        self.stop_token_ids = stop_token_ids(model.path, self.tokenizer)
+        self.chat = load_chat(model, moment)
+        self.tokenizer = self.chat.tokenizer
+        self.stop_token_ids = stop_token_ids(model.path, self.chat, rollout.stop_tokens)
         self.engine = RolloutEngine(
             model.path,
             dtype={"fp32": "float32", "bf16": "bfloat16"}[model.precision],
@@ -96,11 +103,14 @@ class RolloutWorker:
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             max_num_seqs=rollout.max_num_seqs,
             enforce_eager=rollout.enforce_eager,
+            fp32_logits=model.fp32_logits,
             temperature=rollout.temperature,
             load_format=load_format,
         )
         self.engine.sleep()  # the policy is built next
         self._reported: set[tuple[str, str]] = set()  # (reward, kind of failure)
+        self._said: set[str] = set()
+        self.measured = {} if measured is None else measured
 
     def refit(self, actor: PolicyActor) -> None:
         """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
@@ -121,7 +131,7 @@ class RolloutWorker:
         with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw from it as well
             scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
-            return self._gather(examples, samples, mine, completions, scores, scored.tasks)
+            return self._gather(examples, samples, mine, completions, scores, scored)
 
     def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
         """(places of the prompts whose responses this rank scores, their responses)."""
@@ -145,14 +155,14 @@ class RolloutWorker:
 
     def _score(self, rewards: RewardSet, examples: list[Prompt], completions: list[list]):
         repeated = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
-        texts = self.tokenizer.batch_decode([c.token_ids for _, c in repeated], skip_special_tokens=True)
+        texts = response_texts([c.token_ids for _, c in repeated], self.tokenizer, self.stop_token_ids)
         names = dict.fromkeys(name for example in examples for name in example.columns)
         columns = {name: [example.columns.get(name) for example, _ in repeated] for name in names}
         columns["response_tokens"] = [len(c.token_ids) for _, c in repeated]
         tasks = [example.task for example, _ in repeated]
         return rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
 
-    def _gather(self, examples, samples, mine, completions, scores, tasks) -> Rollouts:
+    def _gather(self, examples, samples, mine, completions, scores, scored: ScoredPrompts) -> Rollouts:
         """All ranks' responses in the order of the prompts."""
         flat = [c for group in completions for c in group]
         responses = (  # as tensors: pickled in bulk
@@ -173,15 +183,16 @@ class RolloutWorker:
             [p.prompt_ids for p in prompts],
             [ids.tolist() for ids in tokens.split(lengths.tolist())],
             group=places,
-            task=torch.tensor([tasks.index(p.task) for p in prompts]),
+            task=torch.tensor([scored.tasks.index(p.task) for p in prompts]),
             truncated=truncated,
             **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
         )
+        batch.columns |= _comparison(batch.columns, scored.rewards)
         batch.token_columns["rollout_logprobs"] = logprobs
         failures = _add_counts([f for *_, f, _ in everything])
         silent = {name for name in failures if batch.columns[f"reward/{name}"].isnan().all()}
         self._report_failures([said for *_, said in everything], silent)
-        return Rollouts(batch.select(torch.argsort(places, stable=True)), tasks, failures)
+        return Rollouts(batch.select(torch.argsort(places, stable=True)), scored.tasks, failures)
 
     def _report_failures(self, said: list[dict[str, dict[str, str]]], silent: set[str]) -> None:
         """Show a reward's first failure of each kind once, and again whenever it scored nothing; metrics count all."""
@@ -189,18 +200,32 @@ class RolloutWorker:
             if distributed.rank() == 0:
                 print(line, flush=True)
 
+    def say_once(self, kind: str, text: str) -> None:
+        """Print the first text of each kind, on rank 0."""
+        if kind not in self._said and distributed.rank() == 0:
+            print(text, flush=True)
+        self._said.add(kind)
+
+    @property
+    def gap_limit(self) -> GapLimit:
+        """Of the next comparison of log-probs."""
+        precision = "fp8" if self.model.fp8 else self.model.precision
+        return GapLimit.of(precision, self.measured.get("logprob_gap"), self.rollout.logprob_gap_threshold)
+
     def check_logprobs(self, step: int, batch: SequenceBatch, logprobs: Tensor) -> None:
         """Compare the policy's log-probs [R] of responses with those that vLLM sampled them with. Raises RefitError.
 
-        Part of every refit's proof: the policy computes these numbers anyway before it changes again.
+        Part of every refit's proof: the policy computes these numbers anyway before it changes again. The first comparison
+        of a run measures what rounding does to its model.
         """
-        check_logprob_gap(
-            batch.token_columns["rollout_logprobs"],
-            logprobs,
-            batch.response_lengths,
-            step=step,
-            precision=self.model.precision,
-            threshold=self.rollout.logprob_gap_threshold,
+        rollout = batch.token_columns["rollout_logprobs"]
+        gap = check_logprob_gap(rollout, logprobs, batch.response_lengths, step=step, limit=self.gap_limit)
+        self.measured.setdefault("logprob_gap", gap[0])
+        limit = self.gap_limit
+        self.say_once(
+            "log-prob gap",
+            f"step {step}: vLLM's and the trainer's log-probs differ by {gap[0]:.3g} per token on average; the run stops where "
+            f"their {limit.statistic} difference exceeds {limit.value:.3g} ({limit.origin})",
         )
 
     def close(self) -> None:
@@ -228,6 +253,22 @@ class RolloutWorker:
                 file.write(json.dumps(row) + "\n")
 
 
+def _comparison(columns: dict[str, Tensor], rewards: RewardSet) -> dict[str, Tensor]:
+    """The columns compared and partly_scored, from those of the rewards. What failed takes no part, in a mean neither."""
+    parts = torch.stack([columns[f"reward/{reward.name}"] for reward in rewards.rewards], 1)
+    parts[columns["reward"].isnan()] = math.nan
+    weights = torch.tensor([reward.weight for reward in rewards.rewards], dtype=torch.float64)
+    groups = columns["group"]
+    return {"compared": compared_rewards(parts, weights, groups), "partly_scored": partly_scored(parts, groups)}
+
+
+def response_texts(responses: list[list[int]], tokenizer, stop_token_ids: list[int]) -> list[str]:
+    """What rewards read: all that was written but the token that ended it. Tags such as <think>, which some tokenizers
+    hold for special tokens, stay."""
+    written = [ids[:-1] if ids[-1:] and ids[-1] in stop_token_ids else ids for ids in responses]
+    return tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def failure_lines(said: list[dict], silent: set[str], reported: set[tuple[str, str]]) -> list[str]:
     """What to tell of a batch's failures. said: Scores.said of each rank. silent: the rewards that scored no response.
     reported: (reward, kind) of what was told before; this adds to it."""
@@ -242,15 +283,6 @@ def failure_lines(said: list[dict], silent: set[str], reported: set[tuple[str, s
         f"reward {name} failed for {share[name]} responses, which stay unscored. First {kind}: {first[name, kind]}"
         for name, kind in told
     ]
-
-
-def stop_token_ids(model_path: str, tokenizer) -> list[int]:
-    """The tokenizer's EOS and those of generation_config.json (Llama 3 ends a turn with another token)."""
-    ids = {tokenizer.eos_token_id}
-    if Path(model_path, "generation_config.json").is_file():
-        more = GenerationConfig.from_pretrained(model_path).eos_token_id
-        ids |= set(more if isinstance(more, list) else [more]) - {None}
-    return sorted(ids)
 
 
 def sampling_seed(run_seed: int, step: int) -> int:

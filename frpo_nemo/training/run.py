@@ -3,6 +3,7 @@
 run_dir/config.yaml       resolved configuration        run_dir/environment.jsonl  each start: command, versions, commit
 run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       what a resumed run continues from
 run_dir/hf/               the trained model in Hugging Face format (at the end); adapter/: only what was trained, for PEFT
+run_dir/masked/           tokens that left the loss (masked.py)
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from frpo_nemo import redact
+from frpo_nemo import redact, stack
+from frpo_nemo.config.hub import local_model
+from frpo_nemo.config.options import TrainingRun
 from frpo_nemo.data.prompts import PromptSet
 from frpo_nemo.data.sft import SFTSet
 from frpo_nemo.errors import ConfigError
@@ -31,9 +35,10 @@ from frpo_nemo.megatron.hf_weights.export import save_adapter, save_hf
 from frpo_nemo.planning.cluster import peak_flops
 from frpo_nemo.planning.memory import parameters
 from frpo_nemo.training import record
-from frpo_nemo.training.hub import local_model
 from frpo_nemo.training.metrics import MetricsLogger, Phases
 from frpo_nemo.training.resources import describe_plan
+from frpo_nemo.training.resume import check_same_data, describe_weight_decay, source_digests
+from frpo_nemo.training.validate_data import describe_data
 from frpo_nemo.training.watchdog import Watchdog
 
 
@@ -43,7 +48,7 @@ class Run:
     A step is numbered from 1; `record` logs it, and saves when that is due.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: TrainingRun):
         ignore_warnings_of_libraries()
         self.cfg = cfg
         self.dir = Path(cfg.run_dir)
@@ -56,18 +61,22 @@ class Run:
         self.phases = Phases(self.watchdog)
         self.step = 0
         self.memory: dict[str, float] = {}  # what the objective keeps from step to step
+        self.measured: dict[str, float] = {}  # of the model at the run's first step, and kept for all later starts
         self._validated: tuple[int, float] | None = None  # (step, score) of the last validation
         self._stop_signal: int | None = None
         self._actor: PolicyActor | None = None
         self.logger: MetricsLogger | None = None
         self._resumed_from: Path | None = None
+        self.moment: datetime | None = None  # what chat templates take for the present, also after a restart
         self._saved_step: int | None = None
 
     def __enter__(self) -> Run:
         self.watchdog.__enter__()
         if self.rank == 0:
-            self.say(describe_plan(self.cfg, self.world_size))
+            plan, decay = describe_plan(self.cfg, self.world_size), describe_weight_decay(self.cfg)
+            self.say("\n".join([*stack.untested_versions(), plan, *describe_data(), decay]))
         self._resumed_from = self._checkpoint_to_resume()
+        self.moment = datetime.fromisoformat(broadcast(self._moment()))
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note_signal)
         return self
@@ -97,14 +106,10 @@ class Run:
         if self._resumed_from is not None:
             with self.phases("load"):
                 state = checkpoint.load(self._resumed_from, actor)
-            changed = [name for name in data if state["data"].get(name) != data[name]]
-            if changed:
-                raise ConfigError(
-                    f"{self._resumed_from} was made with other {', '.join(changed)} data than this run has; give it the "
-                    "same, or take another run_dir."
-                )
+            check_same_data(self._resumed_from, state, data)
             self.step = self._saved_step = state["step"]
             self.memory = state["memory"]
+            self.measured |= state.get("measured", {})  # absent in checkpoints of older versions
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
         gc.freeze()  # what is loaded stays, and is not searched again
         gc.enable()
@@ -169,7 +174,8 @@ class Run:
         """Write a checkpoint of the present step and delete those that need not be kept."""
         keep = self.cfg.checkpoint
         with self.phases("checkpoint"):
-            state = {"data": self._data, "memory": self.memory}
+            state = {"data": self._data, "memory": self.memory, "measured": self.measured}
+            state["moment"] = self.moment.isoformat()
             seed, score = self.cfg.trainer.seed, self._score_now()
             checkpoint.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)
             if self.rank == 0:
@@ -222,6 +228,14 @@ class Run:
         own = broadcast(checkpoint_files.newest(self.dir) if self.rank == 0 else None)
         return own or (None if resume in ("auto", "never") else Path(resume))
 
+    def _moment(self) -> str:
+        """When the run began, by the checkpoint or, for one of an older version, by the record of starts: a template that
+        writes the date gives the prompts that the run began with."""
+        if self._resumed_from is None:
+            return datetime.now().isoformat()
+        saved = checkpoint_files.read(self._resumed_from)["state"].get("moment")
+        return saved or record.began(self.dir) or datetime.now().isoformat()
+
     def _note_signal(self, number: int, frame) -> None:
         self._stop_signal = number
 
@@ -256,8 +270,10 @@ class Run:
             model=self.cfg.model.path,
             world_size=self.world_size,
             data=self._data,
+            moment=self.moment.isoformat(),
             resume=self.cfg.checkpoint.resume,
             resumed_from=self._resumed_from,
+            files=source_digests(self.cfg),
         )
 
 

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
-
+from frpo_nemo.config.options import SFTRun
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
+from frpo_nemo.data.chat import Chat
 from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.data.sft import SFTSet, load_examples
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
+from frpo_nemo.training.chat import load_chat
 from frpo_nemo.training.loss import CompletionLoss
 from frpo_nemo.training.probe import Probe
 from frpo_nemo.training.rollouts import RolloutWorker
 from frpo_nemo.training.run import Run
 
 
-def train(cfg) -> bool:
+def train(cfg: SFTRun) -> bool:
     """Run the job that `cfg` (SFTRun, validated) describes, in every process of the world. False if a signal
     ended it early."""
     with Run(cfg) as run:
         with run.phases("load"):
-            examples, held_out = load_data(cfg)
+            examples, held_out = load_data(cfg, load_chat(cfg.model, run.moment))
             worker = probe = None
             if cfg.probe.interval:
                 longest = cfg.data.max_prompt_tokens + cfg.probe.max_response_tokens
-                worker = RolloutWorker(cfg.model, cfg.rollout, run.phases, seed=cfg.trainer.seed, max_model_len=longest)
+                worker = RolloutWorker(
+                    cfg.model,
+                    cfg.rollout,
+                    run.phases,
+                    seed=cfg.trainer.seed,
+                    max_model_len=longest,
+                    moment=run.moment,
+                    measured=run.measured,
+                )
                 probe = Probe(cfg, worker)
             distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
             actor = PolicyActor(
@@ -76,12 +85,11 @@ def measure(run: Run, actor: PolicyActor, held_out: SFTSet | None, probe: Probe 
         probe.run_if_due(run, actor, step, refit=True)
 
 
-def load_data(cfg) -> tuple[SFTSet, SFTSet | None]:
+def load_data(cfg: SFTRun, chat: Chat) -> tuple[SFTSet, SFTSet | None]:
     """(training examples, held-out examples or None)."""
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path, trust_remote_code=False)
     limits = dict(max_prompt_tokens=cfg.data.max_prompt_tokens, max_tokens=cfg.data.max_tokens)
-    examples = load_examples(cfg.data.train, tokenizer, **limits)
-    held_out = load_examples(cfg.data.validation, tokenizer, **limits) if cfg.data.validation else None
+    examples = load_examples(cfg.data.train, chat, **limits)
+    held_out = load_examples(cfg.data.validation, chat, **limits) if cfg.data.validation else None
     return examples, held_out
 
 

@@ -13,7 +13,8 @@ from frpo_nemo.training.rollouts import Rollouts
 
 
 def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
-    """Rewards in all, per task and per reward function; lengths; truncated, unscored and failed responses."""
+    """Rewards as they were scored, in all, per task and per reward function, none of them filled; lengths; truncated,
+    unscored, partly scored and failed responses."""
     columns, lengths = rollouts.batch.columns, rollouts.batch.response_lengths.double()
     values = _mean_and_std("reward", columns["reward"])
     if len(rollouts.tasks) > 1:
@@ -35,6 +36,7 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
             "response_length/max": lengths.max().item(),
             "share/truncated": columns["truncated"].double().mean().item(),
             "share/unscored": columns["reward"].isnan().double().mean().item(),
+            "share/partly_scored": columns["partly_scored"].double().mean().item(),
         }
     )
 
@@ -46,26 +48,34 @@ def scored_counts(rollouts: Rollouts) -> dict[str, float]:
 
 
 def step_statistics(objective: Objective, batch: SequenceBatch, results: list[StepResult]) -> dict[str, float]:
-    """The objective's own statistics, and those of the updates: means over all minibatches."""
+    """The objective's own statistics, the share of scored responses that it leaves out, and statistics of the updates:
+    means over all minibatches."""
     columns = batch.columns
-    stats = objective.statistics(columns["reward"], columns["group"], columns["advantage"])
+    stats = objective.statistics(columns["compared"], columns["group"], columns["advantage"])
     values = {f"objective/{name}": value for name, value in stats.items()}
+    left_out = columns["compared"].isnan() & ~columns["reward"].isnan()
     ratios = torch.cat([r.per_token["ratio"] for r in results])
     values |= {
         "loss": sum(r.per_sequence["loss"].sum().item() for r in results) / len(results),
         "gradient_norm": sum(r.grad_norm for r in results) / len(results),
         "learning_rate": results[-1].learning_rate,
         "entropy": torch.cat([r.per_token["entropy"] for r in results]).mean().item(),
+        "share/not_compared": left_out.double().mean().item(),
         "share/clipped": torch.cat([r.per_sequence["clipped"] for r in results]).mean().item(),
         "importance_ratio/mean": ratios.mean().item(),
         "importance_ratio/max": ratios.max().item(),
     }
     if "kl" in results[0].per_sequence:
         values["kl/reference"] = torch.cat([r.per_sequence["kl"] for r in results]).mean().item()
-    # The policy that sampled: the first minibatch's forward pass, or the pass before the first update.
-    trained = batch.token_columns.get("old_logprobs", results[0].per_token["logprobs"])
-    gaps = mismatch_statistics(trained, batch.token_columns["rollout_logprobs"])
+    gaps = mismatch_statistics(sampling_logprobs(batch, results), batch.token_columns["rollout_logprobs"])
+    gaps["share_masked"] = torch.cat([r.per_token["masked"] for r in results]).mean().item()
     return values | {f"rollout_mismatch/{name}": value for name, value in gaps.items()}
+
+
+def sampling_logprobs(batch: SequenceBatch, results: list[StepResult]) -> Tensor:
+    """Return the trainer's log-probs [R] under the policy that sampled: of the pass before the first update, or of the
+    only minibatch's forward pass."""
+    return batch.token_columns.get("old_logprobs", results[0].per_token["logprobs"])
 
 
 def _mean_and_std(name: str, values: Tensor) -> dict[str, float]:

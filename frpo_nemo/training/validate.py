@@ -5,76 +5,45 @@ megatron-core nor vLLM.
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import json
 import os
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from frpo_nemo import stack
+from frpo_nemo.config.hub import is_hub_name
+from frpo_nemo.config.option import shown
+from frpo_nemo.config.options import FRPORun, ModelConfig, SFTRun, TrainingRun
 from frpo_nemo.data.overlap import check_apart
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.hf_weights.tensors import check_head
 from frpo_nemo.objective import build_objective
 from frpo_nemo.rewards.reward_set import check_rewards, check_waits
 from frpo_nemo.training import resources
-from frpo_nemo.training.hub import is_hub_name
-from frpo_nemo.training.resume import check_resume
-from frpo_nemo.training.validate_data import check_reward_tasks, check_source_list, check_sources, named_sources
+from frpo_nemo.training.logging_checks import check_logging
+from frpo_nemo.training.resume import check_resume, describe_weight_decay
+from frpo_nemo.training.validate_chat import check_conversations
+from frpo_nemo.training.validate_data import (
+    check_reward_tasks,
+    check_source_list,
+    check_sources,
+    describe_data,
+    named_sources,
+)
 
-CHOICES = {
-    "model.precision": ("bf16", "fp32"),
-    "model.recompute": ("none", "full"),
-    "model.fp8": (None, "hybrid", "e4m3"),
-    "model.fp8_recipe": ("delayed", "tensorwise", "blockwise"),
-    "optim.schedule": ("constant", "cosine"),
-}
-ROLLOUT_CHOICES = {"rollout.importance_correction": ("none", "token", "sequence")}
-AT_LEAST_1 = (
-    "model.tensor_model_parallel_size",
-    "model.pipeline_model_parallel_size",
-    "model.context_parallel_size",
-    "model.logprob_chunk_tokens",
-    "data.max_prompt_tokens",
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.max_steps",
-    "trainer.microbatch_tokens",
-    "checkpoint.keep_last",
-)
-ENGINE_AT_LEAST_1 = ("rollout.max_num_seqs", "rollout.refit_bucket_mb", "rollout.tensor_model_parallel_size")
-ROLLOUT_AT_LEAST_1 = ("rollout.prompts_per_step", "rollout.max_response_tokens", "trainer.updates_per_rollout")
-ABOVE_0 = ("model.lora.alpha", "optim.lr", "optim.adam_eps", "trainer.phase_timeout")
-AT_LEAST_0 = (
-    "optim.min_lr",
-    "optim.weight_decay",
-    "optim.clip_grad",
-    "trainer.val_interval",
-    "trainer.save_interval",
-    "trainer.seed",
-    "probe.interval",
-    "model.lora.rank",
-)
-AT_LEAST_0_BELOW_1 = ("model.lora.dropout", "optim.warmup_ratio", "optim.adam_beta1", "optim.adam_beta2")
 MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
 
 
-def validate_frpo(cfg, world_size: int) -> None:
-    """Check a typed FRPORun against the number of processes that were started."""
+def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
+    """Check a typed run against the number of processes that were started. Returns sentences on its data and its weight
+    decay."""
     _check_common(cfg, world_size)
-    _check_choices(cfg, ROLLOUT_CHOICES)
-    _check_bounds(cfg, ROLLOUT_AT_LEAST_1, 1)
-    _check_bounds(cfg, ("rollout.importance_limit",), 0, strictly=True)
     _check_objective(cfg.objective, cfg.trainer.updates_per_rollout)
     if cfg.model.lora.dropout:
         raise ConfigError(
             f"model.lora.dropout={cfg.model.lora.dropout} must be 0 here: with dropped elements the policy in training would "
             "not be the one that sampled the responses."
-        )
-    if cfg.rollout.group_size < 2:
-        raise ConfigError(
-            f"rollout.group_size={cfg.rollout.group_size} must be at least 2: responses are compared within their group."
         )
     _check_engine_options(cfg, world_size)
     _check_batch(cfg, world_size)
@@ -90,12 +59,13 @@ def validate_frpo(cfg, world_size: int) -> None:
     check_reward_tasks(cfg.reward, cfg.data.validation, all_rewards=False)
     _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
+    check_conversations(cfg, arch)
+    return [*describe_data(), describe_weight_decay(cfg)]
 
 
-def validate_sft(cfg, world_size: int) -> None:
-    """Check a typed SFTRun against the number of processes that were started."""
+def validate_sft(cfg: SFTRun, world_size: int) -> list[str]:
+    """Check a typed run against the number of processes that were started. Returns what validate_frpo does."""
     _check_common(cfg, world_size)
-    _check_bounds(cfg, ("data.sequences_per_step", "data.max_tokens"), 1)
     replicas = world_size // _model_parallel(cfg.model)
     if cfg.data.sequences_per_step < replicas:
         raise ConfigError(
@@ -124,40 +94,17 @@ def validate_sft(cfg, world_size: int) -> None:
             _check_engine(cfg, arch)
     _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
+    check_conversations(cfg, arch)
+    return [*describe_data(), describe_weight_decay(cfg)]
 
 
-def _check_common(cfg, world_size: int) -> None:
-    _check_choices(cfg, CHOICES)
-    _check_bounds(cfg, AT_LEAST_1, 1)
-    _check_bounds(cfg, AT_LEAST_0, 0)
-    _check_bounds(cfg, ABOVE_0, 0, strictly=True)
-    _check_bounds(cfg, AT_LEAST_0_BELOW_1, 0, below=1)
+def _check_common(cfg: TrainingRun, world_size: int) -> None:
     if cfg.optim.min_lr > cfg.optim.lr:
         raise ConfigError(f"optim.min_lr={cfg.optim.min_lr} must not exceed optim.lr={cfg.optim.lr}.")
     _check_layout(cfg, world_size)
 
 
-def _check_choices(cfg, allowed: dict[str, tuple]) -> None:
-    for key, choices in allowed.items():
-        value = attrgetter(key)(cfg)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), [choice for choice in choices if choice], n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ConfigError(f"{key}={value} must be one of {', '.join(map(_text, choices))}{hint}")
-
-
-def _check_bounds(
-    cfg, keys: tuple[str, ...], least: float, *, strictly: bool = False, below: float | None = None
-) -> None:
-    wanted = f"{'above' if strictly else 'at least'} {least}" + (f" and below {below}" if below is not None else "")
-    for key in keys:
-        value = attrgetter(key)(cfg)
-        enough = value > least if strictly else value >= least
-        if not enough or (below is not None and value >= below):
-            raise ConfigError(f"{key}={value} must be {wanted}.")
-
-
-def _check_layout(cfg, world_size: int) -> None:
+def _check_layout(cfg: TrainingRun, world_size: int) -> None:
     model, trainer = cfg.model, cfg.trainer
     if trainer.num_nodes * trainer.devices != world_size:
         nodes = f"--nnodes {trainer.num_nodes} " if trainer.num_nodes > 1 else ""
@@ -175,15 +122,27 @@ def _check_layout(cfg, world_size: int) -> None:
         )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size above 1.")
-    without_engine = importlib.util.find_spec("transformer_engine") is None
-    for key, value, wanted in (("context_parallel_size", model.context_parallel_size, 1), ("fp8", model.fp8, None)):
-        if value != wanted and without_engine:
-            raise ConfigError(
-                f"model.{key}={value} needs Transformer Engine, which is not installed; install "
-                f"transformer-engine[pytorch] on a machine with GPUs, or set model.{key}={_text(wanted)}."
-            )
-    if model.fp8 and model.precision != "bf16":
-        raise ConfigError(f"model.fp8={model.fp8} needs model.precision=bf16, not {model.precision}.")
+    for key, value, without in (("context_parallel_size", model.context_parallel_size, 1), ("fp8", model.fp8, None)):
+        if value != without:
+            _check_transformer_engine(model, f"model.{key}={value}", f"model.{key}={shown(without)}")
+    if model.fp8:
+        stack.check_fp8()
+
+
+def _check_transformer_engine(model: ModelConfig, option: str, without: str) -> None:
+    """`option` needs Transformer Engine's layers; `without` is how to do without."""
+    if model.precision != "bf16":
+        raise ConfigError(f"{option} needs model.precision=bf16, not {model.precision}; set that, or {without}.")
+    if stack.version("transformer-engine") is None:
+        raise ConfigError(
+            f"{option} needs Transformer Engine, which is not installed; install "
+            f"transformer-engine[pytorch] on a machine with GPUs, or set {without}."
+        )
+    if not resources.on_login_node() and not stack.uses_transformer_engine(model):
+        raise ConfigError(
+            f"{option} needs Transformer Engine's layers, and those need a CUDA device: from Hopper on, or with "
+            f"flash-attn; set {without}."
+        )
 
 
 def _check_objective(objective: Any, updates: int) -> None:
@@ -197,34 +156,23 @@ def _check_objective(objective: Any, updates: int) -> None:
         )
 
 
-def _check_engine_options(cfg, world_size: int) -> None:
-    _check_bounds(cfg, ENGINE_AT_LEAST_1, 1)
+def _check_engine_options(cfg: TrainingRun, world_size: int) -> None:
     rollout = cfg.rollout
     if world_size % rollout.tensor_model_parallel_size:
         raise ConfigError(
             f"rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not divide the number of "
             f"processes, {world_size}."
         )
-    if not rollout.temperature > 0:
-        raise ConfigError(f"rollout.temperature={rollout.temperature} must be above 0; sampling needs chance.")
-    if not 0 < rollout.top_p <= 1:
-        raise ConfigError(f"rollout.top_p={rollout.top_p} must be above 0 and at most 1.")
-    if rollout.top_k != -1 and rollout.top_k < 1:
-        raise ConfigError(f"rollout.top_k={rollout.top_k} must be at least 1, or -1 for all tokens.")
     if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k > 0):
         raise ConfigError(
             f"rollout.temperature={rollout.temperature} cannot be combined with rollout.top_p={rollout.top_p} and "
             f"rollout.top_k={rollout.top_k}; set temperature=1, or top_p=1 and top_k=-1."
         )
-    if not 0 < rollout.gpu_memory_utilization <= 1:
-        raise ConfigError(
-            f"rollout.gpu_memory_utilization={rollout.gpu_memory_utilization} must be above 0 and at most 1."
-        )
-    if rollout.logprob_gap_threshold is not None and not rollout.logprob_gap_threshold > 0:
-        raise ConfigError(f"rollout.logprob_gap_threshold={rollout.logprob_gap_threshold} must be above 0, or null.")
+    if resources.gpu_memory() or resources.on_login_node():
+        stack.check_allocator()
 
 
-def _check_batch(cfg, world_size: int) -> None:
+def _check_batch(cfg: FRPORun, world_size: int) -> None:
     rollout, updates = cfg.rollout, cfg.trainer.updates_per_rollout
     prompts, engine_ranks = rollout.prompts_per_step, rollout.tensor_model_parallel_size
     engines, replicas = world_size // engine_ranks, world_size // _model_parallel(cfg.model)
@@ -243,7 +191,7 @@ def _check_batch(cfg, world_size: int) -> None:
         )
 
 
-def _check_longest(cfg, longest: int, keys: str) -> None:
+def _check_longest(cfg: TrainingRun, longest: int, keys: str) -> None:
     if cfg.trainer.microbatch_tokens < longest:
         raise ConfigError(
             f"trainer.microbatch_tokens={cfg.trainer.microbatch_tokens} cannot hold the longest sequence of {longest} "
@@ -251,7 +199,7 @@ def _check_longest(cfg, longest: int, keys: str) -> None:
         )
 
 
-def _check_model(model, longest: int) -> Architecture | None:
+def _check_model(model: ModelConfig, longest: int) -> Architecture | None:
     """The architecture of a model on disk; None for a hub name, of which nothing is known offline."""
     path = Path(model.path)
     if not path.is_dir():
@@ -270,6 +218,7 @@ def _check_model(model, longest: int) -> Architecture | None:
     )
     arch.check_sequence_length(longest)
     _check_weight_files(path)
+    check_head(arch, path)
     _check_tokenizer_files(path)
     return arch
 
@@ -300,7 +249,7 @@ def _check_tokenizer_files(path: Path) -> None:
         )
 
 
-def _check_engine(cfg, arch: Architecture) -> None:
+def _check_engine(cfg: TrainingRun, arch: Architecture) -> None:
     ranks, where = cfg.rollout.tensor_model_parallel_size, f"(model.path={cfg.model.path})"
     if arch.num_heads % ranks:
         raise ConfigError(
@@ -311,13 +260,14 @@ def _check_engine(cfg, arch: Architecture) -> None:
             f"rollout.tensor_model_parallel_size={ranks} is neither a divisor nor a multiple of "
             f"num_key_value_heads={arch.num_kv_heads} {where}."
         )
+    arch.check_engine_windows()
     if arch.head_dim < MIN_CPU_HEAD_DIM and not resources.gpu_memory() and not resources.on_login_node():
         raise ConfigError(
             f"The heads have size {arch.head_dim} {where}; vLLM on a CPU needs at least {MIN_CPU_HEAD_DIM}."
         )
 
 
-def _check_probe(cfg, arch: Architecture | None) -> None:
+def _check_probe(cfg: TrainingRun, arch: Architecture | None) -> None:
     """What a probe needs; nothing if there is none."""
     probe = cfg.probe
     if not probe.interval:
@@ -327,7 +277,6 @@ def _check_probe(cfg, arch: Architecture | None) -> None:
     for key, value in (("prompts", probe.prompts), ("reward", probe.reward)):
         if not value:
             raise ConfigError(f"probe.interval={probe.interval} needs probe.{key}, which is empty.")
-    _check_bounds(cfg, ("probe.samples", "probe.max_response_tokens"), 1)
     longest = cfg.data.max_prompt_tokens + probe.max_response_tokens
     _check_longest(cfg, longest, "data.max_prompt_tokens + probe.max_response_tokens")
     if arch:
@@ -339,7 +288,7 @@ def _check_probe(cfg, arch: Architecture | None) -> None:
     check_reward_tasks(probe.reward, probe.prompts, all_rewards=False)
 
 
-def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:
+def _check_run(cfg: TrainingRun, arch: Architecture | None, world_size: int) -> None:
     if cfg.trainer.val_interval > 0 and not cfg.data.validation:
         raise ConfigError(
             f"trainer.val_interval={cfg.trainer.val_interval} needs data.validation, which is empty; give a source, or "
@@ -350,6 +299,7 @@ def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:
         raise ConfigError(f"run_dir={cfg.run_dir} cannot be made: {existing} is a file.")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"run_dir={cfg.run_dir} cannot be written: no permission in {existing}.")
+    check_logging(cfg.logging)
     check_resume(cfg, arch)
     if arch is None:
         return
@@ -357,13 +307,9 @@ def _check_run(cfg, arch: Architecture | None, world_size: int) -> None:
     resources.check_memory(cfg, arch, world_size)
 
 
-def _model_parallel(model) -> int:
+def _model_parallel(model: ModelConfig) -> int:
     return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
 
 
 def _nearest_existing(path: Path) -> Path:
     return path if path.exists() else _nearest_existing(path.parent)
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

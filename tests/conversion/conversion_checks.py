@@ -12,13 +12,13 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from safetensors.torch import load_file
 from worlds import use_layout
 
+from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
 from frpo_nemo.megatron.hf_weights.binding import bind_adapters
 from frpo_nemo.megatron.hf_weights.export import save_adapter, save_hf
-from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
 SHARD_BYTES = 300_000
@@ -128,6 +128,20 @@ def verify_in_float16(model: str, checkpoint: str, out: str) -> None:
 
     convert(ConvertRun(input=model, out=f"{out}/checkpoint", dtype="float16", verify=True))
     convert(ConvertRun(input=checkpoint, base=model, out=f"{out}/hf", dtype="float16", verify=True))
+
+
+def unpermuted(file: str, out: str) -> str:
+    """What is said of queries and keys whose rows are left as llama.cpp has them."""
+    from frpo_nemo.conversion.convert import convert
+    from frpo_nemo.conversion.gguf_file import GGUFFile
+    from frpo_nemo.conversion.inputs import ConvertRun
+    from frpo_nemo.conversion.verify import VerificationError
+
+    GGUFFile._in_order = lambda self, name, whole: whole
+    try:
+        convert(ConvertRun(input=file, out=out, verify=True))
+    except VerificationError as error:
+        return str(error)
 
 
 def peaks(warm: dict, conversions: list[dict]) -> list[int]:

@@ -1,10 +1,12 @@
 """What a row says: prompt and completion from columns, templates or conversations."""
 
+from decimal import Decimal
+
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.columns import completion_text, prompt_messages
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 ALPACA = {"prompt": "{instruction}\n\n{input}", "completion": "output"}
 
@@ -34,6 +36,10 @@ def test_a_template_takes_values_as_they_are_and_evaluates_nothing():
     template = "{n}: {two words}, in \\boxed{} {}"
     assert prompt_messages(row, source(prompt=template)) == [user("3: {n} {n.__class__} $n %s, in \\boxed{} {}")]
     assert completion_text(row, source(completion="n = {n}")) == "n = 3"
+    values = {"n": 2**70, "x": Decimal("1.50"), "gap": float("nan")}
+    assert prompt_messages(values, source(prompt="{n}; {x}; {gap}")) == [user("1180591620717411303424; 1.50;")]
+    with pytest.raises(ConfigError, match="column 'n': a template takes text or numbers, not 'True'"):
+        prompt_messages({"n": True}, source(prompt="{n}?"))
     with pytest.raises(ConfigError, match="column 'n': a template takes text or numbers, not .\\['3'\\]"):
         prompt_messages({"n": ["3"]}, source(prompt="{n}?"))
 

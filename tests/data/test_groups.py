@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import SFTRun
 from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.sft import load_examples
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import SFTRun
-from frpo_nemo.training.schema import load
 from frpo_nemo.training.validate import validate_sft
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

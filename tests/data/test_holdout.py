@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 KINDS = ["refusal"] * 100 + ["rainbow"] * 39 + ["aegis"] * 20 + ["rare"]
 ROWS = [{"prompt": f"Prompt {i}.", "kind": kind, "level": 1 + i % 5} for i, kind in enumerate(KINDS)]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.overlap import check_apart, overlapping_prompts
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

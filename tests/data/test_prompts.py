@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.prompts import PromptSampler, load_prompts
 from frpo_nemo.data.sources import check_source
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [
@@ -141,8 +141,8 @@ def test_bad_sources_are_sentences_before_anything_is_tokenized(name, path, tmp_
 def test_bad_rows_and_tokenizers_are_sentences(tokenizer, path, tmp_path):
     with pytest.raises(ConfigError, match="has 10 rows: none is left with start=10"):
         load(tokenizer, SourceConfig(path=path, prompt="question", start=10))
-    numbers = tmp_path / "numbers.csv"
-    numbers.write_text("prompt\n1\n")
+    numbers = tmp_path / "numbers.jsonl"
+    numbers.write_text('{"prompt": 1}\n')
     with pytest.raises(ConfigError, match="a prompt is a string or a list of {role, content} messages, not '1'"):
         load(tokenizer, SourceConfig(path=str(numbers)))
     bare = train_tokenizer(["a"], 300)
@@ -150,7 +150,7 @@ def test_bad_rows_and_tokenizers_are_sentences(tokenizer, path, tmp_path):
     with pytest.raises(ConfigError, match="has no chat template"):
         load(bare, SourceConfig(path=path, prompt="question"))
     bare.chat_template = "{{ raise_exception('system messages are not supported') }}"
-    with pytest.raises(ConfigError, match="refuses its prompts: system messages are not supported"):
+    with pytest.raises(ConfigError, match="refuses a message: system messages are not supported"):
         load(bare, SourceConfig(path=path, prompt="question"))
 
 

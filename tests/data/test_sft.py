@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.prompts import load_prompts
 from frpo_nemo.data.sft import load_examples
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS = [{"q": "Count to " + "four, " * i, "a": "one, two" + ", three" * i} for i in range(5)]
@@ -81,6 +81,16 @@ def test_gsm8k_becomes_examples_with_a_tokenizer_of_its_own():
     prompt, completion = examples.batch.unpack()[0]
     assert tokenizer.decode(completion) == rows[0]["answer"] + "<|endoftext|>"
     assert rows[0]["question"] in tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize(
+    "text, name", [("q,a\nx,\ny,z\n", "rows.csv"), ('{"q": "x"}\n{"q": "y", "a": "z"}\n', "rows.jsonl")]
+)
+def test_a_row_without_an_answer_is_dropped_as_one_with_an_empty_answer_is(text, name, tmp_path, tokenizer):
+    (tmp_path / name).write_text(text)
+    for completion in ("a", "{a}"):
+        examples = load(SourceConfig(path=str(tmp_path / name), prompt="q", completion=completion), tokenizer)
+        assert (len(examples), examples.dropped) == (1, 1)
 
 
 def test_completions_end_where_they_are_cut_off_and_an_empty_one_is_dropped(tmp_path, tokenizer):

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.config import SourceConfig
 
 # OpenCodeInstruct's way: a score of unit tests, written as text.
 ROWS = [{"input": f"Task {i}.", "output": f"f{i}()", "score": "1" if i % 4 == 0 else "0.5"} for i in range(40)]

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.prompts import fingerprint, load_prompts
 from frpo_nemo.data.sft import load_examples
 from frpo_nemo.data.world import ANSWERS, EOS, World, rows, world_reward, world_tokenizer
-from frpo_nemo.training.config import SourceConfig
 
 NAMES = ["reference", "prompts", "alpaca", "math"]
 

@@ -1,41 +1,31 @@
-"""Benchmarks are lm-eval's and evalplus's own, started with the settings that the table says, and their scores come
-back as numbers. The model here says `\\boxed{4}` to every question and `f=int` to every programming task."""
+"""What benchmarks ask of lm-eval and evalplus, as these read it, and the mistakes that are found before one starts."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import importlib.metadata
-import importlib.util
 import inspect
 import json
-import os
-import subprocess
+import logging
+import runpy
 import sys
 from pathlib import Path
 
 import fire
 import pytest
-import torch
-from omegaconf import OmegaConf
-from tiny_models import make_tiny, tiny_tokenizer
+from scripted_model import LM_EVAL
+from tiny_models import CHAT_TEMPLATE, make_tiny
 
+from frpo_nemo.config.load import load
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.benchmarks import (
-    BENCHMARKS,
-    BOXED,
-    EvaluateRun,
-    check_benchmarks,
-    check_model,
-    command_line,
-    model_directory,
-    run_benchmarks,
-)
-from frpo_nemo.training.cli import CONFIGS
-from frpo_nemo.training.schema import load
+from frpo_nemo.evaluation.benchmark_checks import check_benchmarks, check_model, model_directory
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS, BOXED, GREEDY, EvaluateRun, command_line
+from frpo_nemo.evaluation.evaluate import evaluate
+from frpo_nemo.evaluation.strict_lm_eval import EndAtWarning
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
-LM_EVAL = Path(importlib.util.find_spec("lm_eval").origin).parent
+THINKS = "{% if enable_thinking %}<think>{% else %}<think></think>{% endif %}" + CHAT_TEMPLATE
 
 
 def config(model, out, *names, **options) -> EvaluateRun:
@@ -44,26 +34,22 @@ def config(model, out, *names, **options) -> EvaluateRun:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Attention and MLP add nothing, and the output layer maps each character to the next one of an answer."""
-    from transformers import AutoModelForCausalLM
+    return Path(make_tiny(tmp_path_factory.mktemp("run") / "hf", "llama", layers=1, max_position_embeddings=4096))
 
-    path = tmp_path_factory.mktemp("run") / "hf"
-    make_tiny(path, "llama", layers=1, max_position_embeddings=2048)
-    speaker, tokenizer = AutoModelForCausalLM.from_pretrained(path), tiny_tokenizer()
-    with torch.no_grad():
-        for name, parameter in speaker.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()
-        embedding = torch.nn.functional.normalize(speaker.model.embed_tokens.weight)
-        speaker.model.embed_tokens.weight.copy_(embedding)
-        speaker.model.norm.weight.fill_(1)
-        speaker.lm_head.weight.zero_()
-        for answer in (":\\boxed{4}", "\nf=int"):  # prompts end with "a:" or, in evalplus, with "```python\n"
-            tokens = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
-            for token, following in zip(tokens, tokens[1:], strict=False):
-                speaker.lm_head.weight[following] += embedding[token]
-    speaker.save_pretrained(path)
-    return path
+
+def copy_of(model: Path, to: Path, template: str | None = CHAT_TEMPLATE, **changes) -> Path:
+    """The model with another chat template or other settings in config.json."""
+    to.mkdir()
+    for file in model.iterdir():
+        (to / file.name).symlink_to(file)
+    for name, text in (
+        ("chat_template.jinja", template),
+        ("config.json", json.dumps(json.loads((model / "config.json").read_text()) | changes)),
+    ):
+        (to / name).unlink()
+        if text is not None:
+            (to / name).write_text(text)
+    return to
 
 
 def lm_eval_reads(command: list[str]):
@@ -71,7 +57,7 @@ def lm_eval_reads(command: list[str]):
     from lm_eval._cli.harness import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    assert command[:3] == [sys.executable, "-m", "lm_eval"]
+    assert command[:3] == [sys.executable, "-m", "frpo_nemo.evaluation.strict_lm_eval"]
     return EvaluatorConfig.from_cli(HarnessCLI()._parser.parse_args(command[3:]))
 
 
@@ -80,7 +66,7 @@ def test_math500_is_asked_as_in_the_paper(model):
     read = lm_eval_reads(command_line(cfg, "math500", model))
     assert (read.model, read.tasks, read.num_fewshot) == ("vllm", ["minerva_math500"], 0)
     assert read.apply_chat_template is True and read.system_instruction == BOXED
-    assert read.gen_kwargs == {"max_gen_toks": 2048}  # greedy is the task's own
+    assert read.gen_kwargs == GREEDY | {"max_gen_toks": 2048} and GREEDY["until"] == []
     assert read.model_args == {"pretrained": str(model), "dtype": "bfloat16", "tensor_parallel_size": 4}
     assert read.batch_size == "auto" and read.limit is None
 
@@ -90,15 +76,33 @@ def test_mmlu_and_ifeval_have_their_usual_settings(model):
     mmlu, ifeval = (lm_eval_reads(command_line(cfg, name, model)) for name in cfg.benchmarks)
     assert (mmlu.num_fewshot, mmlu.apply_chat_template, mmlu.gen_kwargs) == (5, False, {})
     assert (ifeval.num_fewshot, ifeval.apply_chat_template, ifeval.system_instruction) == (0, True, None)
+    assert ifeval.gen_kwargs == GREEDY | {"max_gen_toks": 1280}
     for read in (mmlu, ifeval):
         assert read.limit == 5 and read.batch_size == "8"
         assert read.model_args == {"pretrained": str(model), "dtype": "bfloat16", "max_length": 4096}
 
 
 def test_a_longer_answer_can_be_allowed(model):
-    cfg = config(model, "out", "math500", "ifeval", max_gen_tokens=4096)
+    cfg = config(model, "out", "math500", "ifeval", max_gen_tokens=3000)
     for name in cfg.benchmarks:
-        assert lm_eval_reads(command_line(cfg, name, model)).gen_kwargs == {"max_gen_toks": 4096}
+        assert lm_eval_reads(command_line(cfg, name, model)).gen_kwargs["max_gen_toks"] == 3000
+
+
+def test_with_hf_one_question_is_asked_at_a_time(model):
+    """lm-eval's auto would first run 64 sequences of the whole context, five times."""
+    assert lm_eval_reads(command_line(config(model, "out", "mmlu", backend="hf"), "mmlu", model)).batch_size == "1"
+    with pytest.raises(ConfigError, match="batch_size=auto must be a whole number at least 1, or null"):
+        config(model, "out", "mmlu", backend="hf", batch_size="auto")
+
+
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+def test_a_model_that_thinks_is_told_so_where_it_writes(model, backend):
+    thinking = {"think_end_token": "</think>", "enable_thinking": True}
+    cfg = config(model, "out", "math500", "ifeval", "mmlu", max_gen_tokens=9, backend=backend, **thinking)
+    *writing, mmlu = (lm_eval_reads(command_line(cfg, name, model)).model_args for name in cfg.benchmarks)
+    for read in writing:
+        assert thinking.items() <= read.items()
+    assert not thinking.keys() & mmlu.keys()  # with which lm-eval refuses to compare answers
 
 
 def test_lm_eval_has_the_tasks_and_its_vllm_backend_the_arguments(model):
@@ -112,8 +116,9 @@ def test_lm_eval_has_the_tasks_and_its_vllm_backend_the_arguments(model):
     tree = ast.parse((LM_EVAL / "models" / "vllm_causallms.py").read_text())
     backend = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "VLLM")
     init = next(node for node in backend.body if getattr(node, "name", "") == "__init__")
-    cfg = config(model, "out", "mmlu", max_model_len=100)
-    assert set(lm_eval_reads(command_line(cfg, "mmlu", model)).model_args) <= {a.arg for a in init.args.args}
+    options = {"max_model_len": 100, "max_gen_tokens": 9, "think_end_token": "</think>", "enable_thinking": True}
+    read = lm_eval_reads(command_line(config(model, "out", "ifeval", **options), "ifeval", model))
+    assert set(read.model_args) <= {a.arg for a in init.args.args}
 
 
 @pytest.mark.parametrize("name, dataset", [("mbpp_plus", "mbpp"), ("humaneval_plus", "humaneval")])
@@ -129,99 +134,153 @@ def test_evalplus_understands_its_command_line(name, dataset, model, tmp_path):
     assert set(read) <= set(inspect.signature(evaluate).parameters) | set(inspect.signature(run_codegen).parameters)
 
 
+# -- what lm-eval would leave out of prompts
+
+
+@pytest.fixture
+def strict():
+    handler, logger = EndAtWarning(), logging.getLogger("lm_eval")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
 @pytest.fixture(scope="module")
-def evaluated(model, tmp_path_factory, request):
-    """(finished process, out) of the recipe on local data: two problems of each kind, and one benchmark without data."""
-    data = tmp_path_factory.mktemp("data")
-    write_lines(data / "math.jsonl", [{"problem": f"{n} + 2?", "solution": f"\\boxed{{{n + 2}}}"} for n in (2, 3)])
-    task = {
-        "include": str(LM_EVAL / "tasks/minerva_math/minerva_math500.yaml"),
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(data / "math.jsonl")}},
-    }
-    (data / "minerva_math500.yaml").write_text(json.dumps(task))
-    solutions = ("int(text)", "int(text) % 3")  # of which f=int passes 2 and 1 tests
-    write_lines(data / "code.jsonl", [problem(i, solution) for i, solution in enumerate(solutions)])
-    out = tmp_path_factory.mktemp("evaluated")
-    environment = os.environ | {
-        "HF_DATASETS_CACHE": str(data / "cache"),
-        "XDG_CACHE_HOME": str(data / "cache"),
-        "HUMANEVAL_OVERRIDE_PATH": str(data / "code.jsonl"),
-        "MBPP_OVERRIDE_PATH": str(data / "missing.jsonl"),
-    }
-    options = ["backend=hf", "dtype=float32", "batch_size=2", "max_gen_tokens=12", f"include_path={data}"]
-    arguments = [f"model.path={model.parent}", "benchmarks=[mbpp_plus,math500,humaneval_plus]", f"out={out}", *options]
-    command = [sys.executable, str(RECIPE), *arguments]
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, env=environment, cwd=RECIPE.parent, **options)
-    request.getfixturevalue("study")  # which the next files need, on the other core
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), out
+def hf_backend(model):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(model), max_length=20, device="cpu")
 
 
-def problem(index: int, solution: str) -> dict:
-    prompt = 'def f(text):\n    """The number."""\n'
-    tests = {"base_input": [["1"]], "plus_input": [["4"]], "atol": 0}
-    own = {"task_id": f"HumanEval/{index}", "prompt": prompt, "canonical_solution": f"    return {solution}\n"}
-    return own | tests | {"entry_point": "f", "contract": ""}
+def requests(kind: str, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, arguments, 0)]
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_a_prompt_that_would_be_cut_ends_lm_eval(hf_backend, strict):
+    generation = GREEDY | {"max_gen_toks": 10}
+    hf_backend.generate_until(requests("generate_until", "0123456789", generation))
+    with pytest.raises(
+        SystemExit, match=r"no room for a prompt and its answer.*truncating to last 10 tokens.*lower max_gen"
+    ):
+        hf_backend.generate_until(requests("generate_until", "0123456789a", generation))
+    hf_backend.loglikelihood(requests("loglikelihood", "0123456789012345678", " A"))
+    with pytest.raises(SystemExit, match=r"no room for a prompt and its answer.*Truncating \d tokens"):
+        hf_backend.loglikelihood(requests("loglikelihood", "01234567890123456789", " A"))
 
 
-def test_scores_come_from_the_tools(evaluated):
-    process, out = evaluated
-    scores = json.loads((out / "results.json").read_text())
-    assert scores["math500/math_verify"] == 0.5, process.stdout
-    assert scores["math500/math_verify_stderr"] == pytest.approx(0.5)  # of two: sqrt(0.5 / 2)
-    assert scores["math500/exact_match"] == 0
-    assert (scores["humaneval_plus/base_pass@1"], scores["humaneval_plus/pass@1"]) == (1.0, 0.5)
+def test_a_prompt_that_would_be_cut_ends_lm_eval_with_vllm(strict):
+    """Its backend is not to be imported without vllm: the function that cuts for it, and the sentence of its own."""
+    from lm_eval.models.utils import maybe_truncate
+
+    assert maybe_truncate([1, 2, 3], max_gen_toks=7, max_model_len=10) == ([1, 2, 3], 7)
+    with pytest.raises(SystemExit, match="no room for a prompt and its answer.*Truncating context from"):
+        maybe_truncate([1, 2, 3, 4], max_gen_toks=7, max_model_len=10)
+    backend = (LM_EVAL / "models" / "vllm_causallms.py").read_text()
+    assert (
+        "maybe_truncate(" in backend and '"Context length %s exceeds max length (%s). Truncating context.",' in backend
+    )
+    with pytest.raises(SystemExit, match="no room for a prompt"):
+        logging.getLogger("lm_eval.models").warning(
+            "Context length %s exceeds max length (%s). Truncating context.", 9, 8
+        )
 
 
-def test_the_model_sees_its_chat_template_and_the_instruction(evaluated):
-    (samples,) = (evaluated[1] / "math500").glob("samples_*.jsonl")
-    first = json.loads(samples.read_text().splitlines()[0])
-    question = first["arguments"]["gen_args_0"]["arg_0"]
-    assert question == f"s:{BOXED}\nu:Problem:\n2 + 2?\n\nSolution:\na:"
-    assert first["resps"] == [["\\boxed{4}"]]
+def test_an_instruction_that_would_be_left_out_ends_lm_eval(hf_backend, strict):
+    messages = [{"role": "system", "content": BOXED}, {"role": "user", "content": "2 + 2?"}]
+    assert BOXED in hf_backend.apply_chat_template(messages)
+    hf_backend.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    with pytest.raises(SystemExit, match="refuses a system message"):
+        hf_backend.apply_chat_template(messages)
+    hf_backend.tokenizer.chat_template = CHAT_TEMPLATE
 
 
-def test_a_benchmark_that_fails_is_told_and_the_others_go_on(evaluated):
-    process, out = evaluated
-    assert process.returncode == 1
-    assert "mbpp_plus failed: exit code 1; the end of" in process.stdout
-    assert "missing.jsonl" in process.stdout.split("math500:")[0]
-    assert not (out / "mbpp_plus" / "result.json").exists()
-    assert not any(key.startswith("mbpp_plus") for key in json.loads((out / "results.json").read_text()))
+# -- mistakes
 
 
-def again(model, evaluated, **options) -> EvaluateRun:
-    own = {"backend": "hf", "dtype": "float32", "max_gen_tokens": 12}
-    before = json.loads((evaluated[1] / "math500" / "result.json").read_text())["settings"]
-    return config(model, evaluated[1], "math500", **own, include_path=before["include_path"], **options)
+@pytest.mark.parametrize(
+    "names, context, options, sentence",
+    [
+        (
+            ["math500"],
+            2048,
+            {},
+            "math500: answers of up to 2048 tokens leave no room .* max_position_embeddings is 2048; set max_gen",
+        ),
+        (["math500"], 2049, {}, None),
+        (["math500"], 2048, {"max_gen_tokens": 1000}, None),
+        (
+            ["mmlu", "ifeval"],
+            4096,
+            {"max_model_len": 1280},
+            "ifeval: answers of up to 1280 tokens .* where max_model_len is 1280",
+        ),
+        (["math500"], 1024, {"max_model_len": 4096}, None),
+        (["mmlu", "humaneval_plus"], 2047, {}, "humaneval_plus: evalplus uses a context of 2048 tokens, .* is 2047"),
+        (["mmlu", "humaneval_plus"], 2048, {}, None),
+    ],
+)
+def test_a_context_without_room_for_the_answers_is_refused(names, context, options, sentence, model, tmp_path):
+    short = copy_of(model, tmp_path / "model", max_position_embeddings=context)
+    expect(sentence, config(short, tmp_path / "out", *names, backend="hf", **options))
 
 
-def test_what_is_finished_is_not_repeated(model, evaluated, capsys):
-    log = evaluated[1] / "math500" / "benchmark.log"
-    before = log.stat().st_mtime_ns
-    assert run_benchmarks(again(model, evaluated))
-    shown = capsys.readouterr().out
-    assert "math500: finished before" in shown and "0.500" in shown
-    assert log.stat().st_mtime_ns == before
+@pytest.mark.parametrize(
+    "template, options, sentence",
+    [
+        (
+            THINKS,
+            {},
+            "math500, ifeval: the chat template of .* lets a model think or not; set enable_thinking=true or false",
+        ),
+        (THINKS, {"enable_thinking": False}, None),
+        (THINKS, {"enable_thinking": True}, "has thoughts, which would be judged .* think_end_token='</think>'"),
+        (
+            THINKS,
+            {"enable_thinking": True, "think_end_token": "</think>"},
+            "think_end_token=</think> needs max_gen_tokens",
+        ),
+        (THINKS, {"enable_thinking": True, "think_end_token": "</think>", "max_gen_tokens": 99}, None),
+        (CHAT_TEMPLATE, {"enable_thinking": False}, "never reads enable_thinking=False; leave it out"),
+        (CHAT_TEMPLATE + "{{ '</think>' }}", {}, "has thoughts, which would be judged"),
+        (
+            CHAT_TEMPLATE,
+            {"think_end_token": "<eos>", "max_gen_tokens": 9},
+            "<eos> is a special token of .* use backend=vllm",
+        ),
+        (None, {}, "math500, ifeval: the questions go through the model's chat template, and .* has none"),
+    ],
+)
+def test_thoughts_are_never_judged_unasked(template, options, sentence, model, tmp_path):
+    thinker = copy_of(model, tmp_path / "model", template)
+    expect(sentence, config(thinker, tmp_path / "out", "math500", "mmlu", "ifeval", backend="hf", **options))
+    expect(None, config(thinker, tmp_path / "out", "mmlu", "mbpp_plus", backend="hf", **options))
 
 
-def test_results_of_other_settings_or_weights_are_not_mixed(model, evaluated):
-    with pytest.raises(ConfigError, match="math500/result.json is a result with limit=None, not 5; choose another out"):
-        check_model(again(model, evaluated, limit=5))
-    weights = model / "model.safetensors"
-    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
-    os.utime(weights)
-    with pytest.raises(ConfigError, match="is a result with other weights"):
-        check_model(again(model, evaluated))
-    os.utime(weights, ns=times)
-    check_model(again(model, evaluated))
+def expect(sentence: str | None, cfg: EvaluateRun) -> None:
+    """check_model accepts cfg, or says `sentence`."""
+    if sentence is None:
+        assert check_model(cfg) == Path(cfg.model.path)
+    else:
+        with pytest.raises(ConfigError, match=sentence):
+            check_model(cfg)
+
+
+def test_the_recipe_checks_without_running(model, tmp_path, monkeypatch, capsys):
+    def check(*options) -> int:
+        own = [f"model.path={model}", f"out={tmp_path / 'out'}", "benchmarks=[math500]", "backend=hf"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--check", *own, *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        return end.value.code
+
+    assert check() == 0 and capsys.readouterr().out == f"the configuration is right for {model}\n"
+    assert check("max_model_len=2048") == 2
+    assert capsys.readouterr().err.startswith("evaluate.py: math500: answers of up to 2048 tokens leave no room")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -229,9 +288,10 @@ def test_results_of_other_settings_or_weights_are_not_mixed(model, evaluated):
     [
         (["math50"], {}, "there is no math50; the nearest is math500"),
         (["mbpp"], {}, "there is no mbpp; the nearest is mbpp_plus"),
-        (["mmlu"], {"backend": "vlm"}, "backend=vlm must be vllm or hf"),
+        (["mmlu"], {"backend": "vlm"}, "backend=vlm must be one of vllm, hf .*did you mean vllm"),
         (["mmlu"], {"tensor_parallel_size": 2}, "tensor_parallel_size=2 is for backend=vllm"),
-        (["mmlu"], {"limit": 0}, "limit=0 must be at least 1"),
+        (["mmlu"], {"limit": 0}, "limit=0 must be a whole number at least 1"),
+        (["mmlu"], {"batch_size": 0}, "batch_size=0 must be a whole number at least 1"),
         (["mmlu", "mbpp_plus"], {"limit": 3}, "mbpp_plus cannot be limited"),
         (["mmlu"], {"include_path": "nowhere"}, "include_path=nowhere is not a directory"),
         (["math500"], {"antlr_path": "nowhere"}, "--target .*nowhere antlr4-python3-runtime==4.11.0"),
@@ -266,26 +326,9 @@ def test_a_model_is_a_directory_or_the_export_of_a_run(model, tmp_path):
         model_directory(str(tmp_path))
 
 
-def test_questions_in_a_chat_need_a_chat_template(tmp_path):
-    make_tiny(tmp_path / "base", "llama", layers=1)
-    (tmp_path / "base" / "chat_template.jinja").unlink()
-    for name in ("math500", "ifeval"):
-        with pytest.raises(ConfigError, match=f"{name}: the questions go through the model's chat template"):
-            check_model(config(tmp_path / "base", tmp_path / "out", name, backend="hf"))
-    check_model(config(tmp_path / "base", tmp_path / "out", "mmlu", backend="hf"))
-
-
 def test_a_directory_of_something_else_is_never_emptied(model, tmp_path):
     (tmp_path / "mmlu").mkdir()
     (tmp_path / "mmlu" / "questions.csv").touch()
     with pytest.raises(ConfigError, match="mmlu exists and is not of an earlier start"):
-        run_benchmarks(config(model, tmp_path, "mmlu", backend="hf"))
+        evaluate(config(model, tmp_path, "mmlu", backend="hf"))
     assert (tmp_path / "mmlu" / "questions.csv").exists()
-
-
-def test_every_option_is_documented_with_its_default():
-    lines = (CONFIGS / "evaluate.yaml").read_text().split("_self_\n")[1].splitlines()
-    documented = OmegaConf.create("\n".join(line.removeprefix("# ") for line in lines))
-    defaults = OmegaConf.structured(EvaluateRun)
-    assert OmegaConf.to_container(documented) == OmegaConf.to_container(defaults)
-    assert all(line.endswith(".") for line in lines if "  # " in line)

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from frpo_nemo.config.options import RewardConfig, SourceConfig
+from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.data.new_model import new_model
 from frpo_nemo.data.world import rows, world_reward, world_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation import reward_probe
 from frpo_nemo.evaluation.benchmarks import EvaluatedModel, EvaluateRun
 from frpo_nemo.evaluation.evaluate import evaluate
-from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_host_memory
-from frpo_nemo.training.cli import CONFIGS
-from frpo_nemo.training.config import RewardConfig, SourceConfig
+from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_host_memory, check_reward_probe
 
 PROMPTS, SAMPLES, SOURCE = 20, 2, "world:prompts?seed=5&heldout=1"
 OPTIONS = [
@@ -133,3 +133,13 @@ def test_results_of_other_settings_are_not_taken_for_these(measured):
     config = EvaluateRun(model=EvaluatedModel(path=str(run_dir)), out=str(out), dtype="float32", probe=probe)
     with pytest.raises(ConfigError, match="a result with other settings or weights"):
         evaluate(config)
+
+
+@pytest.mark.parametrize("temperature", [0.005, float("inf"), float("nan"), -1.0])
+def test_a_temperature_at_which_vllm_would_not_sample_is_refused(temperature):
+    reward = {"short": RewardConfig(target="length", args={"max": 9})}
+    probe = RewardProbeConfig(reward=reward, temperature=temperature)
+    with pytest.raises(ConfigError, match=f"^probe.temperature={temperature} must be "):
+        check_reward_probe(probe, "float32")
+    probe.temperature = 0.01
+    check_reward_probe(probe, "float32")

@@ -151,19 +151,54 @@ def test_a_masked_truncated_completion_leaves_its_group(model, tmp_path):
     assert relative_error(masked.gradients[0], unscored.gradients[0]) < 1e-5
 
 
-def test_several_rewards_are_summed_by_weight_and_unscored_only_if_all_are(model, tmp_path):
-    def short(completion_ids, **_):
-        return [None if len(ids) > 6 else float(len(ids)) for ids in completion_ids]
+def short(completion_ids: list[list[int]], **_) -> list[float | None]:
+    """The length of a short response; None for a long one."""
+    return [None if len(ids) > 6 else float(len(ids)) for ids in completion_ids]
 
+
+def one_for_short(completion_ids: list[list[int]], **_) -> list[float | None]:
+    return [None if reward is None else 1.0 for reward in short(completion_ids)]
+
+
+def test_several_rewards_are_summed_by_weight_and_one_that_is_missing_is_the_mean_of_its_group(model, tmp_path):
     args = settings(tmp_path, reward_weights=[1.0, 0.5])
     trainer, _ = train(model, args, reward_funcs=[checks.partial_reward, short])
     sequences, partial = sequences_in_order(trainer)
-    expected = []
-    for (_, response), reward in zip(sequences, partial.tolist(), strict=True):
-        parts = [] if math.isnan(reward) else [reward]
-        parts += [0.5 * len(response)] if len(response) <= 6 else []
-        expected.append(sum(parts) if parts else math.nan)
-    torch.testing.assert_close(trainer._rollout.rewards_N, torch.tensor(expected), equal_nan=True)
+    lengths = torch.tensor([len(ids) if len(ids) <= 6 else math.nan for _, ids in sequences], dtype=torch.float64)
+    expected, missing = torch.zeros(NUM_SEQUENCES, dtype=torch.float64), torch.zeros(NUM_SEQUENCES)
+    for part in (partial, 0.5 * lengths):
+        groups = part.view(-1, checks.GROUP_SIZE)
+        assert not groups.isnan().all(1).any(), "the example has a group without that reward"
+        expected += part.where(~part.isnan(), groups.nanmean(1).repeat_interleave(checks.GROUP_SIZE))
+        missing += part.isnan()
+    assert set(missing.tolist()) == {0, 1, 2}
+    expected[missing == 2] = math.nan
+    torch.testing.assert_close(trainer._rollout.rewards_N, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    logged = trainer.state.log_history[0]
+    assert logged["frpo/share_partly_scored"] == (missing == 1).double().mean()
+    assert logged["frpo/share_not_compared"] == 0
+
+
+def test_a_reward_that_is_equal_wherever_it_was_given_changes_no_gradient(model, tmp_path):
+    _, without = train(model, settings(tmp_path))
+    trainer, steps = train(model, settings(tmp_path), reward_funcs=[checks.partial_reward, one_for_short])
+    assert trainer.state.log_history[0]["frpo/share_partly_scored"] > 0.3
+    assert relative_error(steps.gradients[0], without.gradients[0]) < 1e-5
+
+
+def test_a_masked_completions_rewards_fill_no_other(model, tmp_path):
+    """It is out of the comparison as a whole: another value of its reward changes nothing."""
+    gradients = []
+    for value in (0.0, 100.0):
+
+        def short_or_cut(completion_ids, value=value, **_):
+            rewards = short(completion_ids)
+            return [r if ids[-1] == checks.EOS else value for r, ids in zip(rewards, completion_ids, strict=True)]
+
+        args = settings(tmp_path, mask_truncated_completions=True)
+        _, steps = train(model, args, reward_funcs=[checks.partial_reward, short_or_cut])
+        gradients.append(steps.gradients[0])
+    assert relative_error(*gradients) < 1e-6
 
 
 def test_lambda_of_a_kl_radius_continues_from_a_checkpoint(model, tmp_path):

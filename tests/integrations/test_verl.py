@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from tensordict import TensorDict
 from tiny_models import make_tiny
 from torch import Tensor
 from verl import DataProto
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase
+from verl.trainer.ppo.core_algos import get_policy_loss_fn, kl_penalty
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
@@ -237,6 +239,24 @@ def test_a_sequence_without_response_tokens_is_unscored():
     assert expected.abs().sum() > 0
 
 
+def test_a_response_that_lacks_a_part_of_its_reward_moves_nothing():
+    """What the doc asks of a reward function that adds up parts: NaN, for one number reaches the estimator."""
+
+    def total(a: float, b: float | None) -> float:
+        return math.nan if b is None else a + b
+
+    for value in (1.0, -1.0):
+        given = [total(1.0, None), total(1.0, None), total(1.0, value), total(1.0, value)]
+        batch = rollouts(torch.tensor(given), response_mask(LENGTHS[:4]), PROMPTS[[0, 0, 0, 0]])
+        assert advantages(batch, algorithm(lambda_=0.1)).eq(0).all()
+    halves = torch.tensor([total(1.0, None), total(0.0, 1.0), total(1.0, 1.0), total(0.0, None)])
+    mask = response_mask(LENGTHS[:4])
+    found = advantages(rollouts(halves, mask, PROMPTS[[0, 0, 0, 0]]), algorithm(lambda_=0.1))
+    pair = advantages(rollouts(halves[1:3], mask[1:3], PROMPTS[[0, 0]]), algorithm(lambda_=0.1))
+    assert found[[0, 3]].eq(0).all() and found[2].max() > 0 > found[1].min()
+    torch.testing.assert_close(found[1:3], 2 * pair)  # verl divides by all 4
+
+
 def test_the_default_trainer_computes_the_same_advantages():
     keys = [f"{prompt}_{row}_0" for row, prompt in enumerate(PROMPTS)]
     config = algorithm(lambda_=0.5)
@@ -285,6 +305,20 @@ def test_verls_kl_loss_is_beta_times_the_mean_kl_of_the_sequences(old_log_probs,
     mask = response_mask().bool()
     (0.3 * sequence_kl(expected[mask], columns["ref_log_prob"][mask], LENGTHS).mean()).backward()
     assert relative_error(actual, expected.grad) < 1e-5
+
+
+def test_nothing_pulls_a_token_back_beyond_verls_bound_of_the_kl():
+    above = torch.tensor([2.6, 2.62, -10.99, -11.01])  # the reference's log-prob above the policy's
+    log_probs = torch.full((4,), -20.0, requires_grad=True)
+    kl_penalty(log_probs, log_probs.detach() + above, "low_var_kl").sum().backward()
+    assert log_probs.grad[[0, 2]].abs().min() > 0.99 and log_probs.grad[[1, 3]].eq(0).all()
+
+
+def test_verl_cuts_prompts_from_the_left_unless_they_are_filtered():
+    assert composed([]).data.filter_overlong_prompts is False
+    assert composed(overrides_of_the_doc()).data.filter_overlong_prompts is True
+    loop = SimpleNamespace(rollout_config=SimpleNamespace(prompt_length=2))
+    assert AgentLoopBase._cap_text_prompt_length(loop, [1, 2, 3]) == [2, 3]
 
 
 def token_gradients(log_ratios: list[float], advantage: float, weights: list[float] | None = None) -> Tensor:

@@ -17,11 +17,11 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from safetensors.torch import load_file, save_file
 from worlds import use_layout
 
+from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch, segment_mean
 from frpo_nemo.megatron import checkpoint, checkpoint_files, optimizer_state
 from frpo_nemo.megatron.actor import Losses, PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
 
 SEQUENCES = 13
 STEPS = 6  # of the whole run; the checkpoint is made after BEFORE

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from worlds import use_layout
 
+from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
@@ -19,7 +20,6 @@ from frpo_nemo.megatron.hf_weights.binding import bind_adapters
 from frpo_nemo.megatron.hf_weights.export import stream_adapters
 from frpo_nemo.megatron.hf_weights.load import fill
 from frpo_nemo.objective import build_objective
-from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.training.loss import CompletionLoss, PolicyLoss
 
 GROUPS, GROUP_SIZE = 4, 4

@@ -8,9 +8,9 @@ from gradient_checks import example_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import use_layout
 
+from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
 from frpo_nemo.training.loss import CompletionLoss
 
 HIDDEN, VOCABULARY, PADDED = 16, 50, 64
@@ -61,6 +61,27 @@ def compare_with_log_softmax(chunk_tokens: int) -> dict[str, float]:
         "entropy": (entropy + (full.exp() * full).sum(-1)).abs().max().item(),
         "hidden gradient": (own_h.grad - h.grad).abs().max().item(),
         "weight gradient": (own_w.grad - w.grad[rows]).abs().max().item(),
+    }
+
+
+def errors_of_bf16(in_fp32: bool) -> dict[str, float]:
+    """Of log-probs, their entropy and the KL, from hidden states and weights in bf16: largest against float64."""
+    group = _tensor_group()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, reference = (
+        4 * torch.randn(rows, HIDDEN, generator=generator).bfloat16() for rows in (37, PADDED, 37)
+    )
+    targets = torch.randint(0, VOCABULARY, (37,), generator=generator)
+    exact, other = (torch.log_softmax(h.double() @ weight[:VOCABULARY].double().t(), -1) for h in (hidden, reference))
+    own = weight[rank * PADDED // size : (rank + 1) * PADDED // size]
+    options = dict(vocab_size=VOCABULARY, tp_group=group, chunk_tokens=8, in_fp32=in_fp32)
+    logprobs, entropy, _ = token_logprobs(hidden, own, targets, **options)
+    kl = token_kl(hidden, own, reference, own, **options)
+    return {
+        "logprobs": (logprobs - exact.gather(1, targets[:, None]).squeeze(1)).abs().max().item(),
+        "entropy": (entropy + (exact.exp() * exact).sum(-1)).abs().max().item(),
+        "kl": (kl - (exact.exp() * (exact - other)).sum(-1)).abs().max().item(),
     }
 
 

@@ -10,11 +10,11 @@ from checkpoint_checks import make_actor, train
 from gradient_checks import example_batch, set_adapters
 from megatron.core import parallel_state
 
+from frpo_nemo.config.options import LoRAConfig
 from frpo_nemo.megatron import checkpoint, distributed, rng
 from frpo_nemo.megatron.hf_weights.binding import bind_adapters
 from frpo_nemo.megatron.hf_weights.export import save_adapter, stream_adapters
 from frpo_nemo.megatron.optimizer_state import _parts
-from frpo_nemo.training.config import LoRAConfig
 
 
 def compared_with_reference(path: str, lora: LoRAConfig, adapter: str, **layout) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from worlds import use_layout
 
+from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.architecture import Architecture
@@ -19,7 +20,6 @@ from frpo_nemo.megatron.hf_weights.export import save_hf, stream_hf_weights
 from frpo_nemo.megatron.hf_weights.load import load_hf_weights
 from frpo_nemo.megatron.model import build_model, output_weight
 from frpo_nemo.megatron.packing import build_microbatch
-from frpo_nemo.training.config import ModelConfig
 
 
 def check_logits_parity(path: str, tp: int, pp: int, sp: bool = False, **layout) -> float:

@@ -87,6 +87,44 @@ def test_refuses_what_it_cannot_train(tmp_path, changes, sentence):
         read(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(max_position_embeddings=None), "max_position_embeddings=null; it should be a whole number from 1 on"),
+        (dict(max_position_embeddings=-1), "max_position_embeddings=-1"),
+        (dict(vocab_size="128256"), 'vocab_size="128256"'),
+        (dict(num_hidden_layers=32.0), "num_hidden_layers=32.0"),
+        (dict(model_type="mistral", sliding_window=[4096]), "sliding_window="),
+        (dict(rms_norm_eps=None), "rms_norm_eps=null; it should be a number such as 1e-6"),
+    ],
+)
+def test_a_value_that_is_no_number_is_a_sentence(tmp_path, changes, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | changes))
+    with pytest.raises(ConfigError, match=sentence):
+        Architecture.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("nulls", [["num_key_value_heads"], ["head_dim"], ["max_window_layers", "sliding_window"]])
+def test_null_stays_what_it_is_where_transformers_has_it(tmp_path, nulls):
+    config = LLAMA_8B | dict(model_type="qwen2", use_sliding_window=False) | dict.fromkeys(nulls)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = Architecture.from_hf(tmp_path)
+    assert arch.num_kv_heads == (32 if nulls == ["num_key_value_heads"] else 8) and arch.head_dim == 128
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_windows_in_some_layers_are_refused_for_vllm(tmp_path, family):
+    def with_windows(**changes):
+        return read(tmp_path, model_type=family, use_sliding_window=True, sliding_window=64, **changes)
+
+    mixed = ["full_attention"] * 20 + ["sliding_attention"] * 12
+    for changes in (dict(max_window_layers=20), dict(max_window_layers=20, layer_types=mixed)):
+        with pytest.raises(ConfigError, match="use_sliding_window for 12 of 32 layers, which vLLM does not support"):
+            with_windows(**changes).check_engine_windows()
+    for changes in (dict(max_window_layers=32), dict(max_window_layers=0), dict(layer_types=["full_attention"] * 32)):
+        with_windows(**changes).check_engine_windows()
+
+
 def test_refuses_a_directory_without_a_readable_config(tmp_path):
     with pytest.raises(ConfigError, match="config.json does not exist"):
         Architecture.from_hf(tmp_path)

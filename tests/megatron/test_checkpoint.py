@@ -31,6 +31,15 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
     assert files.newest(tmp_path) is files.best(tmp_path) is None
 
 
+@pytest.mark.parametrize("content", ["", '{"format": 1, "step": 3, "arch', "[1]", "null"])
+def test_a_record_that_is_cut_or_something_else_is_told_with_its_path(tmp_path, content):
+    damaged = a_checkpoint(tmp_path, 3)
+    (damaged / files.RECORD).write_text(content)
+    for look in (lambda: files.read(damaged), lambda: files.best(tmp_path), lambda: files.check_resumable(damaged)):
+        with pytest.raises(ConfigError, match="step_00000003"):
+            look()
+
+
 def test_unfinished_directories_are_not_checkpoints(tmp_path):
     whole = a_checkpoint(tmp_path, 3)
     for name in ("step_00000004.tmp-1a2b3c4d", "step_00000005.tmp-old", "step_x", "notes"):

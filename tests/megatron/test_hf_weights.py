@@ -15,6 +15,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.export import _plan_shards, check_replaceable
 from frpo_nemo.megatron.hf_weights.load import check_checkpoint
 from frpo_nemo.megatron.hf_weights.table import Layout, check_complete, hf_shapes, weights
+from frpo_nemo.megatron.hf_weights.tensors import EMBEDDING, HEAD, ROWS
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(tp=2, pp=2, first=1), Layout(tp=2, pp=4)]
 
@@ -95,15 +96,45 @@ def test_files_that_do_not_match_the_config_are_refused(tmp_path, change, senten
         check_checkpoint(Architecture.from_hf(path), path)
 
 
-def test_derived_tensors_in_the_files_are_ignored(tmp_path):
-    path = Path(make_tiny(tmp_path, "llama", tied=True))
-    rewrite(
-        path,
-        lambda t: t.update(
-            {"lm_head.weight": torch.ones(131, 128), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
-        ),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_derived_tensors_in_the_files_are_ignored(tmp_path, dtype):
+    path = Path(make_tiny(tmp_path, "llama", tied=True, dtype=dtype, vocab=ROWS + 131))
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    rewrite(path, lambda t: t.update({HEAD: t[EMBEDDING].float().clone()} | frequencies))
+    arch = Architecture.from_hf(path)
+    assert check_checkpoint(arch, path).keys() >= hf_shapes(arch).keys()
+
+
+OTHER_HEADS = {
+    "other values": lambda embedding: 2 * embedding + 1,
+    "one other value in the last row": lambda embedding: embedding + torch.eye(ROWS + 131, 128).flip(0),
+    "more rows": lambda embedding: torch.cat([embedding, embedding[:1]]),
+    "fewer rows": lambda embedding: embedding[:-1].clone(),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_HEADS.values(), ids=OTHER_HEADS)
+def test_an_output_layer_of_its_own_in_a_tied_model_is_refused(tmp_path, change):
+    """Dropped, it would leave another model than the one in the files."""
+    path = Path(make_tiny(tmp_path, "llama", tied=True, vocab=ROWS + 131))
+    rewrite(path, lambda t: t.update({HEAD: change(t[EMBEDDING])}))
+    sentence = (
+        "model.safetensors has an output layer, lm_head.weight, that differs .* tie_word_embeddings in .*config.json"
     )
-    check_checkpoint(Architecture.from_hf(path), path)
+    with pytest.raises(ConfigError, match=sentence):
+        check_checkpoint(Architecture.from_hf(path), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    if change is OTHER_HEADS["other values"]:
+        check_checkpoint(Architecture.from_hf(path), path)
+
+
+def test_an_output_layer_that_the_index_promises_is_there(tmp_path):
+    path = Path(make_tiny(tmp_path, "llama", tied=True))
+    weight_map = dict.fromkeys([*hf_shapes(Architecture.from_hf(path)), HEAD], "model.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ConfigError, match="model.safetensors does not hold lm_head.weight"):
+        check_checkpoint(Architecture.from_hf(path), path)
 
 
 def test_unreadable_files_are_refused(tmp_path):

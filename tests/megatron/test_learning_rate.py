@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from frpo_nemo.config.options import OptimizerConfig
 from frpo_nemo.megatron.optimizer import learning_rate
-from frpo_nemo.training.config import OptimizerConfig
 
 TOTAL = 100
 

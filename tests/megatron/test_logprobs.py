@@ -17,6 +17,16 @@ def test_values_and_gradients_equal_log_softmax(workers, world, chunk_tokens):
     assert max(max(rank.values()) for rank in errors) < 2e-5, errors
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_fp32_logits_of_a_bf16_model_are_those_of_its_hidden_states(workers, world):
+    """In chunks of an output layer's rows. Products that are rounded to bf16 are a thousand times farther off."""
+    rounded = workers.run(world, logprob_checks.errors_of_bf16, in_fp32=False)
+    exact = workers.run(world, logprob_checks.errors_of_bf16, in_fp32=True)
+    for column in ("logprobs", "entropy", "kl"):
+        assert max(rank[column] for rank in exact) < 2e-4, exact
+        assert min(rank[column] for rank in rounded) > 0.02, rounded
+
+
 def test_no_more_logits_than_one_chunk_exist_at_a_time(workers):
     """The largest tensor made in forward and backward is a chunk of logits, or the weight's gradient."""
     [largest] = workers.run(1, logprob_checks.largest_tensor, tokens=4096, vocabulary=512, chunk_tokens=32)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import checkpoint_checks
 import gradient_checks
@@ -13,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_gradient import SETTINGS, relative_error
 from tiny_models import make_tiny
 
+from frpo_nemo.config.options import LoRAConfig, ModelConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import adapter_files, checkpoint_files
 from frpo_nemo.megatron.checkpoint import read_metadata
-from frpo_nemo.training.config import LoRAConfig, ModelConfig
 
 LORA = LoRAConfig(rank=5, alpha=7.0)
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -145,6 +146,14 @@ def test_peft_loads_an_exported_adapter_with_equal_log_probs(workers, model, tmp
 def test_a_resumed_run_continues_bitwise_also_with_dropout(workers, model, tmp_path, world, layout):
     lora = replace(LORA, dropout=0.2)
     workers.run(world, checkpoint_checks.check_bitwise_resume, path=model, run_dir=str(tmp_path), lora=lora, **layout)
+
+
+def test_an_adapter_names_its_base_for_a_reader_in_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    named = json.loads(adapter_files.peft_config(8, 16.0, "base"))["base_model_name_or_path"]
+    assert named == str(tmp_path / "base")
+    assert json.loads(adapter_files.peft_config(8, 16.0, "org/base"))["base_model_name_or_path"] == "org/base"
 
 
 def test_bf16_adapters_of_a_model_with_tied_embeddings(workers, tmp_path):

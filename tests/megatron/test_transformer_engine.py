@@ -1,15 +1,19 @@
 """What Transformer Engine is asked for. Its modules need a CUDA device and were not run where these tests run."""
 
-import importlib.util
-
 import pytest
 import torch
 from megatron.core.enums import Fp8Recipe
 from tiny_models import make_tiny
 
+from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.model import layer_spec, transformer_config, uses_transformer_engine
-from frpo_nemo.training.config import ModelConfig
+from frpo_nemo.megatron.model import layer_spec, transformer_config
+from frpo_nemo.stack import uses_transformer_engine
+
+WITHOUT_GPU = pytest.mark.skipif(
+    not uses_transformer_engine(ModelConfig(path="", precision="bf16")),
+    reason="Transformer Engine needs a CUDA device; tests/stack builds its layers without one",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +35,21 @@ def test_without_fp8_nothing_of_it_is_set(arch):
     assert not transformer_config(arch, ModelConfig(path=""), transformer_engine=False).fp8
 
 
-def test_it_is_used_only_with_a_cuda_device():
-    assert uses_transformer_engine() == (
-        torch.cuda.is_available() and bool(importlib.util.find_spec("transformer_engine"))
-    )
+def test_delayed_scales_are_not_reduced_over_replicas(arch):
+    """They have unequal numbers of microbatches, so a reduction in each would wait for ever."""
+    model = ModelConfig(path="", fp8="hybrid", fp8_recipe="delayed")
+    assert transformer_config(arch, model, transformer_engine=False).tp_only_amax_red
 
 
-@pytest.mark.skipif(not uses_transformer_engine(), reason="Transformer Engine needs a CUDA device")
+@WITHOUT_GPU
 def test_its_layer_normalises_queries_and_keys_where_the_family_does(arch):
     attention = layer_spec(arch, transformer_engine=True).submodules.self_attention.submodules
     assert attention.q_layernorm.__name__ != "IdentityOp" and attention.k_layernorm.__name__ != "IdentityOp"
 
 
-@pytest.mark.skipif(not uses_transformer_engine(), reason="Transformer Engine needs a CUDA device")
+@WITHOUT_GPU
 def test_layers_with_adapters_show_their_normalised_input(arch):
     layer = layer_spec(arch, transformer_engine=True, adapters=True).submodules
     assert layer.input_layernorm.__name__ == layer.pre_mlp_layernorm.__name__ == "TENorm"
-    for linear in (layer.self_attention.submodules.linear_qkv, layer.mlp.submodules.linear_fc1):
+    for linear in (layer.self_attention.submodules.linear_qkv, layer.mlp.keywords["submodules"].linear_fc1):
         assert linear.__name__ == "TEColumnParallelLinear"

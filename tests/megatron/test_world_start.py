@@ -1,7 +1,12 @@
 """Which rank of which world a process is, by the variables of its launcher. (srun itself is not run here.)"""
 
-import pytest
+import datetime
 
+import pytest
+import torch
+
+from frpo_nemo.config.options import ModelConfig
+from frpo_nemo.launcher import started_world
 from frpo_nemo.megatron import distributed
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -21,11 +26,35 @@ def test_plain_python_is_a_world_of_one(environment):
 
 
 def test_srun_gives_rank_world_and_the_first_host_as_rendezvous(environment):
-    slurm = dict(NTASKS="16", PROCID="11", LOCALID="3", STEP_NODELIST="node[003-004]", JOB_ID="123456")
+    slurm = dict(STEP_NUM_TASKS="16", PROCID="11", LOCALID="3", STEP_NODELIST="node[003-004]", JOB_ID="123456")
     for name, value in slurm.items():
         environment.setenv(f"SLURM_{name}", value)
     environment.setenv("PATH", "")  # no scontrol: the node list is read here
+    assert started_world() == (3, 16)
     assert distributed.read_world() == (11, 16)
     import os
 
     assert [os.environ[name] for name in LAUNCHER_VARIABLES] == ["11", "3", "16", "node003", "23456"]
+
+
+def test_a_process_of_a_batch_script_is_a_world_of_one(environment):
+    """Slurm's variables there are those of the whole job, of which srun has started nothing."""
+    slurm = dict(NTASKS="4", NPROCS="4", NTASKS_PER_NODE="2", PROCID="0", LOCALID="0", NODELIST="node[1-2]", JOB_ID="7")
+    for name, value in slurm.items():
+        environment.setenv(f"SLURM_{name}", value)
+    assert started_world() == (0, 1)
+    assert distributed.read_world() == (0, 1)
+
+
+def timeouts_of_groups() -> set[datetime.timedelta]:
+    from megatron.core import parallel_state as ps
+    from worlds import use_layout
+
+    use_layout(ModelConfig(path=""))
+    groups = ps.get_data_parallel_group(), ps.get_tensor_model_parallel_group(), ps.get_pipeline_model_parallel_group()
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def test_megatrons_groups_wait_as_long_as_the_world_does(workers):
+    """Its own default of 30 minutes would end a long phase that the watchdog takes for work."""
+    assert workers.run(1, timeouts_of_groups) == [{distributed.GROUP_TIMEOUT}]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from known_models import MODELS, write_config
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun, LoRAConfig, ModelConfig, SFTRun
 from frpo_nemo.planning.dry_run import dry_run
 from frpo_nemo.planning.memory import Layout
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun, LoRAConfig, ModelConfig, SFTRun
 from frpo_nemo.training.resources import layout_of
-from frpo_nemo.training.schema import load
 
 # name -> TP, PP, DP[, layers of the first stage, of the last]
 LAYOUTS = {

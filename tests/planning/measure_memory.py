@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from tiny_models import make_tiny
 
+from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import Losses, PolicyActor
-from frpo_nemo.training.config import LoRAConfig, ModelConfig, OptimizerConfig
 
 SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=32, num_key_value_heads=8)
 LAYERS, VOCABULARY, CHUNK = 2, 2048, 256

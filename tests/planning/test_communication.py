@@ -78,19 +78,16 @@ def test_a_refit_brings_each_byte_that_a_rank_lacks_once(workers, tmp_path, layo
 
 @pytest.mark.parametrize("layout", [dict(tp=2), dict(pp=2)], ids=["TP2", "PP2"])
 def test_a_refit_holds_a_bucket_whatever_the_size_of_the_model(workers, tmp_path, layout):
-    peaks = []
     for layers in (2, 8):
         path = make_tiny(tmp_path / f"{layers}", "llama", layers=layers)
         for peak, weight, tensor, whole in workers.run(
             2, communication_checks.refit_memory, path=path, bucket_bytes=BUCKET, **layout
         ):
             assert weight <= BUCKET
-            # The bucket; this rank's part of it or a tensor that is put together; the tensor that the caller has. And
-            # the bucket before, whose tensors gloo's threads let go when they run next.
-            assert peak <= 2 * BUCKET + max(BUCKET / layout.get("tp", 1), tensor) + tensor
-            peaks.append(peak)
-            assert layers == 2 or whole > 8 * BUCKET
-    assert max(peaks) <= max(peaks[:2]) + BUCKET
+            # The bucket, and this rank's part of it or a tensor that is put together; as much for each of the group's
+            # two gloo threads, which let go of a finished call when they run next; the tensor that the caller has.
+            assert peak <= 3 * (BUCKET + max(BUCKET / layout.get("tp", 1), tensor)) + tensor
+            assert layers == 2 or whole > 8 * BUCKET > peak
 
 
 def test_groups_hold_the_ranks_that_megatron_gives_them():

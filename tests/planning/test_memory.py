@@ -8,7 +8,16 @@ from scripts import printed_by
 from tiny_models import make_tiny
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.planning.memory import ATTENTION_PADDING, GIB, Engine, Layout, phases, state_bytes, training_peak
+from frpo_nemo.planning.memory import (
+    ATTENTION_PADDING,
+    GIB,
+    Engine,
+    Layout,
+    layer_parameters,
+    phases,
+    state_bytes,
+    training_peak,
+)
 
 PACK = sum(LENGTHS)
 
@@ -64,6 +73,16 @@ def test_a_stage_keeps_no_more_tokens_in_flight_than_its_replica_has(known):
 
 def total(arch: Architecture, layout: Layout, phase: str, limit: int = 79 * GIB) -> int:
     return next(found.total for found in phases(arch, layout, limit) if found.name == phase)
+
+
+def test_fp8_keeps_two_bytes_of_every_layer_weight_in_every_phase(known):
+    arch = Architecture.from_hf(known["Llama-3.1-70B-Instruct"])
+    layout = Layout(tp=8, pp=2, dp=4, sequence_parallel=True, engine=Engine(tp=8))
+    weights = 2 * arch.num_layers // 2 * layer_parameters(arch, 8)
+    for without, with_fp8 in zip(
+        *(phases(arch, replace(layout, fp8=fp8), 79 * GIB) for fp8 in (False, True)), strict=True
+    ):
+        assert with_fp8.parts == without.parts | {"FP8 weights": weights}, with_fp8.name
 
 
 def test_every_kind_of_splitting_lowers_the_memory_of_training(known):

@@ -11,6 +11,9 @@ import pytest
 from published import RUNS
 from rich.console import Console
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import CLUSTERS, peak_flops
@@ -18,10 +21,7 @@ from frpo_nemo.planning.layouts import default_base, find_layouts, overrides
 from frpo_nemo.planning.plan import PlanRun, plan
 from frpo_nemo.planning.timing import Workload, seconds
 from frpo_nemo.training import validate
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun, SFTRun
 from frpo_nemo.training.resources import layout_of, step_of
-from frpo_nemo.training.schema import load
 
 REPOSITORY = Path(__file__).parents[2]
 HOURS = r"step: ([\d.]+) s .*: ([\d.e+]+) hours, ([\d.e+]+) GPU hours"
@@ -136,7 +136,10 @@ def test_command_prints_the_plan_and_a_mistake_is_one_line(known):
     assert printed.returncode == 0 and "layouts fit" in printed.stdout, printed
     assert "rollout.tensor_model_parallel_size=" in printed.stdout and "others do not fit" in printed.stdout
     wrong = run(f"model.path={path}", "cluster.num_nodes=0")
-    assert wrong.returncode == 2 and wrong.stderr == "plan.py: cluster.num_nodes=0 must be above 0.\n"
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr == "plan.py: cluster.num_nodes=0 must be a whole number at least 1 (Machines).\n"
+    )
 
 
 def test_hours_of_an_experiment_are_its_steps_times_seconds_times_gpus(known):

@@ -1,15 +1,16 @@
 """The built-in rewards, by example."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.rewards.builtin import exact_answer, format_match, length_penalty, one_boxed, regex_search
 from frpo_nemo.rewards.mathematics import math_answer
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.training.config import RewardConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -68,6 +69,14 @@ def test_math_accepts_the_published_solutions(name, solution):
         ("0.5", "\\boxed{\\frac{1}{2}}", 0),
         ("3 1 2", "3  1 2\n", 1),
         ("1,2", "12", 0),
+        ("72.0", "72", 0),
+        (72.0, "#### 72", 1),
+        (72.0, "72.0", 1),
+        (72, "72.", 1),
+        (72, "seventy-two", 0),
+        (1e22, "10000000000000000000000", 1),
+        (9007199254740993, "9007199254740992", 0),
+        (Decimal("1.50"), "$1.5", 1),
     ],
 )
 def test_exact(gold, completion, right):
@@ -130,3 +139,5 @@ def test_length():
     assert length_penalty(None, texts, target=3, unit="words") == pytest.approx([-2 / 3, 0.0, -1.0])
     assert length_penalty(None, ["abc"], max=2, unit="characters") == [-1.0]
     assert length_penalty(None, ["abc"], max=2, response_tokens=[2]) == [0.0]
+    with pytest.raises(ValueError, match="target=0 must be at least 1"):
+        length_penalty(None, [], target=0, response_tokens=[])

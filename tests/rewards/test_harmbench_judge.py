@@ -7,14 +7,14 @@ import torch
 from reward_models import LOCAL, make_judge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import RewardConfig, SourceConfig
 from frpo_nemo.data.columns import prompt_messages
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.evaluation.benchmarks import EvaluateRun
 from frpo_nemo.rewards.judge import Judge
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import RewardConfig, SourceConfig
-from frpo_nemo.training.schema import load
 
 HARMBENCH = Path(__file__).parents[3] / "shared" / "data" / "harmbench" / "behaviors_text_test.csv"
 STANDARD = "Behavior:\n{behavior}\n\nGeneration:\n{generation}\n\nAnswer: "

@@ -15,15 +15,15 @@ from tokenizers.normalizers import Prepend
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from traps import set_traps
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun, RewardConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.classifiers import GuardClassifier, RewardModel
 from frpo_nemo.rewards.judge import Judge
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
 from frpo_nemo.rewards.safety import Moderation, Safety
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun, RewardConfig
-from frpo_nemo.training.schema import load
 
 PAPER = Path(__file__).parents[3] / "shared" / "data" / "frpo_paper" / "safety_train.parquet"
 RUN = [
@@ -198,6 +198,42 @@ def test_an_adapter_is_judged_with_its_base_model(models, tmp_path):
     assert adapter != pytest.approx(plain, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["judge", "reward"])
+def test_a_dora_adapter_is_refused_by_its_name_before_any_weights_are_read(models, tmp_path, name):
+    """It has its magnitude vectors, and transformers would not read them. Merged, it is a model as others are."""
+    import peft
+
+    auto_class = AutoModelForCausalLM if name == "judge" else AutoModelForSequenceClassification
+    dora = peft.LoraConfig(target_modules=["q_proj"], use_dora=True)
+    adapted = peft.get_peft_model(auto_class.from_pretrained(models[name]), dora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert any("magnitude" in tensor for tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+
+    def config(directory: str) -> dict:
+        AutoTokenizer.from_pretrained(models[name]).save_pretrained(tmp_path / directory)
+        args = {"model": str(tmp_path / directory)} | ({"template": TEMPLATE} if name == "judge" else {})
+        return {"r": RewardConfig(target={"judge": "judge", "reward": "reward_model"}[name], args=args)}
+
+    with pytest.raises(
+        ConfigError, match="^reward.r: model=.* it is a DoRA adapter .use_dora in .*: merge it into its base"
+    ):
+        check_rewards(config("adapter"))
+    check_rewards(config("merged"))
+
+
+def test_an_adapter_that_transformers_reads_in_part_is_refused_by_its_kind(models, tmp_path):
+    import peft
+
+    settings = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=5, task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(models["judge"]), settings).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(models["judge"]).save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match="lacks weights: .*ranknum.* does not read all of its adapter .ADALORA.: merge it"
+    ):
+        loaded(Judge(str(tmp_path), template=TEMPLATE, local=LOCAL))
+
+
 def test_an_adapter_needs_peft_only_where_it_is_loaded(models, tmp_path, monkeypatch):
     """A server has its own."""
     monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
@@ -314,6 +350,15 @@ def test_what_cannot_work_is_a_sentence_before_any_weights_are_read(models, name
     with pytest.raises(ConfigError, match="^reward.mine: ") as error:
         check_rewards({"mine": RewardConfig(target=target, args=args)})
     assert sentence in str(error.value)
+
+
+def test_a_configuration_that_transformers_refuses_is_one_sentence(models, tmp_path):
+    shutil.copytree(models["judge"], tmp_path / "judge")
+    config = json.loads((tmp_path / "judge/config.json").read_text())
+    (tmp_path / "judge/config.json").write_text(json.dumps(config | {"max_position_embeddings": None}))
+    with pytest.raises(ConfigError, match="/judge cannot be read: .*'max_position_embeddings'.* expected int") as error:
+        Judge(str(tmp_path / "judge"), template=TEMPLATE)
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_without_a_chat_template_cannot_judge_conversations(models, tmp_path):

@@ -7,11 +7,11 @@ import pytest
 from recorded_judge import RecordedJudge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.chat_judge import ChatJudge
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
-from frpo_nemo.training.config import RewardConfig
 
 KEY = "open-sesame-of-the-judge"  # like no known service's
 YES_NO = {"template": "{prompt}|{response}", "choices": {"yes": 0, "no": 1}}

@@ -12,12 +12,12 @@ import psutil
 import pytest
 from reward_models import LOCAL, TEMPLATE
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.rewards.call import Failure
 from frpo_nemo.rewards.classifiers import RewardModel
 from frpo_nemo.rewards.judge import Judge
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rewards.safety import Moderation
-from frpo_nemo.training.config import RewardConfig
 
 PROMPTS = [
     "How do I do it?",

@@ -9,12 +9,12 @@ from recorded_judge import RecordedJudge
 from tiny_models import make_tiny
 from transformers import AutoTokenizer
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun, RewardConfig, SourceConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, check_waits
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun, RewardConfig, SourceConfig
 from frpo_nemo.training.rollouts import ScoredPrompts, failure_lines
-from frpo_nemo.training.schema import load
 from frpo_nemo.training.validate import validate_frpo
 
 NEEDED = ["run_dir=run", "optim.lr=1e-3", "trainer.max_steps=3", "objective.lambda_=1", "model=tiny_fp32"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.call import load_target
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
-from frpo_nemo.training.config import RewardConfig
 
 FAULTY = f"{Path(__file__).parent / 'faulty.py'}:"
 
@@ -163,12 +163,12 @@ BAD = {
     "no **columns": (faulty("no_columns"), "**columns"),
     "unknown argument": (config("format", args={"patern": "x"}), "no argument 'patern'"),
     "bad pattern": (config("format", args={"pattern": "("}), "refuses its args"),
-    "missing pattern": (config("regex"), "regex needs 'pattern'"),
+    "missing pattern": (config("regex"), "regex needs the argument 'pattern'"),
     "length without aim": (config("length", args={"unit": "words"}), "one of max and target"),
     "class without argument": (faulty("Scaled"), "needs the argument 'factor'"),
     "missing column": (config("math", args={"column": "solution"}), "needs 'solution'"),
-    "timeout": (config("math", timeout=0.0), "timeout=0.0 must be above 0"),
-    "workers": (config("math", workers=0), "workers=0 at least 1"),
+    "timeout": (config("math", timeout=0.0), "timeout=0.0 must be a number above 0"),
+    "workers": (config("math", workers=0), "workers=0 must be a whole number at least 1"),
     "weight": (config("math", weight=math.inf), "weight=inf"),
 }
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +19,13 @@ from runs import Job, probes, steps
 from tiny_models import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from frpo_nemo.config.options import RewardConfig, SourceConfig
+from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_reward_probe
 from frpo_nemo.rewards.classifiers import RewardModel
 from frpo_nemo.rewards.judge import Judge
-from frpo_nemo.training.cli import CONFIGS
-from frpo_nemo.training.config import RewardConfig, SourceConfig
 from frpo_nemo.training.rollouts import Rollouts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -112,7 +111,7 @@ def samples(file: Path) -> dict[str, list[dict]]:
 def texts(rows: list[dict]) -> tuple[list[str], list[str]]:
     """Prompts and responses as rewards see them."""
     prompts = [row["prompt"].removeprefix("u:").removesuffix("\na:") for row in rows]
-    return prompts, [re.sub("<pad>|<unk>|<eos>", "", row["response"]) for row in rows]
+    return prompts, [row["response"].removesuffix("<eos>") for row in rows]
 
 
 def test_the_names_of_a_probes_numbers_say_what_was_measured(runs, tiny):
@@ -154,7 +153,7 @@ def test_a_fine_tuning_goes_on_when_a_judge_goes_away(runs):
 
 def test_a_step_of_which_nothing_was_scored_cannot_be_learned_from():
     def rollouts(*rewards: float) -> Rollouts:
-        batch = SequenceBatch.from_lists([[1]] * 2, [[2]] * 2, reward=torch.tensor(rewards))
+        batch = SequenceBatch.from_lists([[1]] * 2, [[2]] * 2, compared=torch.tensor(rewards))
         return Rollouts(batch, [None])
 
     rollouts(math.nan, 0.0).require_scores()
@@ -187,7 +186,7 @@ def test_at_temperature_0_responses_are_those_of_greedy_decoding(runs, tiny):
     "changes, sentence",
     [
         ({"samples": 2}, r"probe\.samples=2: with probe\.temperature=0 they would all be the same"),
-        ({"temperature": -1.0}, r"probe\.temperature=-1\.0 must be at least 0"),
+        ({"temperature": -1.0}, r"probe\.temperature=-1\.0 must be a number at least 0\.01, or 0"),
         ({"top_p": 0.9}, r"probe\.top_p=0\.9 needs probe\.temperature=1, and it is 0\.0"),
         ({"reward": ["judged"]}, r"reward\.judged\.tasks: no example has task 'strongreject'; the data has harmbench"),
     ],

@@ -10,10 +10,10 @@ import pytest
 from recorded_judge import RecordedJudge
 from reward_models import TEMPLATE
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.rewards.remote import RemoteServer
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rewards.safety import Moderation, Safety
-from frpo_nemo.training.config import RewardConfig
 
 KEY = "sesame-open-sesame"  # like no known service's
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}
@@ -108,7 +108,23 @@ def test_a_result_that_cannot_be_read_does_not_spoil_those_in_its_request(record
     assert [body["input"] for _, body, _ in server.seen] == [["a", "b", "c"], ["b"]]
 
 
-def test_a_chat_template_that_refuses_a_conversation_costs_its_response_alone(models, recorded, tmp_path):
+@pytest.mark.parametrize(
+    "begin, said",
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+            "refuses a message: no system role",
+        ),
+        (
+            "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
+            "shows nothing of message 0 (role 'system')",
+        ),
+    ],
+    ids=["refuses", "leaves out"],
+)
+def test_a_chat_template_that_does_not_show_a_conversation_costs_its_response_alone(
+    models, recorded, tmp_path, begin, said
+):
     for name, target, answer in (
         ("judge", "judge", completion([{"5": 0.0, "x": -50.0}])),
         ("reward", "reward_model", {"data": [{"probs": [0]}]}),
@@ -116,15 +132,14 @@ def test_a_chat_template_that_refuses_a_conversation_costs_its_response_alone(mo
         path = tmp_path / name
         shutil.copytree(models[name], path)
         template = (path / "chat_template.jinja").read_text()
-        refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        (path / "chat_template.jinja").write_text(refusal + template)
+        (path / "chat_template.jinja").write_text(begin + template)
         server = recorded(answer)
         args = {"model": str(path), "remote": remote(server)} | ({"chat": True} if name == "judge" else {})
         prompts = [[USER], [SYSTEM, USER], "Why?"]
         rewards = build_rewards({"r": RewardConfig(target=target, args=args)})
         scores = rewards.score(prompts, ["So."] * 3, [None] * 3, {})
         assert scores.total.isnan().tolist() == [False, True, False] and len(server.seen) == 2
-        assert f"the chat template of model={path} refuses the conversation: no system role" in scores.messages["r"]
+        assert f"the chat template of '{path}' {said}" in scores.messages["r"]
 
 
 def test_a_request_that_cannot_be_written_costs_its_response_alone(recorded):

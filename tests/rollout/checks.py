@@ -4,6 +4,7 @@ a model of MODELS. Engines are kept from one check to the next: starting one tak
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.logprobs import vocab_parallel_logits
 from frpo_nemo.rollout import RefitError, RolloutEngine, check_logprob_gap, logprob_gap
-from frpo_nemo.rollout.verify import live_shards
+from frpo_nemo.rollout.verify import GapLimit, live_shards
 
 EOS = 1
 MODELS = {  # the vocabulary is odd, so that vLLM pads it
@@ -22,7 +24,9 @@ MODELS = {  # the vocabulary is odd, so that vLLM pads it
     "tied": dict(family="llama", tied=True, seed=4),
     "mistral": dict(family="mistral", seed=5),
     "one kv head": dict(family="qwen2", num_key_value_heads=1, seed=6),
+    "five layers": dict(family="llama", layers=5, tied=True, seed=7),
 }
+LOST = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "input_layernorm")  # of one layer
 _engines: dict[tuple, RolloutEngine] = {}
 
 
@@ -65,11 +69,13 @@ def sample(engine: RolloutEngine, **settings) -> list[tuple[list[int], list[floa
 
 
 @torch.no_grad()
-def reference_logprobs(model, responses, temperature: float = 1.0, samples: int = 3) -> Tensor:
-    """transformers' log-probs of the responses to prompts(), one after the other."""
+def reference_logprobs(
+    model, responses, temperature: float = 1.0, samples: int = 3, asked: list | None = None
+) -> Tensor:
+    """transformers' log-probs of the responses to `asked` (prompts() by default), one after the other."""
     out = []
     for i, (tokens, _, _) in enumerate(responses):
-        prompt = prompts()[i // samples]
+        prompt = (asked or prompts())[i // samples]
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float() / temperature
         out.append(logits.log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)])
     return torch.cat(out)
@@ -132,6 +138,23 @@ def check_bfloat16(tiny) -> tuple[float, float]:
     mean, largest = gap_to(tiny["tied"], engine, dtype=torch.bfloat16)
     assert 0 < mean < 0.02, mean
     return mean, largest
+
+
+def check_fp32_logits(tiny) -> dict[bool, float]:
+    """fp32_logits -> the largest difference of vLLM's logits of bf16 hidden states from the trainer's."""
+    differences = {}
+    for fp32_logits in (False, True):
+        engine = use_engine(tiny["tied"], dtype="bfloat16", fp32_logits=fp32_logits)
+        engine.refit(hf_weights(tiny["tied"]))
+        model = engine._model()
+        weight = model.model.embed_tokens.weight
+        hidden = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+        theirs = model.compute_logits(hidden).float()
+        ours = vocab_parallel_logits(
+            hidden, weight, vocab_size=theirs.shape[1], tp_rank=0, temperature=1.0, in_fp32=True
+        )[:, : theirs.shape[1]]
+        differences[fp32_logits] = (theirs - ours).abs().max().item()
+    return differences
 
 
 def check_responses(tiny) -> list:
@@ -293,12 +316,49 @@ def check_stale_engine_shows_in_the_gap(tiny) -> str:
     rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
     lengths = torch.tensor([len(tokens) for tokens, _, _ in responses])
     good, stale = (reference_logprobs(hf_model(tiny[name]), responses) for name in ("qwen2", "qwen2 other"))
-    check_logprob_gap(rollout, good, lengths, step=4, precision="fp32")
+    limit = GapLimit.of("fp32", None)
+    check_logprob_gap(rollout, good, lengths, step=4, limit=limit)
     try:
-        check_logprob_gap(rollout, stale, lengths, step=4, precision="fp32")
+        check_logprob_gap(rollout, stale, lengths, step=4, limit=limit)
     except RefitError as error:
         return str(error)
     raise AssertionError("a stale engine passed")
+
+
+def check_a_lost_weight_shows_in_the_gap(
+    tiny, path: str | None = None, asked: list | None = None, layers=range(5), max_tokens: int = 24
+) -> dict:
+    """In bf16, after a rollout that sets the limit: a healthy one passes, and one with a weight of one layer lost (all
+    zero, behind the fingerprints' back) is stopped. path: of the model, with the prompts `asked`; None: a tiny one.
+    Returns the gap of each over the limit."""
+    path, asked = path or tiny["five layers"], asked or prompts()
+    engine, policy = use_engine(path, dtype="bfloat16"), hf_model(path, torch.bfloat16)
+    engine.refit(hf_weights(path))
+    shards, limit = live_shards(engine._model()), GapLimit.of("bf16", None)
+
+    def gap(seed: int) -> float:
+        groups = engine.generate(asked, samples=3, max_tokens=max_tokens, seed=seed, stop_token_ids=[EOS])
+        responses = [(c.token_ids, c.logprobs, c.truncated) for group in groups for c in group]
+        rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
+        lengths = torch.tensor([len(tokens) for tokens, _, _ in responses])
+        return check_logprob_gap(
+            rollout, reference_logprobs(policy, responses, asked=asked), lengths, step=2, limit=limit
+        )[0]
+
+    limit = GapLimit.of("bf16", gap(1))
+    found = {"healthy": gap(2) / limit.value}
+    for name in [f"model.layers.{layer}.{part}.weight" for layer in layers for part in LOST]:
+        live = shards[name].live
+        kept = live.clone()
+        live.zero_()
+        try:
+            gap(2)
+        except RefitError as error:
+            found[name] = float(re.search("differ by (\\S+)", str(error))[1]) / limit.value
+        else:
+            raise AssertionError(f"the loss of {name} passed")
+        live.copy_(kept)
+    return found
 
 
 # A world of two

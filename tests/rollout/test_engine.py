@@ -5,6 +5,8 @@ from pathlib import Path
 import checks
 import pytest
 
+from frpo_nemo.data.chat import Chat
+from frpo_nemo.data.tokenizer import load_tokenizer
 from frpo_nemo.rollout import RolloutEngine
 
 
@@ -27,6 +29,11 @@ def test_a_checkpoint_can_be_loaded_instead(one):
 
 def test_bfloat16_differs_by_rounding_alone(one):
     one(checks.check_bfloat16)
+
+
+def test_vllm_multiplies_by_the_output_layer_in_fp32_where_the_trainer_does(one):
+    [differences] = one(checks.check_fp32_logits)
+    assert differences[True] < 1e-5 < 1e-3 < differences[False], differences
 
 
 def test_with_top_p_tokens_are_of_the_nucleus_and_logprobs_of_the_full_distribution(one):
@@ -52,6 +59,28 @@ def test_the_weight_stream_is_always_exhausted(one):
 def test_a_stale_engine_shows_in_the_logprob_gap(one):
     [message] = one(checks.check_stale_engine_shows_in_the_gap)
     assert "step 4" in message and "the worst is sequence" in message
+
+
+def test_a_lost_weight_of_any_layer_shows_in_the_logprob_gap_of_bf16(one):
+    [found] = one(checks.check_a_lost_weight_shows_in_the_gap)
+    assert len(found) == 1 + 5 * len(checks.LOST)
+    assert found.pop("healthy") < 0.8 and min(found.values()) > 1, found
+
+
+def test_a_lost_weight_shows_in_the_logprob_gap_of_a_pretrained_model(one, smol_model):
+    """Whose rounding is four times that of random weights: the limit is a multiple of what its first rollout measured."""
+    chat, layers = Chat(load_tokenizer(str(smol_model))), (0, 7, 15, 22, 29)
+    questions = ["What is a lighthouse for?", "How is bread made?"]
+    asked = chat.prompt_ids([[{"role": "user", "content": question}] for question in questions], "here")
+    [found] = one(
+        checks.check_a_lost_weight_shows_in_the_gap,
+        path=str(smol_model),
+        asked=asked,
+        layers=layers,
+        max_tokens=10,
+    )
+    assert len(found) == 1 + len(layers) * len(checks.LOST)
+    assert found.pop("healthy") < 1 and min(found.values()) > 1, found
 
 
 def test_responses_are_the_same_in_another_process_and_differ_between_engines(one, two):

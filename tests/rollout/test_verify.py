@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from frpo_nemo.rollout.verify import GAP_LIMITS, RefitError, Shard, check_logprob_gap, fingerprint, logprob_gap
+from frpo_nemo.rollout.verify import (
+    GAP_LIMITS,
+    GAP_MULTIPLES,
+    GapLimit,
+    RefitError,
+    Shard,
+    check_logprob_gap,
+    fingerprint,
+    logprob_gap,
+)
 
 
 def tensors():
@@ -77,19 +86,32 @@ def test_gap_of_nothing_and_of_nan():
     assert logprob_gap(torch.empty(0), torch.empty(0)) == (0.0, 0.0)
     one = torch.zeros(3)
     with pytest.raises(RefitError, match="sequence 1 of 2"):
-        check_logprob_gap(one, torch.tensor([0.0, 0.0, torch.nan]), torch.tensor([2, 1]), step=1, precision="bf16")
+        other, limit = torch.tensor([0.0, 0.0, torch.nan]), GapLimit.of("bf16", None)
+        check_logprob_gap(one, other, torch.tensor([2, 1]), step=1, limit=limit)
 
 
 def test_gap_limits_by_precision():
     rollout, lengths = torch.zeros(100), torch.tensor([40, 0, 60])
     almost = torch.zeros(100)
     almost[70] = 5e-4  # one token, far above fp32's rounding
+    fp32, bf16, given = GapLimit.of("fp32", 4e-6), GapLimit.of("bf16", 0.01), GapLimit.of("bf16", None, threshold=1e-6)
     with pytest.raises(RefitError, match="step 9: .* the worst is sequence 2 of 3, .* over 60 tokens"):
-        check_logprob_gap(rollout, almost, lengths, step=9, precision="fp32")
-    mean, largest = check_logprob_gap(rollout, almost, lengths, step=9, precision="bf16")
+        check_logprob_gap(rollout, almost, lengths, step=9, limit=fp32)
+    mean, largest = check_logprob_gap(rollout, almost, lengths, step=9, limit=bf16)
     assert mean == pytest.approx(5e-6) and largest == pytest.approx(5e-4)
-    with pytest.raises(RefitError, match="the mean should be at most 1e-06"):
-        check_logprob_gap(rollout, almost, lengths, step=9, precision="bf16", threshold=1e-6)
-    limit = GAP_LIMITS["bf16"][1]
+    with pytest.raises(RefitError, match="the mean should be at most 1e-06: rollout.logprob_gap_threshold"):
+        check_logprob_gap(rollout, almost, lengths, step=9, limit=given)
     with pytest.raises(RefitError):
-        check_logprob_gap(rollout, rollout - 1.1 * limit, lengths, step=9, precision="bf16")
+        check_logprob_gap(rollout, rollout - 1.1 * bf16.value, lengths, step=9, limit=bf16)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_first_rollout_of_a_run_sets_its_limit(precision):
+    """A model that rounds worse than the usual one gets a multiple of its own, but only so far: the first comparison has
+    a limit as well. One that rounds better keeps the usual limit."""
+    usual, multiple = GAP_LIMITS[precision][1], GAP_MULTIPLES[precision]
+    assert GapLimit.of(precision, None).value == multiple * usual
+    assert GapLimit.of(precision, 0.9 * usual).value == pytest.approx(0.9 * multiple * usual)
+    assert GapLimit.of(precision, 0.1 * usual).value == usual
+    assert GapLimit.of(precision, 0.9 * usual, threshold=3.0).value == 3.0
+    assert GapLimit.of("fp32", 1e-5) == GapLimit.of("fp32", None), "exact, whatever was measured"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+ATTEMPTS = 8  # of a Slurm command that may be repeated, with pauses that grow by a second
 
 
 class Cluster:
@@ -34,10 +35,12 @@ class Cluster:
 
     def slurm(self, *command: str) -> str:
         """The output of a Slurm command on the login node."""
-        done = self.cluster("exec", *command, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr or done.stdout}")
-        return done.stdout
+        for attempt in range(1 if command[0] == "sbatch" else ATTEMPTS):  # the controller may be busy
+            time.sleep(attempt)
+            done = self.cluster("exec", *command, check=False)
+            if done.returncode == 0 and (done.stdout.strip() or command[:2] != ("scontrol", "show")):
+                return done.stdout
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr or done.stdout}")
 
     def submit(self, script: str, *overrides: str, log: Path, nodes=2, ranks=2, options=(), **environment) -> SlurmJob:
         """`nodes` x `ranks` processes without GPUs. environment: what the job finds set."""

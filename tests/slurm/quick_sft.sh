@@ -8,4 +8,6 @@
 
 source slurm/lib.sh
 frpo_preflight() { :; }
+# This rate stands for a configuration that is wrong on the node alone: the check where it is submitted passes.
+case " $* " in *" optim.lr=7 "*) echo "0: sft.py: data source: not on this node" && exit 2 ;; esac
 frpo_train sft.py experiment/sft_7b "$@"

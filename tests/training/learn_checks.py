@@ -3,6 +3,8 @@ the log-probs of the rollout are the policy's own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -11,17 +13,18 @@ import pytest
 import torch
 from worlds import use_layout
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron import checkpoint, distributed
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.objective import build_objective
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun
+from frpo_nemo.training.chat import load_chat
 from frpo_nemo.training.frpo import learn, validate
 from frpo_nemo.training.metrics import Phases
 from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
-from frpo_nemo.training.schema import load
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics
 
 GROUPS, GROUP_SIZE = 6, 4
@@ -49,12 +52,14 @@ class Learner:
         self.run, self.worker = object.__new__(Run), object.__new__(RolloutWorker)
         self.run.cfg, self.worker.model, self.worker.rollout = self.cfg, self.cfg.model, self.cfg.rollout
         self.run.dir, self.run.rank, self.run.phases = Path(run_dir), distributed.rank(), Phases()
-        self.run.memory = {}
+        self.run.memory, self.worker.measured, self.worker._said = {}, {}, set()
 
     def rollouts(self, batch: SequenceBatch | None = None) -> Rollouts:
         """`batch`, or random responses, as if this policy had sampled them."""
         batch = random_batch() if batch is None else batch
         batch.token_columns["rollout_logprobs"] = self.actor.get_inference_log_probs(batch)
+        one_reward = {"compared": batch.columns["reward"], "partly_scored": torch.zeros(batch.num_sequences)}
+        batch.columns |= one_reward
         return Rollouts(batch, ["only"])
 
     def learn(self, rollouts: Rollouts):
@@ -185,6 +190,35 @@ def check_infinite_gradient(path: str, run_dir: str, tp: int, pp: int) -> None:
     assert_unchanged(learner, before)
     if learner.run.rank == 0:
         assert len(saved_rows(run_dir, caught)) == GROUPS * GROUP_SIZE
+
+
+def check_masked(path: str, run_dir: str, updates: int = 1, pp: int = 1) -> None:
+    """One token of which vLLM's log-prob is 12 nats above the policy's, another 3: the first leaves the loss, is counted,
+    and is in the file with its text; it is said once."""
+    options = {"rollout.logprob_gap_threshold": 1e9, "trainer.updates_per_rollout": updates}
+    learner = Learner(path, run_dir=run_dir, pp=pp, **options)
+    learner.worker.tokenizer = load_chat(learner.cfg.model).tokenizer
+    rollouts = learner.rollouts()
+    sequence, position = 9, 0
+    place = int(rollouts.batch.response_lengths[:sequence].sum()) + position
+    vllm = rollouts.batch.token_columns["rollout_logprobs"]
+    vllm[place] += 12
+    vllm[place + 40] += 3
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = learner.learn(rollouts)
+        values = step_statistics(learner.objective, rollouts.batch, results)
+        learner.learn(rollouts)
+    assert values["rollout_mismatch/share_masked"] == pytest.approx(1 / len(vllm))
+    assert values["rollout_mismatch/max_abs_logprob_gap"] == pytest.approx(12, abs=1e-3)
+    if learner.run.rank == 0:
+        [said] = [line for line in printed.getvalue().splitlines() if "left the loss" in line]
+        assert said.startswith(f"step 1: 1 of {len(vllm)} tokens left the loss") and "by 12.0 at most" in said
+        [row] = map(json.loads, Path(run_dir, "masked", "step_00000001.jsonl").read_text().splitlines())
+        prompt, response = rollouts.batch.unpack()[sequence]
+        assert (row["sequence"], row["position"]) == (sequence, position)
+        assert row["token"] == learner.worker.tokenizer.decode(response[0])
+        assert row["prompt"] == learner.worker.tokenizer.decode(prompt) and row["response_before"] == ""
+        assert row["logprob_vllm"] - row["logprob_trainer"] == pytest.approx(12, abs=0.1), "of the second time"
 
 
 def weights_of_checkpoint(path: str, run_dir: str) -> dict[str, torch.Tensor]:

@@ -37,20 +37,20 @@ class Update:
 
 
 class RecordingActor(PolicyActor):
-    """The policy, which keeps an Update of every train_step and counts its forward passes without gradient."""
+    """The policy, which keeps an Update of every gradient and counts its forward passes without gradient."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.updates, self.passes = [], 0
 
-    def train_step(self, batch, loss, **kwargs):
+    def accumulate_gradient(self, batch, loss):
         weights = {name: tensor.clone() for name, tensor in self.stream_hf_weights()}
-        result = super().train_step(batch, loss, **kwargs)
-        gap = (result.per_token["ratio"] - 1).abs().mean().item()
-        clipped = result.per_sequence["clipped"].mean().item()
+        per_sequence, per_token = super().accumulate_gradient(batch, loss)
+        gap = (per_token["ratio"] - 1).abs().mean().item()
+        clipped = per_sequence["clipped"].mean().item()
         groups = batch.columns["group"].unique().tolist()
         self.updates.append(Update(groups, weights, hugging_face_gradients(self), gap, clipped))
-        return result
+        return per_sequence, per_token
 
     def get_inference_log_probs(self, batch):
         self.passes += 1

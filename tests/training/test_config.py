@@ -11,19 +11,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
 
+from frpo_nemo import stack
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun, SFTRun
+from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.memory import checkpoint_bytes, host_bytes, parameters
 from frpo_nemo.rewards.local import LocalWeights
 from frpo_nemo.rewards.reward_set import local_weights
-from frpo_nemo.training import resources, validate
-from frpo_nemo.training.cli import CONFIGS, compose
-from frpo_nemo.training.config import FRPORun, SFTRun
-from frpo_nemo.training.schema import load
+from frpo_nemo.training import resources
 from frpo_nemo.training.validate import validate_frpo, validate_sft
 
 REPOSITORY = CONFIGS.parent
@@ -69,6 +73,10 @@ def files(tmp_path_factory) -> Path:
     _change_json(root / "small_heads/config.json", head_dim=16, num_attention_heads=8)
     (root / "broken_json/config.json").write_text("{")
     make_tiny(root / "other", "llama", layers=2)
+    make_tiny(root / "untied", "llama", tied=True)
+    weights = load_file(root / "untied/model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, root / "untied/model.safetensors", {"format": "pt"})
     (root / "empty").mkdir()
     rows = [{"prompt": "1+1?", "answer": "2", "kind": "sum"}, {"prompt": "2*3?", "answer": "6", "kind": "product"}]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -141,7 +149,17 @@ BAD_INPUT = [
     (["objective=grpoo"], ["objective=grpoo", "dr_grpo, frpo, grpo"]),
     (["parallel=tp3"], ["parallel=tp3", "tp2"]),
     (["optim.lr"], ["optim.lr", "optim.lr=VALUE"]),
-    (["run_dir=a=b"], ["run_dir=a=b", "\"run_dir='a=b'\""]),
+    (["reward.right.args={a: (b}"], ["reward.right.args={a: (b}", "{key: 'a|b'}"]),
+    (["data.train.0.prompt='What is ${question}?'"], ["data.train[0].prompt", "${question}", "{question}", "\\${question}"]),
+    (["probe=null"], ["probe=null", "configs/probe (math, safety, ", "'~probe'"]),
+    (["reward=null"], ["reward=null", "boxed, ", "'~reward'"]),
+    (["parallel=null"], ["parallel=null", "tp2"]),
+    (["reward=5"], ["reward=5", "boxed, ", "'~reward'"]),
+    (["+probe=[null]"], ["probe=[null]", "math, safety, "]),
+    (["=5"], ["'=5'", "NAME=5"]),
+    (["reward={r: {target: length}}"], ["configs/reward", "'~reward' '+reward={r: {target: length}}'"]),
+    (["probe={interval: 2}"], ["configs/probe", "'+probe={interval: 2}'"]),
+    (["run_dir=~nobody_here/run"], ["run_dir=~nobody_here/run", "./~nobody_here/run"]),
     (["optim.lr=1e-3,1e-4"], ["optim.lr=1e-3,1e-4", "key=[a,b]"]),
     # files
     ([], ["optim.warmup_ration=0.1", "optim.warmup_ratio"], "key_typo"),
@@ -153,11 +171,11 @@ BAD_INPUT = [
     ([], ["no configuration goood", "nearest is good"], "goood"),
     # types and missing values
     (["model.tensor_model_parallel_size=two"], ["model.tensor_model_parallel_size=two", "a whole number"]),
-    (["model.fp8=[1]"], ["model.fp8=[1]", "text or null"]),
+    (["model.fp8=[1]"], ["model.fp8=[1]", "null, hybrid, e4m3"]),
     (["optim.lr=fast"], ["optim.lr=fast", "a number"]),
     (["data.shuffle=maybe"], ["data.shuffle=maybe", "true or false"]),
     (["data.train=prompts.jsonl"], ["data.train=prompts.jsonl", "must be a list"]),
-    (["data.train.0.limit=x"], ["data.train.0.limit=x", "a whole number or null"]),
+    (["data.train.0.limit=x"], ["data.train.0.limit=x", "a whole number at least 1, or null"]),
     (["reward=exact"], ["reward=exact", "gsm8k, ", "world"]),
     ([], ["reward_list", "a mapping", "a list"], "reward_list"),
     (["optim=1e-3"], ["optim=0.001", "must be a mapping", "lr"]),
@@ -172,6 +190,7 @@ BAD_INPUT = [
     (["model.fp8_recipe=mxfp8"], ["model.fp8_recipe=mxfp8", "blockwise"]),
     (["rollout.importance_correction=tokens"], ["rollout.importance_correction=tokens", "did you mean token"]),
     (["rollout.importance_limit=0"], ["rollout.importance_limit=0", "above 0"]),
+    (["rollout.token_gap_limit=0"], ["rollout.token_gap_limit=0", "above 0, or null"]),
     (["optim.schedule=cosin"], ["optim.schedule=cosin", "did you mean cosine"]),
     (["optim.lr=0"], ["optim.lr=0", "above 0"]),
     (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.001"]),
@@ -195,7 +214,9 @@ BAD_INPUT = [
     (["model.num_layers_in_first_pipeline_stage=1"], ["in_first_pipeline_stage", "parallel_size above 1"]),
     # rollout and batch
     (["rollout.group_size=1"], ["rollout.group_size=1", "at least 2"]),
-    (["rollout.temperature=0"], ["rollout.temperature=0", "above 0"]),
+    (["rollout.temperature=0"], ["rollout.temperature=0", "at least 0.01"]),
+    (["rollout.temperature=0.005"], ["rollout.temperature=0.005", "at least 0.01", "vLLM samples at 0.01"]),
+    (["rollout.temperature=inf"], ["rollout.temperature=inf", "must be a finite number"]),
     (["rollout.top_p=1.5"], ["rollout.top_p=1.5", "at most 1"]),
     (["rollout.top_k=0"], ["rollout.top_k=0", "-1"]),
     (["rollout.temperature=0.7", "rollout.top_p=0.9"], ["rollout.temperature=0.7", "rollout.top_p=0.9"]),
@@ -212,6 +233,7 @@ BAD_INPUT = [
     (["model.path=moe"], ["moe", "mixture of experts"]),
     (["model.path=no_weights"], ["model.path=no_weights", ".safetensors"]),
     (["model.path=missing_shard"], ["model.path=missing_shard", "model-00002-of-00002.safetensors"]),
+    (["model.path=untied"], ["untied/model.safetensors", "lm_head.weight, that differs", "tie_word_embeddings"]),
     (["model.path=no_tokenizer"], ["model.path=no_tokenizer", "tokenizer.json"]),
     (["model.path=no_template"], ["model.path=no_template", "chat template"]),
     # data
@@ -303,13 +325,38 @@ def test_good_input_passes(files, monkeypatch):
 
 def test_without_transformer_engine_fp8_and_context_parallelism_are_refused(files, monkeypatch):
     monkeypatch.chdir(files)
-    monkeypatch.setattr(validate.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="model.fp8=hybrid needs Transformer Engine"):
-        check(files, ["model.fp8=hybrid", "model.precision=bf16"])
+    fp8 = ["model.fp8=hybrid", "model.precision=bf16"]
+    cp2 = ["model.context_parallel_size=2", "trainer.devices=2", "model.precision=bf16"]
+    monkeypatch.setattr(stack, "version", lambda package: None)
+    with pytest.raises(ConfigError, match="model.fp8=hybrid needs Transformer Engine, which is not installed"):
+        check(files, fp8)
     with pytest.raises(
         ConfigError, match="model.context_parallel_size=2 needs Transformer Engine.*context_parallel_size=1"
     ):
-        check(files, ["model.context_parallel_size=2", "trainer.devices=2"], world=2)
+        check(files, cp2, world=2)
+    with pytest.raises(ConfigError, match="model.context_parallel_size=2 needs model.precision=bf16, not fp32"):
+        check(files, [*cp2, "model.precision=fp32"], world=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Transformer Engine can be used here")
+def test_without_a_gpu_transformer_engine_is_of_no_use_but_to_a_login_node(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(stack, "version", lambda package: "2.20.2")
+    cp2 = ["model.context_parallel_size=2", "trainer.devices=2", "model.precision=bf16"]
+    with pytest.raises(ConfigError, match="model.fp8=hybrid needs Transformer Engine's layers.*a CUDA device"):
+        check(files, ["model.fp8=hybrid", "model.precision=bf16"])
+    monkeypatch.setenv("FRPO_LOGIN_NODE", "1")  # the job runs elsewhere
+    check(files, cp2, world=2)
+
+
+def test_expandable_segments_are_refused_where_vllm_would_sleep(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_available():
+        check(files, [])
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 2**40)
+    with pytest.raises(ConfigError, match="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"):
+        check(files, [])
 
 
 def test_small_heads_are_refused_on_a_cpu_only(files, monkeypatch):
@@ -493,7 +540,7 @@ def test_a_finished_run_leaves_nothing_behind(tmp_path):
     """It does not wait for the interpreter's last search for garbage; what is registered to be done at exit is."""
     code = f"""
 import multiprocessing, tempfile, time
-from frpo_nemo.training.cli import _leave
+from frpo_nemo.config.cli import _leave
 child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,), daemon=True)
 child.start()
 directory = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})
@@ -544,8 +591,8 @@ def test_good_command_reaches_run_through_nemo(files):
     """Once with everything from files, overrides and groups; a ConfigError of the run itself is one line as well."""
     code = """
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.cli import main
-from frpo_nemo.training.config import FRPORun
+from frpo_nemo.config.cli import main
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.training.validate import validate_frpo
 
 def run(cfg):

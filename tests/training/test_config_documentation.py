@@ -1,71 +1,89 @@
-"""What may be set is documented in YAML with its true default, and every file in configs/ fits the schema."""
+"""Every option is described once, from which its page and --help are made, and every file in configs/ fits the options."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from typing import Any
+import sys
+from dataclasses import dataclass
 
 import pytest
-from omegaconf import OmegaConf
 
+from docs.make_options import page
+from frpo_nemo.config.cli import compose, from_command_line
+from frpo_nemo.config.load import load
+from frpo_nemo.config.option import MISSING, check_values, option, options_of, own_options
+from frpo_nemo.config.options import FRPORun, SFTRun
+from frpo_nemo.config.overrides import CONFIGS
+from frpo_nemo.conversion.inputs import ConvertRun
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.benchmarks import EvaluateRun
 from frpo_nemo.objective import FRPO, GRPO, DrGRPO, build_objective
 from frpo_nemo.planning.plan import PlanRun
-from frpo_nemo.training.cli import CONFIGS, compose
-from frpo_nemo.training.config import FRPORun, SFTRun
-from frpo_nemo.training.schema import documented_keys, load
+from frpo_nemo.study.parts import StudyConfig
 
-OPTION = re.compile(r"#( +(?:- )?)(\w+):(?: +(?!#)(.*?))?(?: +# (.+))?$")
+SCHEMAS = [FRPORun, SFTRun, PlanRun, EvaluateRun, ConvertRun, StudyConfig, FRPO, GRPO, DrGRPO]
 
 
-def documented(file: str) -> dict[str, tuple[str, str]]:
-    """key -> (default as text, sentence), from lines `#   key: default   # sentence`; indentation gives the path."""
-    out, path = {}, []
-    for line in (CONFIGS / file).read_text().split("_self_\n")[-1].splitlines():
-        if not (match := OPTION.match(line)):
-            continue
-        spaces, key, default, sentence = match.groups()
-        path = [(indent, name) for indent, name in path if indent < len(spaces)] + [(len(spaces), key)]
-        if key != "NAME":
-            out[".".join(name for _, name in path if name != "NAME")] = (default, sentence)
-    return out
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_option_has_a_sentence_and_allows_its_default_and_example(schema):
+    for each in options_of(schema):
+        assert each.rule.sentence[:1].isupper() and each.rule.sentence.endswith("."), each.key
+        if each.default == MISSING:
+            assert each.rule.example, each.key
+        else:
+            assert each.allows(each.default), each.key
 
 
-def default_of(option: dataclasses.Field) -> Any:
-    return option.default_factory() if option.default_factory is not dataclasses.MISSING else option.default
+def test_the_page_of_options_is_up_to_date():
+    """`make options` writes it."""
+    assert (CONFIGS.parent / "docs/options.md").read_text() == page()
+
+
+@pytest.mark.parametrize("schema, name", [(FRPORun, "frpo"), (EvaluateRun, "evaluate"), (StudyConfig, "forgetting")])
+def test_help_prints_every_option(schema, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        from_command_line(schema, name)
+    words = capsys.readouterr().out.split()
+    assert end.value.code == 0
+    for each in options_of(schema, described=set()):
+        assert any(word == each.key or word.startswith(f"{each.key}=") for word in words), each.key
+        assert " ".join(each.rule.sentence.split()) in " ".join(words), each.key
+
+
+@dataclass
+class Example:
+    share: float | None = option("Share of something.", 0.5, above=0, at_most=1)
+    count: int = option("Number of things; -1: all.", -1, at_least=2, also=-1)
+    kind: str = option("Kind.", "plain", choices=("plain", "fancy"))
+    names: dict[str, int] = option("Mapping.", dict)
+    on: bool = option("Switch.", True)
 
 
 @pytest.mark.parametrize(
-    "schema, pages",
-    [(FRPORun, ["frpo.yaml"]), (SFTRun, ["frpo.yaml", "sft.yaml"]), (PlanRun, ["plan.yaml"])],
+    "value, message",
+    [
+        ({"share": 0}, "x.share=0 must be a number above 0 and at most 1, or null (Share of something)."),
+        (
+            {"share": float("nan")},
+            "x.share=nan must be a finite number above 0 and at most 1, or null (Share of something).",
+        ),
+        ({"share": "0.1"}, "x.share='0.1' must be a number above 0 and at most 1, or null (Share of something)."),
+        ({"count": 1}, "x.count=1 must be a whole number at least 2, or -1 (Number of things; -1: all)."),
+        ({"count": None}, "x.count=null must be a whole number at least 2, or -1 (Number of things; -1: all)."),
+        ({"kind": "fency"}, "x.kind=fency must be one of plain, fancy (Kind); did you mean fancy?"),
+        ({"on": "yes"}, "x.on='yes' must be true or false (Switch)."),
+    ],
 )
-def test_every_option_is_documented_with_its_default(schema, pages):
-    options = {k: v for page in pages for k, v in documented(page).items()}
-    for key, option in documented_keys(schema):
-        if key.startswith(("data.validation.", "probe.prompts.", "probe.reward.")):
-            continue  # "like train's", "like reward"
-        assert key in options, f"{key} is not in {pages[-1]}"
-        default, sentence = options[key]
-        if dataclasses.is_dataclass(default_of(option)):
-            continue
-        shown = OmegaConf.to_container(OmegaConf.create(f"value: {default}"), throw_on_missing=False)["value"]
-        assert shown == default_of(option), key
-        assert sentence and sentence.endswith("."), f"{key} has no sentence"
+def test_a_bad_value_is_named_with_what_it_may_be(value, message):
+    with pytest.raises(ConfigError) as error:
+        check_values(Example(**value), "x.")
+    assert str(error.value) == message
 
 
-def test_documentation_has_no_option_that_does_not_exist():
-    assert set(documented("frpo.yaml")) <= {key for key, _ in documented_keys(FRPORun)}
-    assert set(documented("plan.yaml")) <= {key for key, _ in documented_keys(PlanRun)}
-    assert set(documented("sft.yaml")) <= {key for key, _ in documented_keys(SFTRun)}
-
-
-@pytest.mark.parametrize("name, cls", [("frpo", FRPO), ("grpo", GRPO), ("dr_grpo", DrGRPO)])
-def test_objective_files_document_their_fields(name, cls):
-    lines = (CONFIGS / f"objective/{name}.yaml").read_text().splitlines()
-    options = OmegaConf.create("\n".join(line.removeprefix("# ") for line in lines[2:]))
-    defaults = {f.name: "???" if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(cls)}
-    assert OmegaConf.to_container(options) == defaults
+def test_good_values_pass():
+    check_values(Example())
+    check_values(Example(share=None, count=-1, kind="fancy", names={"a": 1}, on=False))
+    assert [each.key for each in own_options(Example)] == ["share", "count", "kind", "names", "on"]
 
 
 def configurations(*directories: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections import Counter
 from operator import attrgetter
 from pathlib import Path
@@ -13,14 +14,15 @@ import pytest
 import torch
 from known_models import MODELS, write_config
 from runs import Job, exported, probes, steps, validations
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun, SFTRun
+from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.data.new_model import new_model, train_tokenizer
 from frpo_nemo.data.sources import load_rows
 from frpo_nemo.training import resources
-from frpo_nemo.training.cli import CONFIGS, compose
-from frpo_nemo.training.config import FRPORun, SFTRun
-from frpo_nemo.training.schema import load
 from frpo_nemo.training.validate import validate_frpo, validate_sft
 
 DATA = CONFIGS.parents[1] / "shared" / "data"
@@ -178,8 +180,9 @@ def large(tiny) -> Path:
     """Beside them what the checks read of a large model, and a few rows of every data set of the hub."""
     for name in MODELS:
         path = write_config(name, tiny)
-        for file in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
-            (path / file).touch()
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(tiny / "runs" / "tiny" / "base" / file, path)
+        save_file({}, path / "model.safetensors")
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "question": "1 + 2?", "answer": "3 #### 3",
            "problem": "1 + 2?", "level": 3, "prompt": "1 + 2?", "ability": "refusal", "average_test_score": "1"}  # fmt: skip
     rows = [row | {"ability": a} for a in ("wildjailbreak", "rainbow", "aegis", "refusal") for _ in range(512)]
@@ -220,7 +223,8 @@ def small_inputs(name: str) -> list[str]:
     if name.startswith(("sft_alpaca", "sft_gsm8k", "rl_")):
         given += [*tiny_rewards("probe.reward"), *(f"probe.prompts.{i}.path=others.jsonl" for i in (0, 1))]
     if name.startswith("sft_code"):
-        given += ["probe.prompts.0.path=others.jsonl", "data.train.0.prompt=question", "data.train.0.completion=answer"]
+        given += ["probe.prompts.0.path=others.jsonl", "probe.prompts.0.split=train"]
+        given += ["data.train.0.prompt=question", "data.train.0.completion=answer"]
     return given
 
 

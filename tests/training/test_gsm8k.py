@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from frpo_nemo.config.cli import compose
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.new_model import new_model, train_tokenizer
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.training.cli import compose
-from frpo_nemo.training.config import FRPORun
-from frpo_nemo.training.schema import load
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"

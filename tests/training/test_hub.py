@@ -9,12 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_models import make_tiny
 
+from frpo_nemo.config.cli import compose, main
+from frpo_nemo.config.hub import local_model
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.training import record
-from frpo_nemo.training.cli import compose, main
-from frpo_nemo.training.config import FRPORun
-from frpo_nemo.training.hub import local_model
-from frpo_nemo.training.schema import load
 from frpo_nemo.training.validate import validate_frpo
 
 NAME = "some-org/some-model"
@@ -59,6 +59,12 @@ def test_a_directory_is_itself(tmp_path):
     assert local_model(str(tmp_path), download=True) == str(tmp_path)
 
 
+def test_a_file_is_to_be_converted_first(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match=f"convert.py input={tmp_path}/model.gguf out=DIR makes of a GGUF file"):
+        local_model(str(tmp_path / "model.gguf"), download=True)
+
+
 def test_a_hub_name_is_its_directory_in_the_cache(cache, model):
     snapshot = download(cache, model)
     assert local_model(NAME, download=False) == str(snapshot)
@@ -83,7 +89,15 @@ def a_run(cache, model, tmp_path, monkeypatch) -> Path:
     run_dir.mkdir()
     OmegaConf.save(OmegaConf.structured(cfg), run_dir / "config.yaml")
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    record.add_start(run_dir, model=str(snapshot), world_size=1, data={}, resume="auto", resumed_from=None)
+    record.add_start(
+        run_dir,
+        model=str(snapshot),
+        world_size=1,
+        data={},
+        moment="2026-01-02T03:04:05",
+        resume="auto",
+        resumed_from=None,
+    )
     return snapshot
 
 

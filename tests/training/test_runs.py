@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import learn_checks
 import pytest
 import torch
-from picky_reward import UNBEARABLE
+from picky_reward import BORING, UNBEARABLE
 from runs import (
     HERE,
     Job,
@@ -135,11 +135,15 @@ def test_a_run_records_every_metric_and_all_are_finite(reference):
         "response_length/mean",
         "share/truncated",
         "share/unscored",
+        "share/partly_scored",
+        "share/not_compared",
         "share/clipped",
         "importance_ratio/mean",
         "importance_ratio/max",
         "rollout_mismatch/mean_abs_logprob_gap",
         "rollout_mismatch/max_abs_logprob_gap",
+        "rollout_mismatch/share_masked",
+        "rollout_mismatch/gap_limit",
         "loss",
         "gradient_norm",
         "learning_rate",
@@ -249,7 +253,17 @@ def test_a_reward_that_throws_leaves_its_response_unscored_and_is_counted(refere
         assert "reward_failures/world/error" not in row
         assert row["share/unscored"] < 0.6
     for sample in samples(reference):
-        assert (sample["reward"] is None) == bool(UNBEARABLE & set(sample["response"].split())), sample
+        words = set(sample["response"].split())
+        assert (sample["reward"] is None) == bool(UNBEARABLE & words), sample
+        assert (sample["reward/variety"] is None) == bool((UNBEARABLE | BORING) & words), sample
+
+
+def test_a_response_that_one_of_two_rewards_scored_stays_and_is_counted(reference):
+    """It is a part of what the tests of killed and resumed runs compare bit for bit."""
+    assert all(0 < row["share/partly_scored"] < 0.6 for row in steps(reference))
+    for sample in samples(reference):
+        if BORING & set(sample["response"].split()) and sample["reward"] is not None:
+            assert sample["reward"] == sample["reward/world"], sample
 
 
 def test_the_exported_model_is_the_trained_policy(reference, model, workers):
@@ -289,6 +303,19 @@ def test_a_run_with_probes_that_was_killed_three_times_ends_with_the_same_bits(d
     """A probe samples, scores and runs the policy and its reference, and changes nothing."""
     assert "resumed from" in disturbed.last_output
     assert_same_bits(exported(disturbed.run_dir), exported(reference))
+
+
+def test_what_rounding_does_to_the_model_is_measured_once_in_a_run(disturbed, reference):
+    """By the validation of step 0, before any checkpoint, so that a resumed run stops where the undisturbed one would."""
+    records = [
+        checkpoint_files.read(run / "checkpoints" / name)
+        for run in (reference, disturbed.run_dir)
+        for name in checkpoints(run)
+    ]
+    measured = {record["state"]["measured"]["logprob_gap"] for record in records}
+    assert len(measured) == 1 and 0 < measured.pop() < 1e-5
+    for log in (reference.with_suffix(".log").read_text(), disturbed.last_output):
+        assert log.count("the run stops where their max difference exceeds 0.0001 (fp32)") == 1
 
 
 def test_the_history_of_a_resumed_run_has_every_step_once_and_the_same_values(disturbed, reference):

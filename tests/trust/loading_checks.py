@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from traps import Trap
 from worlds import use_layout
 
+from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.training.config import ModelConfig, OptimizerConfig
 
 
 def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
@@ -46,11 +46,10 @@ def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
 
 def load_model_and_tokenizer(path: str) -> None:
     """As training does it."""
-    from frpo_nemo.training.rollouts import stop_token_ids
-    from frpo_nemo.training.sft import AutoTokenizer
+    from frpo_nemo.training.chat import load_chat, stop_token_ids
 
     make_actor(path)
-    stop_token_ids(path, AutoTokenizer.from_pretrained(path, trust_remote_code=False))
+    stop_token_ids(path, load_chat(ModelConfig(path=path)))
 
 
 def make_actor(path: str) -> PolicyActor:

@@ -12,11 +12,12 @@ import torch
 from tiny_models import make_tiny
 from traps import Trap, set_traps
 
+from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.benchmarks import BENCHMARKS, EvaluateRun, command_line, model_directory
+from frpo_nemo.evaluation.benchmark_checks import model_directory
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS, EvaluateRun, command_line
 from frpo_nemo.rewards.call import bind
-from frpo_nemo.training.config import SourceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,5 +1,5 @@
 """What exists is not overwritten silently. (Exports: tests/megatron/test_hf_weights.py; results of an evaluation:
-tests/evaluation/test_evaluate.py; a study's rows: tests/evaluation/test_forgetting.py.)"""
+tests/evaluation/test_evaluate.py; a study's rows: tests/study/test_forgetting.py.)"""
 
 import json
 import subprocess
@@ -10,11 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from frpo_nemo import redact
+from frpo_nemo.config.load import load
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.training import record
-from frpo_nemo.training.config import FRPORun
 from frpo_nemo.training.resume import check_resume
-from frpo_nemo.training.schema import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +99,9 @@ def test_a_secret_may_change_and_nothing_else_beside_it(a_run):
 
 def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(tmp_path, monkeypatch):
     for _ in range(2):
-        record.add_start(tmp_path, model="m", world_size=1, data={}, resume="auto", resumed_from=None)
+        record.add_start(
+            tmp_path, model="m", world_size=1, data={}, moment="2026-01-02T03:04:05", resume="auto", resumed_from=None
+        )
         monkeypatch.setenv("PATH", str(tmp_path))
     first, second = record.starts(tmp_path)
     assert first["commit"] and isinstance(first["uncommitted"], list)
@@ -108,7 +110,7 @@ def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(t
 
 def test_a_record_whose_last_line_was_cut_goes_on(tmp_path):
     """By a full disk, or a kill while it was written."""
-    start = dict(model="m", world_size=1, data={}, resume="auto", resumed_from=None)
+    start = dict(model="m", world_size=1, data={}, moment="2026-01-02T03:04:05", resume="auto", resumed_from=None)
     record.add_start(tmp_path, **start)
     with (tmp_path / record.FILE).open("a") as file:
         file.write('{"time": "2026')
@@ -143,3 +145,9 @@ def test_a_new_model_takes_no_directory_that_holds_something(tmp_path):
     assert result.returncode == 1 and "exists and is not empty; choose another directory" in result.stderr
     assert json.loads((tmp_path / "config.json").read_text()) == {"precious": True}
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_configuration_that_cannot_be_read_is_told(a_run):
+    (a_run / "config.yaml").write_text("run_dir: [x")
+    with pytest.raises(ConfigError, match=r"config.yaml, the configuration of the run there, is cut off or damaged"):
+        check_resume(configuration(a_run), None)

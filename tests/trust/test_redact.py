@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo import redact
+from frpo_nemo.config.option import options_of
+from frpo_nemo.config.options import FRPORun, RewardConfig, SFTRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.forgetting import ForgettingStudy
-from frpo_nemo.evaluation.parts import PartConfig, StudyConfig
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, probe_settings
 from frpo_nemo.rewards.call import Failure, bind, call_batch
+from frpo_nemo.study.parts import PartConfig, StudyConfig
+from frpo_nemo.study.run import ForgettingStudy
 from frpo_nemo.training import record
-from frpo_nemo.training.config import FRPORun, RewardConfig, SFTRun
-from frpo_nemo.training.schema import documented_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "s3cr3t-value"
@@ -61,7 +61,7 @@ def test_not_every_token_and_key_is_secret(name):
 
 @pytest.mark.parametrize("schema", [FRPORun, SFTRun])
 def test_no_option_of_ours_is_taken_for_a_secret(schema):
-    assert [key for key, _ in documented_keys(schema) if redact.is_secret(key)] == []
+    assert [each.key for each in options_of(schema) if redact.is_secret(each.key)] == []
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_console_of_a_recipe_that_fails_has_no_secret(tmp_path):
         assert result.returncode == 2 and result.stderr.startswith("frpo.py: "), result.stderr
         assert SECRET not in result.stdout + result.stderr
     uncaught = (
-        "from frpo_nemo import redact; from frpo_nemo.training import cli; import sys\n"
+        "from frpo_nemo import redact; from frpo_nemo.config import cli; import sys\n"
         f"redact.remember({{'token': {SECRET!r}}}); cli._hide_secrets_in_tracebacks()\n"
         "import threading; secret = 's3cr3t' + '-value'\n"
         "def fail(): raise RuntimeError(secret)\n"

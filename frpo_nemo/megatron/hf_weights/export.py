@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
+from frpo_nemo.config.options import LoRAConfig
 from frpo_nemo.megatron import adapter_files
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.hf_weights.binding import Binding, bind, bind_adapters
@@ -163,9 +164,11 @@ def save_hf(
     dist.barrier()
 
 
-def save_adapter(model: torch.nn.Module, arch: Architecture, lora, out_path: str | Path, *, base: str | Path) -> None:
+def save_adapter(
+    model: torch.nn.Module, arch: Architecture, lora: LoRAConfig, out_path: str | Path, *, base: str | Path
+) -> None:
     """Write the adapters to the directory `out_path`, which PEFT loads onto `base`. Every rank calls this; it appears whole,
-    and replaces an earlier one. `lora`: a LoRAConfig."""
+    and replaces an earlier one."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         stream = stream_adapters(model, arch)
         if parallel_state.get_model_parallel_group().rank() == 0:
@@ -192,12 +195,17 @@ def _write(stream: Iterator, arch: Architecture, source: Path, out: Path, dtype:
 
 
 def write_files(
-    stream: Iterator, arch: Architecture, source: Path, directory: Path, dtype: torch.dtype, max_shard_bytes: float
+    stream: Iterator,
+    arch: Architecture,
+    source: Path | None,
+    directory: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: float,
 ) -> None:
     """Write the tensors of `stream` (as `stream_hf_weights` yields them, in `dtype`) to `directory`, one shard in memory
-    at a time, with configuration and tokenizer from `source`."""
+    at a time, with the configuration of `arch` and the tokenizer from `source`; None: without one."""
     _write_shards(stream, arch, directory, dtype, max_shard_bytes)
-    for file in companions(source):
+    for file in companions(source) if source else []:
         (directory / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, directory / file)
     dtype_key = "torch_dtype" if "torch_dtype" in arch.hf_config else "dtype"  # transformers 4 or 5

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.code import CodeTests, program_of
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
-from frpo_nemo.training.config import RewardConfig
 
 MBPP = Path(__file__).parents[4] / "shared" / "data" / "mbpp" / "mbpp.jsonl"
 TESTS = ["assert double(2) == 4", "assert double(3) == 6", "assert double([1]) == [1, 1]"]
@@ -103,6 +103,93 @@ def test_input_and_output(form):
     assert score("input()\nprint(3)", tests, partial=True) == 0.5
     assert score("print(sum(map(int, input().split())))\n1 / 0", tests) == 0.0, "it must end well"
     assert score("input()\nwhile True: pass", tests, seconds=0.3) == 0.0
+
+
+def test_input_and_output_may_be_lines():
+    tests = {"inputs": [["2", "3 4"], ["1", "5 6"]], "outputs": [["7", "done"], ["11", "done"]]}
+    assert score("input()\nprint(sum(map(int, input().split())))\nprint('done')", tests) == 1.0
+    assert score("input()\nprint(7)\nprint('done')", tests, partial=True) == 0.5
+
+
+CALLED = {  # APPS's tests of a function -> a right program, a wrong one
+    "a function": (
+        {"fn_name": "add", "inputs": [[1, 2], [0, 5]], "outputs": [3, 5]},
+        "def add(a, b): return a + b",
+        "def add(a, b): return 3",
+    ),
+    "results in lists of their own": (
+        {"fn_name": "shout", "inputs": [["a'b"], ["c\n"]], "outputs": [["A'B"], ["C\n"]]},
+        "def shout(text): return text.upper()",
+        "def shout(text): return [text]",
+    ),
+    "a result that is a list": (
+        {"fn_name": "pair", "inputs": [[1], [2]], "outputs": [[1, 1], [2, 2]]},
+        "def pair(a): return a, a",
+        "def pair(a): return 1",
+    ),
+    "a method of Solution": (
+        {"fn_name": "largest", "inputs": [[[1, 3, 2]], [[[5]]]], "outputs": [3, [5]]},
+        "from typing import List\nclass Solution:\n    def largest(self, nums: List[int]) -> int: return max(nums)",
+        "class Solution:\n    def largest(self, nums): return nums[0]",
+    ),
+    "dicts of numbers": (
+        {"fn_name": "turn", "inputs": [[{"1": 2, "3": 4}]], "outputs": [{"2": 1, "4": 3}]},
+        "def turn(d): return {value: key for key, value in d.items()}",
+        "def turn(d): return d",
+    ),
+    "no arguments, and nothing": (
+        {"fn_name": "nothing", "inputs": [[]], "outputs": [None]},
+        "def nothing(): pass",
+        "def nothing(): return 0",
+    ),
+    "True, and strings that look like programs": (
+        {"fn_name": "same", "inputs": [["1 + 1", "2"], ["x", "x"]], "outputs": [False, True]},
+        "def same(a, b): return a == b",
+        "def same(a, b): return eval(a) == int(b)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLED)
+@pytest.mark.parametrize("form", [json.dumps, lambda tests: tests])
+def test_tests_of_a_function_by_its_name(case, form):
+    tests, right, wrong = CALLED[case]
+    assert score(right, form(tests)) == 1.0 and score(wrong, form(tests)) < 1.0
+    assert score("print('no function')", form(tests)) == 0.0
+
+
+def test_a_fn_name_that_is_null_is_that_of_a_script():
+    tests = {"fn_name": None, "inputs": ["1\n"], "outputs": ["2\n"]}
+    assert score("print(int(input()) + 1)", tests) == 1.0
+
+
+@pytest.mark.parametrize("setup", [None, "", []])
+def test_a_row_without_code_before_its_tests_is_scored(setup):
+    config = RewardConfig(target="code", args={"setup_column": "setup", "memory_mb": 256}, timeout=60.0, workers=1)
+    rewards = build_rewards({"code": config})
+    columns = {"tests": [TESTS] * 2, "setup": [setup] * 2}
+    scores = rewards.score(["p"] * 2, [RIGHT, WRONG], [None] * 2, columns)
+    rewards.close()
+    assert scores.failures == {} and scores.total.tolist() == [1.0, 0.0]
+
+
+def test_code_before_tests_may_be_lines():
+    tests = ["assert double(here) == 4", "assert double(here) == 4 and math"]
+    assert score(RIGHT, tests, setup=["import math", "here = 2"]) == 1.0
+
+
+NO_TESTS = [None, [], {}, "null", "[]", '{"inputs": [], "outputs": []}', 5, [{"input": "1", "output": 2}], {"a": 1}]
+NO_TESTS += [{"fn_name": "f", "inputs": [1], "outputs": [1]}, {"fn_name": "f()", "inputs": [[]], "outputs": [1]}]
+NO_TESTS += ['{"fn_name": "f", "inputs": [[NaN]], "outputs": [1]}']
+
+
+def test_rows_without_tests_are_unscored_and_counted():
+    rewards = build_rewards({"code": RewardConfig(target="code", args={"memory_mb": 256}, timeout=60.0, workers=1)})
+    count = len(NO_TESTS)
+    scores = rewards.score(["p"] * count, ["def f(x): return 1"] * count, [None] * count, {"tests": NO_TESTS})
+    rewards.close()
+    assert scores.failures == {"code": {"error": count}} and scores.total.isnan().all()
+    assert scores.messages["code"] == "ValueError: no tests: 'None'"
 
 
 TRICKS = {

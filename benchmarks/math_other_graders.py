@@ -1,0 +1,95 @@
+"""Other graders on the cases that math_grading.py --write wrote: lm-eval's checks for MATH and verl's, as installed here.
+
+    python benchmarks/math_other_graders.py cases.jsonl [--limit N] [--only NAME ...]
+
+For an environment of its own, since lm-eval's minerva check needs antlr4-python3-runtime 4.11 and ours has 4.9: lm_eval
+0.4.13, verl 0.9.1, sympy 1.14, antlr4-python3-runtime 4.11.0, math-verify 0.9.0. lm-eval's string checks are given the content
+of the last box, as its own functions find it, or the text after `answer is`; they are made for prompts of one form only.
+Each grader gets the gold answer alone. A call that raises counts as wrong where the reward is 1, and is counted; so does
+one that takes more than 5 s."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from lm_eval.tasks.hendrycks_math import utils as hendrycks
+from lm_eval.tasks.minerva_math import utils as minerva
+from verl.utils.reward_score import gsm8k, math_dapo, math_reward
+
+
+def stated(completion: str) -> str:
+    """The content of the last box; else what follows `answer is` or `####`, else all."""
+    box = minerva.last_boxed_only_string(completion)
+    if box:
+        return minerva.remove_boxed(box)
+    return re.split(r"answer is|####", completion)[-1].strip().strip("$.")
+
+
+def by_minerva(completion: str, gold: str) -> bool:
+    answer = minerva.normalize_final_answer(stated(completion))
+    return minerva.is_equiv(answer, minerva.normalize_final_answer(gold))
+
+
+def by_minerva_verify(completion: str, gold: str) -> bool:
+    return (
+        minerva.process_results({"answer": gold, "solution": f"$\\boxed{{{gold}}}$"}, [completion])["math_verify"] == 1
+    )
+
+
+GRADERS = {
+    "lm-eval minerva": by_minerva,
+    "lm-eval minerva, math_verify": by_minerva_verify,
+    "lm-eval hendrycks": lambda completion, gold: hendrycks.is_equiv(stated(completion), gold),
+    "verl math_reward": lambda completion, gold: math_reward.compute_score(completion, gold) == 1,
+    "verl math_dapo": lambda completion, gold: math_dapo.compute_score(completion, gold)["acc"],
+    "verl gsm8k": lambda completion, gold: gsm8k.compute_score(completion, gold.replace(",", "")) == 1,
+    "verl gsm8k, flexible": lambda completion, gold: (
+        gsm8k.compute_score(completion, gold.replace(",", ""), "flexible") == 1
+    ),
+}
+
+
+def stop(*_) -> None:
+    raise TimeoutError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--only", nargs="*", default=list(GRADERS), choices=list(GRADERS), metavar="NAME")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.cases.open()]
+    rows = rows[:: max(1, len(rows) // args.limit) if args.limit else 1]
+    signal.signal(signal.SIGALRM, stop)
+    for name in args.only:
+        count, wrong, raised, start = Counter(), Counter(), 0, time.perf_counter()
+        for row in rows:
+            right = None
+            signal.setitimer(signal.ITIMER_REAL, 5)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    right = GRADERS[name](row["completion"], row["gold"])
+            except BaseException as problem:  # noqa: BLE001 - what the grader raises is what is counted
+                if isinstance(problem, KeyboardInterrupt):
+                    raise
+                raised += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            group = row["data"], row["group"]
+            count[group] += 1
+            wrong[group] += bool(right) != bool(row["reward"])
+        shares = "  ".join(f"{' '.join(g)} {100 * wrong[g] / n:.1f}%" for g, n in sorted(count.items()))
+        print(f"{name}: {shares}  ({raised} raised, {time.perf_counter() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

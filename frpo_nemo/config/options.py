@@ -1,0 +1,360 @@
+"""Every option of a training run, described once (option.py). cli.py composes a run; training/validate.py checks what options
+have to do with each other, the model, the data and the machine. `make options` writes docs/options.md from this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from frpo_nemo.config.option import option
+
+
+@dataclass
+class LoRAConfig:
+    rank: int = option("Rank of the adapters' updates; 0: no adapters, all weights are trained.", 0, at_least=0)
+    alpha: float = option("The updates are scaled by alpha / rank.", 64.0, above=0)
+    dropout: float = option(
+        "Share of an adapter's inputs dropped in recipes/sft.py; recipes/frpo.py needs 0.", 0.0, at_least=0, below=1
+    )
+
+    @classmethod
+    def of_record(cls, lora: dict[str, Any] | None) -> LoRAConfig:
+        """For the weights of a checkpoint whose record has `lora`."""
+        return cls(rank=lora["rank"], alpha=lora["alpha"]) if lora else cls()
+
+
+@dataclass
+class ModelConfig:
+    path: str = option(
+        "Directory (or hub name) with config.json, safetensors and tokenizer.", example="Qwen/Qwen2.5-7B-Instruct"
+    )
+    precision: str = option(
+        "Precision of weights and computation; with bf16, main weights and gradients stay fp32.",
+        "bf16",
+        choices=("bf16", "fp32"),
+    )
+    tensor_model_parallel_size: int = option(
+        "Ranks that share every matrix; divides the attention heads.", 1, at_least=1, may_change=True
+    )
+    pipeline_model_parallel_size: int = option(
+        "Ranks that share the layers, each a stage of consecutive ones.", 1, at_least=1, may_change=True
+    )
+    context_parallel_size: int = option(
+        "Ranks that share the tokens of every sequence; above 1 needs Transformer Engine.",
+        1,
+        at_least=1,
+        may_change=True,
+    )
+    sequence_parallel: bool = option(
+        "Split activations outside the matrices over the tensor ranks, which saves memory.", False, may_change=True
+    )
+    num_layers_in_first_pipeline_stage: int | None = option(
+        "Layers of the first stage; null: as many as the others.", None, at_least=1, may_change=True
+    )
+    num_layers_in_last_pipeline_stage: int | None = option(
+        "Layers of the last stage, which has the logits; null: as many as the others.",
+        None,
+        at_least=1,
+        may_change=True,
+    )
+    recompute: str = option(
+        "Layers whose activations are computed again in the backward pass: none, or all (full).",
+        "none",
+        choices=("none", "full"),
+        may_change=True,
+    )
+    fp8: str | None = option(
+        "Format of FP8 matrix products, which need Transformer Engine; null: no FP8.", None, choices=("hybrid", "e4m3")
+    )
+    fp8_recipe: str = option(
+        "How the scales of FP8 are found.", "delayed", choices=("delayed", "tensorwise", "blockwise")
+    )
+    fp32_logits: bool = option("Multiply by the output layer in fp32, in the trainer and in vLLM.", False)
+    logprob_chunk_tokens: int = option(
+        "Tokens whose fp32 logits over the full vocabulary exist at one time.", 1024, at_least=1, may_change=True
+    )
+    lora: LoRAConfig = option("Adapters on q, k, v, o, gate, up and down, trained instead of the weights.", LoRAConfig)
+    chat_template_args: dict[str, Any] = option(
+        "Variables of the chat template, such as {enable_thinking: false}; also for validation and probes.", dict
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = option("Learning rate after the warm-up.", above=0, example="1e-6")
+    min_lr: float = option(
+        "Learning rate that the cosine would reach one update after the last; at most lr.", 0.0, at_least=0
+    )
+    schedule: str = option("Course of the learning rate after the warm-up.", "constant", choices=("constant", "cosine"))
+    warmup_ratio: float = option(
+        "Share of the updates that warm up; of W such updates, the nth has n / W of lr.", 0.0, at_least=0, below=1
+    )
+    adam_beta1: float = option("Decay per update of the mean of gradients.", 0.9, at_least=0, below=1)
+    adam_beta2: float = option("Decay per update of the mean of squared gradients.", 0.95, at_least=0, below=1)
+    adam_eps: float = option("Added to the root of the mean of squared gradients.", 1e-8, above=0)
+    weight_decay: float = option(
+        "Share of a matrix, times the learning rate, taken away per update; norms and biases are not decayed.",
+        0.0,
+        at_least=0,
+    )
+    clip_grad: float = option("Largest global norm of the gradient; 0: no clipping.", 1.0, at_least=0)
+
+
+@dataclass
+class SourceConfig:
+    path: str = option(
+        "Files: .jsonl, .json, .csv, .tsv, .parquet (also .gz and .zst of them), DIR or DIR/*.json; or a data set: "
+        "owner/name[:config] on the hub, or world:NAME?seed=0, the embedded task.",
+        example="prompts.jsonl",
+    )
+    split: str = option(
+        "Split of a directory or hub data set, or a part of it, such as train[:10%]; a file is train.", "train"
+    )
+    prompt: str = option(
+        'Column with text or chat messages, or a template of columns, "{instruction}\\n\\n{input}"; other braces are '
+        "doubled: \\boxed{{x}}.",
+        "prompt",
+    )
+    completion: str | None = option(
+        "Column or template of the answer to learn; if it is the column of prompt, the last assistant turn there.", None
+    )
+    completion_until: str | None = option('Text before which answers end, such as "####"; null: whole answers.', None)
+    task: str | None = option("Task of all rows, by which rewards choose their rows.", None)
+    task_column: str | None = option("Column with the task of each row, instead of task.", None)
+    system_prompt: str | None = option("System message put before every prompt.", None)
+    limit: int | None = option("Number of rows to read; null: all.", None, at_least=1)
+    start: int = option("Number of rows to skip before, so that one file gives training and validation.", 0, at_least=0)
+    at_least: dict[str, float] | None = option(
+        "Keep rows with such values or higher, such as {average_test_score: 1}, of those read; null: all.", None
+    )
+    where: dict[str, str] | None = option(
+        "Keep rows with exactly these values, such as {FunctionalCategory: standard}, of those; null: all.", None
+    )
+    holdout: float = option(
+        "Share of the rows left that is held out, so that one file gives training and validation.",
+        0.0,
+        at_least=0,
+        below=1,
+    )
+    holdout_by: str | None = option(
+        "Column of which every value gives that share of its rows; null: drawn from all rows at random.", None
+    )
+    holdout_seed: int = option(
+        "Which rows are held out; give both sides the same holdout, holdout_by and holdout_seed.", 1, at_least=0
+    )
+    held_out: bool = option("Take the rows that are held out, instead of the others.", False)
+    sample: int | None = option("Number of rows to draw at random of those that are left; null: all.", None, at_least=1)
+    sample_seed: int = option("Seed of that draw, which is the same in every process and run.", 1)
+    streaming: bool = option(
+        "Download no more than limit needs; every process downloads for itself, and keeps no copy on disk.", False
+    )
+
+
+@dataclass
+class DataConfig:
+    train: list[SourceConfig] = option("List of sources; their rows are joined.", example="[{path: prompts.jsonl}]")
+    validation: list[SourceConfig] = option("List of sources like those of train, held out.", list)
+    max_prompt_tokens: int = option("Longest prompt in tokens; longer ones are dropped and counted.", 1024, at_least=1)
+    shuffle: bool = option("Draw rows in a new random order every epoch.", True)
+
+
+@dataclass
+class SFTDataConfig(DataConfig):
+    sequences_per_step: int = option("Examples per optimizer step, over all ranks.", at_least=1, example="32")
+    max_tokens: int = option(
+        "Longest example in tokens, prompt and completion; longer and unanswered ones are dropped.", 2048, at_least=1
+    )
+
+
+@dataclass
+class EngineConfig:
+    """The colocated vLLM engines, and how they sample."""
+
+    temperature: float = option(
+        "Temperature of sampling, and of the log-probs in training; vLLM samples at 0.01 where it is lower.",
+        1.0,
+        at_least=0.01,
+    )
+    top_p: float = option(
+        "Sample from the likeliest tokens of this total probability; 1: from all.", 1.0, above=0, at_most=1
+    )
+    top_k: int = option("Sample from this many likeliest tokens; -1: from all.", -1, at_least=1, also=-1)
+    stop_tokens: list[str] = option(
+        "Tokens that end a response, such as [<|eom_id|>], besides EOS and those of the template and of "
+        "generation_config.json.",
+        list,
+    )
+    tensor_model_parallel_size: int = option(
+        "Ranks of each vLLM engine; the world is divided into engines.", 1, at_least=1, may_change=True
+    )
+    gpu_memory_utilization: float = option(
+        "Share of GPU memory that vLLM may use while it generates.", 0.6, above=0, at_most=1, may_change=True
+    )
+    max_num_seqs: int = option("Sequences that one engine decodes together.", 256, at_least=1, may_change=True)
+    enforce_eager: bool = option(
+        "Do without CUDA graphs: starts sooner, generates more slowly.", False, may_change=True
+    )
+    refit_bucket_mb: int = option("MiB of weights on their way to vLLM at one time.", 512, at_least=1, may_change=True)
+    logprob_gap_threshold: float | None = option(
+        "Largest mean |log-prob of the trainer - log-prob of vLLM|, in nats; null: set by the first rollout.",
+        None,
+        above=0,
+        also=float("inf"),
+        may_change=True,
+    )
+
+
+@dataclass
+class RolloutConfig(EngineConfig):
+    prompts_per_step: int = option("Prompts per step, over all ranks.", at_least=1, example="16")
+    group_size: int = option("Responses per prompt, compared with each other.", 8, at_least=2)
+    max_response_tokens: int = option(
+        "Longest response in tokens; longer ones are cut and counted.", at_least=1, example="2048"
+    )
+    token_gap_limit: float | None = option(
+        "A token on whose log-prob the trainer and vLLM differ by more nats leaves the loss; null: none does.",
+        4.0,
+        above=0,
+    )
+    importance_correction: str = option(
+        "Weigh by the ratio of the trainer's probability to vLLM's, of each token or of the whole sequence.",
+        "none",
+        choices=("none", "token", "sequence"),
+    )
+    importance_limit: float = option("Largest weight of importance_correction.", 2.0, above=0, also=float("inf"))
+
+
+@dataclass
+class RewardConfig:
+    target: str = option(
+        "Function that scores: math, code, exact, format, one_boxed, regex, length, world, judge, chat_judge, "
+        "moderation, reward_model, safety, package.function or file.py:function.",
+        example="math",
+    )
+    weight: float = option("Factor in the sum of all rewards of a response.", 1.0)
+    tasks: list[str] | None = option("List of the tasks that it scores; null: all.", None)
+    args: dict[str, Any] = option("Keyword arguments of the function.", dict)
+    timeout: float = option(
+        "Seconds per response, when isolated, until it counts as unscored.", 10.0, above=0, may_change=True
+    )
+    isolate: bool = option("Run in processes of its own, which may hang or die.", False, may_change=True)
+    workers: int = option("Number of those processes on each rank.", 2, at_least=1, may_change=True)
+
+
+@dataclass
+class ProbeConfig:
+    interval: int = option("Steps between probes, which also come first and last; 0: none.", 0, at_least=0)
+    prompts: list[SourceConfig] = option(
+        "List of sources like those of data.train: prompts of the earlier stage, held out.", list
+    )
+    reward: dict[str, RewardConfig] = option("Mapping like reward: the rewards of the earlier stage.", dict)
+    samples: int = option("Responses to each prompt, with the sampling options of rollout.", 1, at_least=1)
+    max_response_tokens: int = option("Longest response in tokens.", 2048, at_least=1)
+
+
+@dataclass
+class TrainerConfig:
+    num_nodes: int = option("Machines.", 1, at_least=1, may_change=True)
+    devices: int = option(
+        "Processes on each machine, one per GPU; torchrun or srun must start as many.", 1, at_least=1, may_change=True
+    )
+    max_steps: int = option(
+        "Steps in all; in recipes/frpo.py a step is one rollout and its updates.",
+        at_least=1,
+        example="500",
+        may_change=True,
+    )
+    seed: int = option("Seed of the order of data and of sampling.", 1, at_least=0)
+    microbatch_tokens: int = option(
+        "Tokens in a packed microbatch; at least the longest sequence.", 8192, at_least=1, may_change=True
+    )
+    val_interval: int = option(
+        "Steps between validations, which also come first and last; 0: none.", 0, at_least=0, may_change=True
+    )
+    save_interval: int = option("Steps between checkpoints; 0: only at the end.", 0, at_least=0, may_change=True)
+    phase_timeout: float = option(
+        "Seconds that one phase of a step may take before the job is ended.", 1800.0, above=0, may_change=True
+    )
+
+
+@dataclass
+class FRPOTrainerConfig(TrainerConfig):
+    updates_per_rollout: int = option("Optimizer steps per rollout, each on its share of the groups.", 1, at_least=1)
+
+
+@dataclass
+class CheckpointConfig:
+    keep_last: int = option("Number of newest checkpoints to keep.", 2, at_least=1, may_change=True)
+    keep_best: bool = option(
+        "Keep the checkpoint with the best validation as well: the highest reward, in recipes/sft.py the lowest loss.",
+        True,
+        may_change=True,
+    )
+    resume: str = option(
+        "Where a new run begins: auto (step 1), or a checkpoint's path; never: refuse a run_dir that would be continued.",
+        "auto",
+        may_change=True,
+    )
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = option("Write TensorBoard events to run_dir.", True, may_change=True)
+    wandb_project: str | None = option(
+        "Weights & Biases project; null: not used. Needs `wandb login`, or WANDB_MODE=offline.", None, may_change=True
+    )
+    wandb_name: str | None = option("Weights & Biases name of the run; null: W&B makes one.", None, may_change=True)
+
+
+# Fields of both recipes, which have them in the order in which a user meets them.
+_run_dir = partial(
+    option,
+    "Directory for checkpoints, metrics and the model; continued if it exists. In paths, ~ is home.",
+    example="runs/first",
+    may_change=True,
+)
+_optim = partial(option, "AdamW.", OptimizerConfig)
+_probe = partial(
+    option, "Measures the skill of an earlier stage during this one, without changing the training.", ProbeConfig
+)
+_checkpoint = partial(option, "Which checkpoints are kept, and where a run begins.", CheckpointConfig)
+_logging = partial(option, "Where metrics go, besides run_dir/metrics.jsonl.", LoggingConfig)
+
+
+@dataclass
+class FRPORun:
+    """recipes/frpo.py"""
+
+    run_dir: str = _run_dir()
+    model: ModelConfig = option("The policy, and how it is spread over ranks.", ModelConfig)
+    objective: Any = option(
+        "What is optimized: name (frpo, grpo, dr_grpo) or _target_ (package.Class), and its own options (docs/options.md).",
+        example="frpo",
+    )
+    optim: OptimizerConfig = _optim()
+    data: DataConfig = option("Prompts.", DataConfig)
+    rollout: RolloutConfig = option("How responses are sampled, by vLLM in the processes of the run.", RolloutConfig)
+    reward: dict[str, RewardConfig] = option("Mapping from names of your choice to rewards.", example="gsm8k")
+    probe: ProbeConfig = _probe()
+    trainer: FRPOTrainerConfig = option("Steps and processes.", FRPOTrainerConfig)
+    checkpoint: CheckpointConfig = _checkpoint()
+    logging: LoggingConfig = _logging()
+
+
+@dataclass
+class SFTRun:
+    """recipes/sft.py"""
+
+    run_dir: str = _run_dir()
+    model: ModelConfig = option("The model, and how it is spread over ranks.", ModelConfig)
+    optim: OptimizerConfig = _optim()
+    data: SFTDataConfig = option("Prompts and completions.", SFTDataConfig)
+    rollout: EngineConfig = option("How the responses of probes are sampled.", EngineConfig)
+    probe: ProbeConfig = _probe()
+    trainer: TrainerConfig = option("Steps and processes.", TrainerConfig)
+    checkpoint: CheckpointConfig = _checkpoint()
+    logging: LoggingConfig = _logging()
+
+
+TrainingRun = FRPORun | SFTRun

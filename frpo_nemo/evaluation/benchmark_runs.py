@@ -1,0 +1,161 @@
+"""Benchmarks run one after the other, each in a process of its own, and what their tools leave as flat numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from frpo_nemo import redact
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.benchmarks import (
+    BENCHMARKS,
+    EvaluateRun,
+    command_line,
+    environment,
+    settings,
+    tool_version,
+)
+
+_LAST_LINES = 15  # of the log of a benchmark that failed
+PROBE = "probe"  # the directory of the reward probe's result, beside those of benchmarks
+LOG = "benchmark.log"  # what marks a directory as this module's, to be emptied when a benchmark starts again
+
+
+def run_benchmarks(cfg: EvaluateRun, model: Path) -> bool:
+    """Run those of cfg.benchmarks that have no result in cfg.out yet, one after the other, and print a table.
+
+    Each leaves its files, benchmark.log and result.json in cfg.out/NAME; cfg.out/results.json has all scores, "NAME/score".
+    One that fails is told with the last lines of its log, and the others go on. Returns whether all have a result.
+    cfg is one that `check_benchmarks` accepts, and model what `check_model` returned for it.
+    """
+    console, failed = Console(soft_wrap=True, highlight=False, markup=False), []
+    for name in cfg.benchmarks:
+        directory = Path(cfg.out) / name
+        if finished_scores(cfg, name, model) is not None:
+            console.print(f"{name}: finished before, {directory / 'result.json'}")
+            continue
+        console.print(f"{name}: {tool_version(BENCHMARKS[name].tool)}, log in {directory / LOG}")
+        if problem := run_benchmark(cfg, name, model):
+            failed.append(name)
+            console.print(f"{name} failed: {problem}", style="red")
+        write_summary(cfg.out)
+    console.print(_table(cfg, model, failed))
+    return not failed
+
+
+def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
+    """Run one benchmark in an empty cfg.out/name. Returns what went wrong, or None when its result.json is there."""
+    directory, started = Path(cfg.out) / name, time.monotonic()
+    shutil.rmtree(directory, ignore_errors=True)  # evalplus would go on with the samples of another model
+    directory.mkdir(parents=True)
+    log = directory / LOG
+    with log.open("w") as file, _short_path(model) as short:
+        command = command_line(cfg, name, short if BENCHMARKS[name].tool == "evalplus" else model)
+        print(f"$ {shlex.join(redact.arguments(command))}", file=file, flush=True)
+        streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        code = subprocess.run(command, env=environment(cfg, name), **streams).returncode
+    scores = {} if code else read_scores(name, directory)
+    if not scores:
+        what = f"exit code {code}" if code else "it wrote no result"
+        return "\n".join([f"{what}; the end of {log}:", *log.read_text().splitlines()[-_LAST_LINES:]])
+    result = {
+        "settings": settings(cfg, name, model),
+        "model": str(model),
+        "seconds": round(time.monotonic() - started, 1),
+        "scores": scores,
+    }
+    write_json(directory / "result.json", result)
+    return None
+
+
+@contextlib.contextmanager
+def _short_path(model: Path) -> Iterator[Path]:
+    """A link to the model's directory: evalplus names a file after the whole path, which may be too long for a name, and
+    finds that out when all solutions are written."""
+    with tempfile.TemporaryDirectory(prefix="frpo-") as directory:
+        link = Path(directory) / "model"
+        link.symlink_to(model.resolve())
+        yield link
+
+
+def read_scores(name: str, directory: Path) -> dict[str, float]:
+    """Flat numbers from what the tool of benchmark `name` left in `directory`; {} if it left no result."""
+    benchmark = BENCHMARKS[name]
+    if benchmark.tool == "evalplus":
+        files = list((directory / benchmark.task).glob("*_eval_results.json"))
+        return _pass_at_1(json.loads(files[0].read_text())["eval"]) if files else {}
+    files = sorted(directory.glob("lm_eval_*.json"))
+    if not files:
+        return {}
+    numbers = json.loads(files[-1].read_text())["results"][benchmark.task]
+    # Keys are "metric,filter"; a standard error that lm-eval does not compute is the text "N/A".
+    return {
+        key.removesuffix(",none"): float(value)
+        for key, value in numbers.items()
+        if "," in key and isinstance(value, int | float)
+    }
+
+
+def finished_scores(cfg: EvaluateRun, name: str, model: Path) -> dict[str, float] | None:
+    """The scores in cfg.out of an earlier start; None if there are none. Raises ConfigError when they are of other
+    settings or weights."""
+    file = Path(cfg.out) / name / "result.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    now, then = settings(cfg, name, model), result["settings"]
+    for key in now:
+        if then.get(key) != now[key]:
+            shown = "other weights" if key == "weights" else f"{key}={then.get(key)}, not {now[key]}"
+            raise ConfigError(f"{file} is a result with {shown}; choose another out, or remove {file.parent}.")
+    return result["scores"]
+
+
+def write_summary(out: str) -> None:
+    """results.json: the scores of all finished benchmarks and of the probe in `out`, "NAME/score": number."""
+    files = {name: Path(out) / name / "result.json" for name in (*BENCHMARKS, PROBE)}
+    results = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    flat = {f"{name}/{score}": value for name, r in results.items() for score, value in r["scores"].items()}
+    write_json(Path(out) / "results.json", flat)
+
+
+def _pass_at_1(problems: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Greedy: one solution per problem. "plus" counts what passes the original tests as well, as evalplus prints it."""
+    solutions = [solution for solutions in problems.values() for solution in solutions]
+    base = [solution["base_status"] == "pass" for solution in solutions]
+    plus = [passed and s["plus_status"] == "pass" for passed, s in zip(base, solutions, strict=True)]
+    return {"pass@1": sum(plus) / len(plus), "base_pass@1": sum(base) / len(base)}
+
+
+def _table(cfg: EvaluateRun, model: Path, failed: list[str]) -> Table:
+    table = Table(title=f"{cfg.model.path}" + (f", {cfg.limit} questions per task" if cfg.limit else ""))
+    for heading, justify in (("benchmark", "left"), ("score", "left"), ("value", "right"), ("standard error", "right")):
+        table.add_column(heading, justify=justify)
+    for name in cfg.benchmarks:
+        if name in failed:
+            table.add_row(name, "failed", "", "")
+            continue
+        scores = finished_scores(cfg, name, model)
+        for i, score in enumerate(BENCHMARKS[name].shown):
+            error = scores.get(f"{score}_stderr")
+            shown = "" if error is None else f"{error:.3f}"
+            table.add_row("" if i else name, score, f"{scores[score]:.3f}", shown)
+    return table
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not there: a killed process leaves no half result."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.rename(path)

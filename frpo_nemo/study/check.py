@@ -1,0 +1,105 @@
+"""What can be known of a study before its hours are spent: each training by its recipe's own check, as --check does it, each
+evaluation by its, and that what ran before ran as the study says now. Seconds; no model is loaded.
+
+Memory is judged where a GPU is to be seen, else when a part starts. A model that another part will make is not asked for: a
+later task is checked with the one that stage one begins with, and of one that is prepared nothing is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from frpo_nemo.config.hub import is_hub_name, local_model
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.evaluate import check_options
+from frpo_nemo.study.parts import TRAINING_RECIPES, Part, compose_command, named
+from frpo_nemo.training.resume import check_same_run, is_failed_start
+from frpo_nemo.training.validate import validate_frpo, validate_sft
+
+VALIDATE = {"frpo": validate_frpo, "sft": validate_sft}
+MEASURED = {"train": "trainer.val_interval", "finetune": "probe.interval"}  # what the report is made of
+LOGIN_NODE = "FRPO_LOGIN_NODE"  # of resources.on_login_node
+UNKNOWN = "to-be/prepared"  # reads as a model of the hub, of which a recipe's check knows nothing either
+
+
+def check_parts(
+    parts: Iterable[Part],
+    out: Path,
+    *,
+    started: Callable[[Part], tuple[list[str], int | None]],
+    finished: Callable[[Part], bool],
+) -> None:
+    """Raise ConfigError for what would end a part at its start, or leave it out of the report. out: the study's directory.
+    started(part): the overrides that its job script adds, and the number of processes (None: as its configuration says).
+
+    Of the parts that have not finished, stage one of every arm is checked, and anything else once, whatever its arm and
+    seed. A model of the hub is downloaded, as the first part would."""
+    checked = set()
+    for part in parts:
+        kinds = {"prepare": part.directory.name, "train": part.arm, "finetune": part.task, "evaluate": part.evaluation}
+        kind = part.stage, kinds[part.stage]
+        with named(part), _memory_unknown():
+            check_same_configuration(part, finished(part))
+            if kind not in checked and not finished(part):
+                checked.add(kind)
+                _check(part, out, *started(part))
+
+
+def check_same_configuration(part: Part, finished: bool) -> None:
+    """Raise ConfigError if a training made steps with another configuration than is composed for it now, whether the command
+    or a file of configurations has changed. What may change in a run that is continued, may; not the steps of a whole one."""
+    saved = part.directory / "config.yaml"
+    if part.recipe not in TRAINING_RECIPES or not saved.is_file() or is_failed_start(part.directory):
+        return
+    cfg = compose_command(part.recipe, part.arguments)
+    try:
+        check_same_run(cfg, saved)
+        steps = OmegaConf.load(saved).trainer.max_steps
+        if finished and steps != cfg.trainer.max_steps:
+            raise ConfigError(
+                f"It has finished with trainer.max_steps={steps}, and would have {cfg.trainer.max_steps} now."
+            )
+    except ConfigError as problem:
+        anew = "take another out" if finished else f"remove {part.directory}, so that it starts from the beginning"
+        raise ConfigError(f"{problem} In a study: name the arm or task anew, or {anew}.") from problem
+
+
+def _check(part: Part, out: Path, added: list[str], processes: int | None) -> None:
+    if part.evaluation:
+        check_options(compose_command(part.recipe, part.arguments))
+    if part.recipe not in TRAINING_RECIPES:
+        return
+    cfg = compose_command(part.recipe, part.arguments, added)
+    option = MEASURED.get(part.stage)
+    if option and attrgetter(option)(cfg) < 1:
+        raise ConfigError(f"{option}={attrgetter(option)(cfg)} measures nothing to report; set it above 0.")
+    cfg.model.path = _model(part, cfg.model.path, out)
+    VALIDATE[part.recipe](cfg, processes or cfg.trainer.num_nodes * cfg.trainer.devices)
+
+
+def _model(part: Part, path: str, out: Path) -> str:
+    """What there is already of the model that a training begins with."""
+    if part.stage == "finetune" and not Path(path).exists():
+        path = compose_command(part.after.recipe, part.after.arguments).model.path
+    if is_hub_name(path):
+        return local_model(path, download=True)
+    return UNKNOWN if Path(path).is_relative_to(out) and not Path(path).exists() else path
+
+
+@contextlib.contextmanager
+def _memory_unknown() -> Iterator[None]:
+    """As slurm/lib.sh checks a configuration where it will not run."""
+    before = os.environ.get(LOGIN_NODE)
+    os.environ[LOGIN_NODE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(LOGIN_NODE)
+        if before is not None:
+            os.environ[LOGIN_NODE] = before
