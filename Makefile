@@ -2,7 +2,7 @@
 # make smol        train a pretrained model of 135M parameters on this machine's CPU (fetches 93 MB)
 # make forgetting  does the reward survive fine-tuning? the study of docs/forgetting.md (SEEDS=1: one seed)
 # make test        the tests (STACK=gpu: a part of them on the versions that GPU users install)
-# make lint        ruff
+# make lint        ruff and mypy
 # make options     write docs/options.md from the code
 # make setup       only the environment for a CPU (.venv)
 # make setup-gpu   the environment for GPUs (.venv-gpu); needs Python 3.12 and a CUDA toolkit
@@ -98,7 +98,8 @@ gpu-check: setup-gpu
 endif
 
 lint: setup
-	$(BIN)/ruff check frpo_nemo recipes tests benchmarks acceptance docs
+	$(BIN)/ruff check frpo_nemo recipes tests benchmarks acceptance docs slurm
+	$(BIN)/mypy
 
 options: setup
 	$(BIN)/python -m docs.make_options > docs/options.md.new && mv docs/options.md.new docs/options.md

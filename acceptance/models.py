@@ -17,9 +17,9 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from acceptance.context import Context
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import world_tokenizer
-from frpo_nemo.megatron import distributed
+from frpo_nemo.examples.new_model import new_model
+from frpo_nemo.examples.toy import toy_tokenizer
+from frpo_nemo.processes import world
 
 # Odd vocabularies, so that padding is exercised; the stack's is Mistral 7B's, like its other sizes.
 SMALL = dict(model_type="qwen3", num_hidden_layers=8, hidden_size=1024, intermediate_size=3072, vocab_size=32003)
@@ -41,14 +41,14 @@ def stack(context: Context) -> str:
     return _made_once(context, "stack", lambda path: _write(path, STACK | context.on(cuda={}, cpu=TINY)))
 
 
-def world(context: Context) -> str:
-    """Return the directory of a model that knows the words of the embedded world."""
+def toy_model(context: Context) -> str:
+    """Return the directory of a model that knows the words of the toy task."""
     sizes = context.on(
         cuda=dict(hidden_size=1024, num_layers=4, num_heads=8, num_kv_heads=8, ffn_hidden_size=4096),
         cpu=dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128),
     )
     return _made_once(
-        context, "world", functools.partial(new_model, tokenizer=world_tokenizer(), dtype=torch.bfloat16, **sizes)
+        context, "toy", functools.partial(new_model, tokenizer=toy_tokenizer(), dtype=torch.bfloat16, **sizes)
     )
 
 
@@ -63,7 +63,7 @@ def _made_once(context: Context, name: str, write) -> str:
             scratch.rename(path)
         shutil.rmtree(scratch, ignore_errors=True)
     if dist.is_initialized():
-        distributed.wait_for_all()
+        world.wait_for_all()
     return str(path)
 
 
@@ -76,7 +76,7 @@ def _write(path: Path, sizes: dict) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
-    with distributed.device():
+    with world.device():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     _randomise(model)
     model.save_pretrained(path)

@@ -14,12 +14,13 @@ from torch import Tensor
 from acceptance.reference import LOGITS, Numbers, flat
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import distributed, optimizer_state
 from frpo_nemo.megatron.actor import Loss, PolicyActor
-from frpo_nemo.megatron.hf_weights.binding import bind
-from frpo_nemo.megatron.hf_weights.export import assemble
+from frpo_nemo.megatron.checkpoint import optimizer_state
+from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
 from frpo_nemo.megatron.logprobs import vocab_parallel_logits
 from frpo_nemo.megatron.model import output_weight
+from frpo_nemo.megatron.weights.binding import bind
+from frpo_nemo.megatron.weights.export import assemble
 
 
 def make_actor(model: ModelConfig, optim: OptimizerConfig | None, *, microbatch_tokens: int) -> PolicyActor:
@@ -43,8 +44,8 @@ def _use_layout(model: ModelConfig) -> None:
         )
         if present == wanted:
             return
-        distributed.stop_model_parallel()
-    distributed.start_model_parallel(model, seed=1)
+        stop_model_parallel()
+    start_model_parallel(model, seed=1)
 
 
 def free() -> None:
@@ -93,7 +94,7 @@ def _logit_columns(actor: PolicyActor, hidden: Tensor) -> dict[str, Tensor]:
 
 def gradient(actor: PolicyActor) -> Tensor:
     """Return the last accumulated gradient as reference.flat orders it. In a world of one, where a shard is all."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for binding in bind(actor.gpt, actor.arch):
         if binding.weight.exported:
             named |= assemble(binding.weight, binding.parameter.main_grad.reshape(1, -1))

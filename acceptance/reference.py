@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import Loss
 from frpo_nemo.megatron.packing import to_device
+from frpo_nemo.processes import world
 
 LOGITS = 32  # compared per token, at ids spread over the vocabulary
 
@@ -30,7 +30,7 @@ class Numbers:
 
 def load(path: str, dtype: torch.dtype):
     """Load transformers' model to this rank's device."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(distributed.device()).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(world.device()).eval()
 
 
 def numbers(model, batch: SequenceBatch, loss: Loss) -> Numbers:

@@ -57,11 +57,11 @@ def _run(check: registry.Check, in_world: bool, context: Context, say) -> None:
 
 @functools.cache
 def _start_world() -> None:
-    from frpo_nemo.megatron import distributed
+    from frpo_nemo.processes import world
     from frpo_nemo.training.run import ignore_warnings_of_libraries
 
     ignore_warnings_of_libraries()
-    distributed.start_world()
+    world.start_world()
 
 
 def _stop_world() -> None:

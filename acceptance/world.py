@@ -36,7 +36,8 @@ class Measured:
 
 def run_group(group: Group, checks: list[Check], *, cpu: bool, work: Path, out: Path) -> dict[str, Measured]:
     """Run the checks; return what became of each, by name. All ranks write to out/GROUP.log."""
-    deadline, found, left = time.monotonic() + group.seconds, {}, [check.name for check in checks]
+    deadline, left = time.monotonic() + group.seconds, [check.name for check in checks]
+    found: dict[str, Measured] = {}
     log = out / f"{group.name}.log"
     log.unlink(missing_ok=True)
     while left:
@@ -73,7 +74,7 @@ def _run_once(group: Group, checks: list[str], seconds: float, *, cpu: bool, wor
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(group.ranks)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             with log.open("a") as output:
-                options = dict(stdout=output, stderr=output, cwd=ROOT, start_new_session=True)
+                options: dict[str, Any] = dict(stdout=output, stderr=output, cwd=ROOT, start_new_session=True)
                 processes.append(subprocess.Popen(command + ["--cpu"] * cpu, env=environment, **options))
         codes = _wait(processes, time.monotonic() + seconds)
     finally:

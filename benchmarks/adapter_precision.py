@@ -21,13 +21,13 @@ from acceptance import batches
 from acceptance.policy import make_actor
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.megatron.adapter_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
-from frpo_nemo.megatron.hf_weights.binding import bind_adapters
-from frpo_nemo.megatron.hf_weights.load import fill
 from frpo_nemo.megatron.lora import Adapter, _wide
+from frpo_nemo.megatron.weights.adapter_files import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
+from frpo_nemo.megatron.weights.binding import bind_adapters
+from frpo_nemo.megatron.weights.load import fill
 from frpo_nemo.objective import build_objective
+from frpo_nemo.processes import world
 
 GROUPS = 40
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
-    distributed.start_world()
+    world.start_world()
     batch, loss = responses(run)
     exact = numbers(run, batch, loss, precision="fp32")
     print("| adapters | mean error of log-probs | relative error of the gradient |\n| --- | ---: | ---: |")

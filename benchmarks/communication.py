@@ -25,17 +25,20 @@ from benchmarks.collectives import CollectiveCounter, backend_calls
 from benchmarks.tiny_model import make_model
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.prompts import Prompt
-from frpo_nemo.megatron import checkpoint, distributed, packing
+from frpo_nemo.megatron import packing
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import save_load
+from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
 from frpo_nemo.objective import build_objective
 from frpo_nemo.planning import communication as formulas
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.memory import WEIGHT_BYTES
+from frpo_nemo.processes import world
 from frpo_nemo.rewards.reward_set import Reward, RewardSet, Scores
 from frpo_nemo.rollout.engine import Completion
-from frpo_nemo.rollout.verify import raise_on_all_ranks
+from frpo_nemo.rollout.refit_check import raise_on_all_ranks
+from frpo_nemo.rollout.worker import RolloutWorker, ScoredPrompts
 from frpo_nemo.training.loss import PolicyLoss
-from frpo_nemo.training.rollouts import RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import ignore_warnings_of_libraries
 
 GROUPS, GROUP_SIZE = 6, 4
@@ -102,7 +105,7 @@ def compare(config: ModelConfig, directory: str) -> dict[str, Phase]:
     told = backend_calls() - before
     counted = sum(counter.calls.values())
     assert told == counted, f"the backends were called {told} times, of which {counted} were counted"
-    model, largest = _model(actor), max(distributed.gather_objects(gathered))
+    model, largest = _model(actor), max(world.gather_objects(gathered))
     expected = _formulas(model, dist.get_rank(), batch, largest)
     return {phase: _phase(phase, counter, model.parallel, transfers) for phase, transfers in expected.items()}
 
@@ -111,9 +114,9 @@ def _step(counter: CollectiveCounter, actor: PolicyActor, directory: str):
     """What the loop of training/frpo.py calls, without vLLM. Returns the batch, and the bytes of this rank's pickle in the
     gather of rollouts."""
     with counter.of("generate"):
-        distributed.wait_for_all()
+        world.wait_for_all()
     examples, mine, completions = _share()
-    spy = mock.patch.object(distributed, "gather_objects", wraps=distributed.gather_objects)
+    spy = mock.patch.object(world, "gather_objects", wraps=world.gather_objects)
     with counter.of("gather"), spy as gather:
         rollouts = _gather(examples, mine, completions)
     batch, objective = rollouts.batch, build_objective(OBJECTIVE)
@@ -130,7 +133,7 @@ def _step(counter: CollectiveCounter, actor: PolicyActor, directory: str):
     with counter.of("validate"):
         actor.compare_with_reference(batch)
     with counter.of("checkpoint"):
-        checkpoint.save(directory, actor, {}, step=1, seed=1)
+        save_load.save(directory, actor, {}, step=1, seed=1)
     return batch, len(pickle.dumps(gather.call_args.args[0]))
 
 
@@ -237,7 +240,7 @@ def _phase(phase: str, counter: CollectiveCounter, parallel: Parallel, transfers
 def main() -> None:
     ignore_warnings_of_libraries()
     torch.set_num_threads(1)
-    rank, world = distributed.start_world()
+    rank, world_size = world.start_world()
     box = [tempfile.mkdtemp() if rank == 0 else None]
     dist.broadcast_object_list(box, src=0)
     directory = Path(box[0])
@@ -245,11 +248,11 @@ def main() -> None:
         make_model().save_pretrained(directory / "model")
     dist.barrier()
     wrong = 0
-    for name, layout in LAYOUTS[world].items():
+    for name, layout in LAYOUTS[world_size].items():
         config = model_config(str(directory / "model"), **layout)
-        distributed.start_model_parallel(config, seed=1)
-        phases = distributed.gather_objects(compare(config, str(directory / name.replace(" ", ""))))
-        distributed.stop_model_parallel()
+        start_model_parallel(config, seed=1)
+        phases = world.gather_objects(compare(config, str(directory / name.replace(" ", ""))))
+        stop_model_parallel()
         if rank == 0:
             Console(width=100).print(_table(name, phases))
         wrong += sum(len(phase.differences) for each in phases for phase in each.values())

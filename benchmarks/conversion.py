@@ -41,8 +41,8 @@ def make_model(directory: Path, layers: int, vocab: int, shard_gb: float) -> Non
 
     warnings.simplefilter("ignore")
     from frpo_nemo.megatron.architecture import Architecture
-    from frpo_nemo.megatron.hf_weights.export import write_files
-    from frpo_nemo.megatron.hf_weights.table import hf_shapes
+    from frpo_nemo.megatron.weights.export import write_files
+    from frpo_nemo.megatron.weights.table import hf_shapes
 
     directory.mkdir(parents=True)
     config = {**CONFIG, "num_hidden_layers": layers, "vocab_size": vocab}

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.math_cases import DEBATABLE, Case, cases  # noqa: E402
-from frpo_nemo.rewards.mathematics import math_answer  # noqa: E402
+from frpo_nemo.rewards.math_answers.grade import math_answer  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def main() -> None:
     run_recipe("frpo", ["--config-name", "experiment/demo"], title="FRPO on two ranks (tensor parallel)", processes=2)
     os.environ |= environment()
     warnings.simplefilter("ignore")  # of libraries, about packages that only GPUs need
-    from frpo_nemo.report.demo import report, report_forgetting
+    from frpo_nemo.examples.demo_report import report, report_forgetting
 
     report(out, time.monotonic() - started)
     study = "Does it last? FRPO and GRPO, each fine-tuned on something harmless"
@@ -37,7 +37,7 @@ def make_model(out: Path) -> None:
     if (out / "base" / "config.json").exists():
         return
     shape = ["hidden_size=64", "num_layers=2", "num_heads=2", "ffn_hidden_size=128", "max_position_embeddings=64"]
-    run_recipe("new_model", [f"out={out / 'base'}", "source=world", *shape], title="Make a random model")
+    run_recipe("new_model", [f"out={out / 'base'}", "source=toy", *shape], title="Make a random model")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,6 @@ def run(cfg) -> bool:
 if __name__ == "__main__":
     from frpo_nemo.config.cli import main
     from frpo_nemo.config.options import FRPORun
-    from frpo_nemo.training.validate import validate_frpo
+    from frpo_nemo.training.checks.config import validate_frpo
 
     main(run, FRPORun, "frpo", validate_frpo)

@@ -9,22 +9,24 @@ adds is configuration, parallel layouts, resuming, probes and metrics. A test ho
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig, SourceConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.data.new_model import new_model
 from frpo_nemo.data.prompts import PromptSampler, load_prompts
 from frpo_nemo.data.tokenizer import load_tokenizer
-from frpo_nemo.data.world import ANSWERS, world_tokenizer
-from frpo_nemo.megatron import distributed
+from frpo_nemo.examples.new_model import new_model
+from frpo_nemo.examples.toy import ANSWERS, toy_tokenizer
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.objective import FRPO
+from frpo_nemo.processes import world
 from frpo_nemo.rollout.engine import RolloutEngine
-from frpo_nemo.rollout.verify import GapLimit, check_logprob_gap
+from frpo_nemo.rollout.refit_check import GapLimit, check_logprob_gap
+from frpo_nemo.rollout.worker import response_texts, sampling_seed
 from frpo_nemo.training.loss import PolicyLoss
-from frpo_nemo.training.rollouts import response_texts, sampling_seed
 
 STEPS, PROMPTS_PER_STEP, GROUP_SIZE = 20, 8, 8
 MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS = 16, 8
@@ -39,21 +41,22 @@ def score(prompts: list, completions: list[str], **columns) -> list[float]:
 
 def make_model(path: str) -> None:
     """Write a random model in Hugging Face format, with a tokenizer and a chat template."""
-    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
-    new_model(path, tokenizer=world_tokenizer(), max_position_embeddings=64, seed=SEED, **sizes)
+    sizes: dict[str, Any] = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
+    new_model(path, tokenizer=toy_tokenizer(), max_position_embeddings=64, seed=SEED, **sizes)
 
 
 def train(model_path: str, steps: int = STEPS) -> list[dict[str, float]]:
     """Train the model at `model_path`; return what each step measured."""
-    distributed.start_world()  # torch.distributed, in a world of one
+    world.start_world()  # torch.distributed, in a world of one
     tokenizer = load_tokenizer(model_path)
-    prompts = load_prompts([SourceConfig(path="world:prompts")], tokenizer, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    source = SourceConfig(path="python:frpo_nemo.examples.toy.rows?part=prompts")
+    prompts = load_prompts([source], tokenizer, max_prompt_tokens=MAX_PROMPT_TOKENS)
     sampler = PromptSampler(len(prompts), PROMPTS_PER_STEP, SEED)
 
     # vLLM first, because it measures the memory that is free. Its weights are dummies until the first refit.
     engine = RolloutEngine(model_path, dtype="float32", max_model_len=MAX_PROMPT_TOKENS + MAX_RESPONSE_TOKENS)
     model = ModelConfig(path=model_path, precision="fp32")
-    distributed.start_model_parallel(model, SEED)
+    start_model_parallel(model, SEED)
     actor = PolicyActor(model, OptimizerConfig(lr=LEARNING_RATE), microbatch_tokens=4096, seed=SEED)
     actor.freeze_reference()  # the KL penalty is measured from where training begins
 

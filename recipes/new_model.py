@@ -1,10 +1,10 @@
 """Make a small random model with a tokenizer, to pre-train with recipes/sft.py, or to stand in for a reward model.
 
-    python recipes/new_model.py out=runs/demo/base source=world hidden_size=64 num_layers=2 num_heads=2
+    python recipes/new_model.py out=runs/demo/base source=toy hidden_size=64 num_layers=2 num_heads=2
     python recipes/new_model.py out=runs/gsm8k/base source=train.jsonl columns=[question,answer]
         vocab_size=2048 hidden_size=128 num_layers=4 num_heads=4 ffn_hidden_size=320   (one line)
 
-`source=world` takes the fixed tokenizer of the embedded world; any other source trains one on its `columns`.
+`source=toy` takes the fixed tokenizer of the toy task; any other source trains one on its `columns`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from frpo_nemo.config.options import SourceConfig
-from frpo_nemo.data.new_model import new_model, train_tokenizer
 from frpo_nemo.data.sources import load_rows
-from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.examples.new_model import new_model, train_tokenizer
+from frpo_nemo.examples.toy import toy_tokenizer
 
 
 @dataclass
 class NewModel:
     out: str = MISSING  # directory to write
-    source: str = MISSING  # "world", or the texts of the tokenizer: a file or a hub name
+    source: str = MISSING  # "toy", or the texts of the tokenizer: a file or a hub name
     columns: list[str] = field(default_factory=list)  # whose texts to train on
     vocab_size: int = 1024
     family: str = "llama"  # llama, mistral, qwen2 or qwen3
@@ -43,8 +43,8 @@ class NewModel:
 
 
 def make_tokenizer(config: NewModel):
-    if config.source.partition(":")[0] == "world":
-        return world_tokenizer()
+    if config.source.partition(":")[0] == "toy":
+        return toy_tokenizer()
     if not config.columns:
         raise ConfigError(f"columns=[...] must name the text columns of {config.source}")
     texts = []

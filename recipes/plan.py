@@ -34,7 +34,7 @@ def hours_of_config() -> None:
     from frpo_nemo.config.cli import compose
     from frpo_nemo.config.load import load
     from frpo_nemo.planning.plan import PlanRun, print_hours
-    from frpo_nemo.training.resources import step_of
+    from frpo_nemo.training.checks.resources import step_of
 
     ours = [argument for argument in sys.argv if argument.startswith(("cluster", "workload."))]
     sys.argv = [argument for argument in sys.argv if argument not in ours]
@@ -47,7 +47,7 @@ def hours_of_config() -> None:
 
 def dry_run_of_config() -> None:
     from frpo_nemo.errors import ConfigError
-    from frpo_nemo.training.resources import layout_of
+    from frpo_nemo.training.checks.resources import layout_of
 
     cfg = training_config()
     layout = layout_of(cfg, cfg.trainer.num_nodes * cfg.trainer.devices, gpu=True)

@@ -39,7 +39,7 @@ def main() -> None:
     run_recipe("frpo", ["--config-name", "experiment/smol", questions], title="FRPO in bfloat16", threads=threads)
     os.environ |= environment(threads)
     warnings.simplefilter("ignore")  # of libraries, about packages that only GPUs need
-    from frpo_nemo.report.smol import report
+    from frpo_nemo.examples.smol_report import report
 
     report(out, time.monotonic() - started)
 

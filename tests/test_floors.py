@@ -13,15 +13,18 @@ PACKAGE = Path(__file__).parents[1] / "frpo_nemo"
 FLOORS = (
     {"redact", "__version__"},
     {"errors"},
-    {"stack", "launcher"},
+    {"stack"},
+    {"processes"},
     {"config"},
     {"objective", "data"},
-    {"rewards", "megatron", "rollout", "integrations"},
+    {"rewards", "megatron", "integrations"},
+    {"rollout"},
     {"planning"},
     {"training"},
     {"evaluation", "conversion"},
     {"study"},
     {"report"},
+    {"examples"},
 )
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 

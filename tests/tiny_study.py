@@ -13,7 +13,7 @@ def tiny_study(out, **changes) -> StudyConfig:
     config = StudyConfig(
         out=str(out),
         seeds=[5],
-        prepare=[PartConfig("new_model", None, ["out={dir}/base", "source=world", "seed={seed}", *shape])],
+        prepare=[PartConfig("new_model", None, ["out={dir}/base", "source=toy", "seed={seed}", *shape])],
         model="{dir}/base",
         train=PartConfig("frpo", "experiment/forgetting_train", [*few, *validation]),
         arms={

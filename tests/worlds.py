@@ -69,14 +69,14 @@ def use_layout(model) -> None:
     """In a rank: make Megatron's groups those of `model` (a ModelConfig)."""
     from megatron.core import parallel_state as ps
 
-    from frpo_nemo.megatron import distributed
+    from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
 
     wanted = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
     if ps.model_parallel_is_initialized():
         if (ps.get_tensor_model_parallel_world_size(), ps.get_pipeline_model_parallel_world_size()) == wanted:
             return
-        distributed.stop_model_parallel()
-    distributed.start_model_parallel(model, seed=1)
+        stop_model_parallel()
+    start_model_parallel(model, seed=1)
 
 
 def _serve(pipe, rank: int) -> None:
@@ -85,7 +85,8 @@ def _serve(pipe, rank: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from frpo_nemo.megatron import distributed
+    from frpo_nemo.megatron.groups import stop_model_parallel
+    from frpo_nemo.processes.world import start_world
 
     gc.freeze()
     gc.enable()
@@ -95,11 +96,11 @@ def _serve(pipe, rank: int) -> None:
         try:
             if world != current:
                 if dist.is_initialized():
-                    distributed.stop_model_parallel()
+                    stop_model_parallel()
                     dist.destroy_process_group()
                 os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world[0]))
                 os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(world[1]))
-                distributed.start_world()
+                start_world()
                 current = world
             pipe.send((True, check(**arguments)))
         except BaseException:

@@ -15,7 +15,7 @@ from acceptance.context import Context
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.objective import build_objective
 from frpo_nemo.rollout.engine import RolloutEngine
-from frpo_nemo.rollout.verify import logprob_gap
+from frpo_nemo.rollout.refit_check import logprob_gap
 
 SAMPLES = batches.GROUP_SIZE
 MAX_NUM_SEQS = 128

@@ -11,7 +11,7 @@ from acceptance.context import Context
 from acceptance.facts import PACKAGES
 from frpo_nemo import stack
 from frpo_nemo.config.options import ModelConfig
-from frpo_nemo.megatron import distributed
+from frpo_nemo.processes import world
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 
@@ -21,7 +21,7 @@ def environment(context: Context) -> dict:
     all-reduce. free_share: of the GPU's memory. Raises ConfigError for a Transformer Engine that does not import."""
     locked = _locked()
     off_lock = [name for name in locked if _differs(stack.version(name), locked[name])]
-    ones = torch.ones(1 << 20, device=distributed.device())
+    ones = torch.ones(1 << 20, device=world.device())
     dist.all_reduce(ones)
     values = {
         "off_lock": len(off_lock),

@@ -14,8 +14,8 @@ from acceptance.checks import parity
 from acceptance.context import Context
 from frpo_nemo.config.options import OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import distributed
 from frpo_nemo.objective import build_objective
+from frpo_nemo.processes import world
 from frpo_nemo.training.loss import PolicyLoss
 
 TENSOR_PARALLEL = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -82,9 +82,9 @@ class _Expected:
 @functools.cache
 def _expected(context: Context) -> _Expected:
     path = models.small(context)
-    found = _by_transformers(context, path) if distributed.rank() == 0 else None
+    found = _by_transformers(context, path) if world.rank() == 0 else None
     policy.free()
-    return distributed.gather_objects(found)[0]
+    return world.gather_objects(found)[0]
 
 
 def _by_transformers(context: Context, path: str) -> _Expected:

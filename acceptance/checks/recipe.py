@@ -1,4 +1,4 @@
-"""A whole run by the command that a user types, on the embedded world."""
+"""A whole run by the command that a user types, on the toy task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def frpo(context: Context) -> dict:
     does not arrive or the log-prob gap is too large."""
     run_dir = context.work / "recipe"
     shutil.rmtree(run_dir, ignore_errors=True)
-    command = [sys.executable, "recipes/frpo.py", *_overrides(models.world(context), run_dir)]
+    command = [sys.executable, "recipes/frpo.py", *_overrides(models.toy_model(context), run_dir)]
     code = subprocess.run(command, cwd=ROOT).returncode
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if code == 0 else []
     steps = [row for row in rows if "loss" in row]
@@ -33,7 +33,7 @@ def frpo(context: Context) -> dict:
         "steps": len(steps),
         "gradient_norm": min(gradients, default=math.nan),
         "gap": max((row["rollout_mismatch/mean_abs_logprob_gap"] for row in steps), default=math.nan),
-        "changed_tensors": _changed(Path(models.world(context)), run_dir / "hf") if code == 0 else 0,
+        "changed_tensors": _changed(Path(models.toy_model(context)), run_dir / "hf") if code == 0 else 0,
         "seconds_step": steps[-1]["seconds/step"] if steps else math.nan,
     }
 

@@ -14,8 +14,8 @@ from acceptance.checks import parity
 from acceptance.context import Context
 from frpo_nemo.config.options import LoRAConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.objective import build_objective
 from frpo_nemo.training.loss import CompletionLoss
 
@@ -67,14 +67,14 @@ def resume(context: Context) -> dict:
     actor, batch = parity.actor(context), parity.batch(context)
     for _ in range(2):
         step(actor, batch)
-    saved = checkpoint.save(context.work / "resume", actor, {}, step=2, seed=1)
+    saved = save_load.save(context.work / "resume", actor, {}, step=2, seed=1)
     before = policy.main_weights(actor)
     uninterrupted = _after_a_step(actor, batch)
     del actor
     actor = parity.actor(context)
     resumed = []
     for _ in range(2):
-        checkpoint.load(saved, actor)
+        save_load.load(saved, actor)
         resumed.append(_after_a_step(actor, batch))
     change = parity.mean_error(uninterrupted, before)
     difference, noise = (parity.mean_error(resumed[0], other) / change for other in (uninterrupted, resumed[1]))
@@ -112,7 +112,7 @@ def objectives(context: Context) -> dict:
     for settings in ({"name": "frpo", "lambda_": 1e4, "jackknife": False}, {"name": "dr_grpo"}):
         actor.accumulate_gradient(batch, batches.policy_loss(batch, build_objective(settings)))
         gradients.append(policy.gradient(actor))
-    seconds = {"grpo": [], "frpo": []}
+    seconds: dict[str, list[float]] = {"grpo": [], "frpo": []}
     rounds = context.on(cuda=6, cpu=3)
     for _, name in itertools.product(range(rounds), seconds):
         objective = build_objective({"name": name} | ({"lambda_": 0.5} if name == "frpo" else {}))

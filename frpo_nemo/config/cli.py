@@ -14,6 +14,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +32,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.overrides import for_hydra
 from frpo_nemo.config.reference import help_text
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.launcher import started_world
+from frpo_nemo.processes.launcher import started_world
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL, as for a rank that was lost (watchdog.py)
 # What a job script (slurm/lib.sh) has in the environment: the run_dir of a configuration that names none, and a file that a
@@ -134,7 +135,7 @@ def _leave(code: int) -> NoReturn:
 
 def _load(schema: type, composed: DictConfig) -> Any:
     values, default = OmegaConf.to_container(composed), os.environ.get(DEFAULT_RUN_DIR)
-    if default and "run_dir" in schema.__dataclass_fields__ and values.get("run_dir", "???") == "???":
+    if default and "run_dir" in {field.name for field in fields(schema)} and values.get("run_dir", "???") == "???":
         values["run_dir"] = default.replace("${", r"\${")  # no interpolation
     cfg = load(schema, values)
     redact.remember(OmegaConf.to_container(OmegaConf.structured(cfg)))

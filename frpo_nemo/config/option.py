@@ -1,8 +1,8 @@
 """One option of a configuration: a field of a dataclass that says its default, its meaning and the values that it may have.
 
 What is known of an option is written at its field, and nowhere else. load.py and the objectives check values by it,
-training/resume.py asks it what a resumed run may change, and reference.py makes --help and docs/options.md of it. This file
-imports only the error, because objective/ is used without OmegaConf.
+training/checks/resume.py asks it what a resumed run may change, and reference.py makes --help and docs/options.md of it.
+This file imports only the error, because objective/ is used without OmegaConf.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Option:
 
     def wanted(self) -> str:
         """The values that it may have: "a whole number at least 1, or null"."""
-        rule, others = self.rule, [self.rule.also] if self.rule.also is not None else []
+        rule = self.rule
+        others = [str(rule.also)] if rule.also is not None else []
         if rule.choices:
             return f"one of {', '.join([*['null'] * _is_optional(self.hint), *rule.choices])}"
         bounds = [("above", rule.above), ("at least", rule.at_least), ("below", rule.below), ("at most", rule.at_most)]
@@ -77,7 +78,7 @@ class Option:
         noun = _NOUNS.get(kind, "options" if is_dataclass(kind) else "a value")
         text = f"{noun} {' and '.join(f'{word} {bound:g}' for word, bound in bounds if bound is not None)}".rstrip()
         others += ["null"] if _is_optional(self.hint) else []
-        return f"{text}{',' if text != noun else ''} or {' or '.join(map(str, others))}" if others else text
+        return f"{text}{',' if text != noun else ''} or {' or '.join(others)}" if others else text
 
 
 def option(sentence: str, default: Any = MISSING, **rule: Any) -> Any:
@@ -108,7 +109,8 @@ def options_of(schema: type, path: str = "", described: set[type] | None = None)
 
 def given_options(values: Any, path: str = "") -> Iterator[tuple[str, Any, Option]]:
     """(key, value, option) of every field in an instance of a dataclass, and in those that it holds, which have none."""
-    for each in own_options(type(values)):
+    schema: Any = type(values)
+    for each in own_options(schema):
         value, key = getattr(values, each.key), path + each.key
         if not is_dataclass(value):
             yield key, value, each
@@ -139,7 +141,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def dataclass_in(hint: Any) -> type | None:
+def dataclass_in(hint: Any) -> Any:
     """The dataclass that a field of type `hint` holds: itself, in a list or in a mapping."""
     return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 

@@ -1,5 +1,5 @@
-"""Every option of a training run, described once (option.py). cli.py composes a run; training/validate.py checks what options
-have to do with each other, the model, the data and the machine. `make options` writes docs/options.md from this file."""
+"""Every option of a training run, described once (option.py). cli.py composes a run; training/checks/config.py checks how
+options fit each other, the model, the data and the machine. `make options` writes docs/options.md from this file."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class OptimizerConfig:
 class SourceConfig:
     path: str = option(
         "Files: .jsonl, .json, .csv, .tsv, .parquet (also .gz and .zst of them), DIR or DIR/*.json; or a data set: "
-        "owner/name[:config] on the hub, or world:NAME?seed=0, the embedded task.",
+        "owner/name[:config] on the hub; or python:package.module.function?name=value, a function that returns rows.",
         example="prompts.jsonl",
     )
     split: str = option(
@@ -228,7 +228,7 @@ class RolloutConfig(EngineConfig):
 @dataclass
 class RewardConfig:
     target: str = option(
-        "Function that scores: math, code, exact, format, one_boxed, regex, length, world, judge, chat_judge, "
+        "Function that scores: math, code, exact, format, one_boxed, regex, length, judge, chat_judge, "
         "moderation, reward_model, safety, package.function or file.py:function.",
         example="math",
     )

@@ -1,8 +1,8 @@
 """Conversion between a run's checkpoints and the Hugging Face format, and from GGUF to that, in one process that never
 holds the model.
 
-Here is the order of the work. How tensors correspond is the business of megatron/hf_weights/, how the bytes of a
-checkpoint lie on disk that of megatron/checkpoint_weights.py, what a GGUF file says that of gguf_file.py.
+Here is the order of the work. How tensors correspond is the business of megatron/weights/, how the bytes of a
+checkpoint lie on disk that of megatron/checkpoint/weights.py, what a GGUF file says that of gguf_file.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from frpo_nemo.conversion.inputs import Conversion, ConvertRun, check_conversion
 from frpo_nemo.conversion.model_card import gguf_card, model_card
 from frpo_nemo.conversion.verify import verify
 from frpo_nemo.data.tokenizer import check_read_alike
-from frpo_nemo.megatron.checkpoint_weights import MergedWeights, StoredWeights, write_checkpoint
-from frpo_nemo.megatron.hf_weights.export import write_adapter, write_files
-from frpo_nemo.megatron.hf_weights.files import CARD, begin_export, publish_export
-from frpo_nemo.megatron.hf_weights.load import check_checkpoint
+from frpo_nemo.megatron.checkpoint.weights import MergedWeights, StoredWeights, write_checkpoint
+from frpo_nemo.megatron.weights.export import write_adapter, write_files
+from frpo_nemo.megatron.weights.files import CARD, begin_export, publish_export
+from frpo_nemo.megatron.weights.load import check_checkpoint
 
 
 def convert(cfg: ConvertRun, conversion: Conversion | None = None) -> Path:
@@ -47,14 +47,14 @@ def convert(cfg: ConvertRun, conversion: Conversion | None = None) -> Path:
 def _to_hugging_face(conversion: Conversion, cfg: ConvertRun) -> None:
     arch, dtype, lora = conversion.arch, getattr(torch, conversion.dtype), conversion.lora
     if lora:
-        stored = MergedWeights(conversion.checkpoint, arch, conversion.model)
+        stored: MergedWeights | StoredWeights = MergedWeights(conversion.checkpoint, arch, conversion.model)
     else:
         stored = StoredWeights(conversion.checkpoint, arch)
     # First: no mistake in a run's records costs a conversion.
     card = model_card(conversion.checkpoint, arch, adapter=cfg.adapter)
     temporary = begin_export(conversion.out)
     with _progress(conversion) as advance:
-        if cfg.adapter:
+        if cfg.adapter and isinstance(stored, MergedWeights):
             stream = _counted(stored.stream_adapters(dtype), advance)
             write_adapter(stream, lora["rank"], lora["alpha"], temporary, conversion.base)
         else:

@@ -21,8 +21,8 @@ import torch
 from frpo_nemo.conversion.gguf_tokenizer import check_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.table import hf_shapes
-from frpo_nemo.megatron.hf_weights.tensors import check_range, some
+from frpo_nemo.megatron.weights.table import hf_shapes
+from frpo_nemo.megatron.weights.tensors import check_range, some
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,  # Mistral's models, too

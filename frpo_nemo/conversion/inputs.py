@@ -13,12 +13,12 @@ from frpo_nemo.config.hub import FILES, WITHOUT_WEIGHTS, is_hub_name, local_mode
 from frpo_nemo.config.option import check_values, option
 from frpo_nemo.conversion.model_card import trained_from
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.launcher import started_world
-from frpo_nemo.megatron import checkpoint_files
-from frpo_nemo.megatron.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.files import CARD, check_replaceable, others
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.weights.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS
+from frpo_nemo.megatron.weights.files import CARD, check_replaceable, others
 from frpo_nemo.planning.memory import adapter_parameters, parameters, readable
+from frpo_nemo.processes.launcher import started_world
 
 if TYPE_CHECKING:
     from frpo_nemo.conversion.gguf_file import GGUFFile

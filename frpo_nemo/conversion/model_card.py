@@ -17,9 +17,9 @@ import yaml
 from frpo_nemo import __version__, redact
 from frpo_nemo.config.hub import is_hub_name
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.training import record as run_record
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.training import start_record as run_record
 
 # /home/me/data.jsonl, ~/data.jsonl or file:///home/me/data.jsonl, also inside a command; no part of a URL
 _ABSOLUTE = re.compile(

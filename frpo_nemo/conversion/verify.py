@@ -18,12 +18,14 @@ from rich.console import Console
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import checkpoint as checkpoints
-from frpo_nemo.megatron import checkpoint_files, distributed
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.megatron.adapter_files import PEFT_CONFIG
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.rollout.verify import GAP_LIMITS, logprob_gap
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.checkpoint import save_load as checkpoints
+from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
+from frpo_nemo.megatron.weights.adapter_files import PEFT_CONFIG
+from frpo_nemo.processes import world
+from frpo_nemo.rollout.refit_check import GAP_LIMITS, logprob_gap
 
 LENGTHS = (2, 17, 64, 256)  # tokens of the sequences
 
@@ -106,8 +108,8 @@ def _megatron(
     """The same from the checkpoint, or from `model` where there is none, by the actor that trains."""
     lora = LoRAConfig.of_record(checkpoint_files.read(checkpoint).get("lora") if checkpoint else None)
     config = ModelConfig(path=str(model), precision=precision, lora=lora)
-    distributed.start_world()
-    distributed.start_model_parallel(config, seed=1)
+    world.start_world()
+    start_model_parallel(config, seed=1)
     actor = PolicyActor(config, None, microbatch_tokens=sum(map(len, sequences)))
     if checkpoint:
         with torch.no_grad():
@@ -119,7 +121,7 @@ def _megatron(
     lists = [tokens.tolist() for tokens in sequences]
     batch = SequenceBatch.from_lists([tokens[:1] for tokens in lists], [tokens[1:] for tokens in lists])
     logprobs = actor.get_inference_log_probs(batch)
-    distributed.stop_model_parallel()
+    stop_model_parallel()
     dist.destroy_process_group()
     return logprobs
 

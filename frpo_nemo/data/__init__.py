@@ -1,1 +1,1 @@
-"""Prompts, supervised examples and the embedded world. Ground floor: imports nothing of ours but errors."""
+"""Rows, prompts and supervised examples."""

@@ -307,7 +307,7 @@ def _marked(messages: list[dict]) -> tuple[list[dict], dict[str, str]]:
 
     marked = []
     for i, message in enumerate(messages):
-        copy = {key: _ID for key in ("name", "tool_call_id") if key in message}
+        copy: dict[str, Any] = {key: _ID for key in ("name", "tool_call_id") if key in message}
         calls = message.get("tool_calls")
         if calls:  # templates may leave out what is said beside them
             copy |= {"content": message["content"] and "", "tool_calls": [marked_call(call, i) for call in calls]}

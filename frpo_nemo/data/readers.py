@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -164,7 +164,7 @@ def _up_to(batches: Iterable[pa.RecordBatch], stop: int | None) -> list[pa.Recor
     return taken
 
 
-READERS = {
+READERS: dict[str, Callable[[Path, str | None, int | None], Part]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,

@@ -37,7 +37,8 @@ def decode_json(text: bytes | memoryview) -> Any:
 class Part(Protocol):
     """The rows of one file. `columns`: the names of all its columns, in the order in which they appear."""
 
-    columns: Iterable[str]
+    @property
+    def columns(self) -> Iterable[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -156,7 +157,8 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+    def __getitem__(self, place: Any) -> Any:
+        """The row at a place, or the list of rows of a slice."""
         if isinstance(place, slice):
             return list(self)[place]
         return next(self._read([self._indices[place]]))

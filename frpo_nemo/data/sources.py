@@ -1,4 +1,4 @@
-"""Where rows come from: files, a Hugging Face data set, or the embedded world. A row is a plain dict.
+"""Where rows come from: files, a Hugging Face data set, or a Python function. A row is a plain dict.
 
 A `source` is a `SourceConfig` (config/options.py). Of its rows, `start` and `limit` choose a
 range, `at_least` and `where` keep some of that range, `holdout` parts those in two, and `sample` draws some. Files are found
@@ -21,9 +21,9 @@ import datasets
 import numpy as np
 
 from frpo_nemo.config.options import SourceConfig
-from frpo_nemo.data import world
 from frpo_nemo.data.conversations import TOOLS
 from frpo_nemo.data.files import FORMATS, Files, find_files, listed, split_names
+from frpo_nemo.data.functions import function_rows, is_function
 from frpo_nemo.data.readers import read_file
 from frpo_nemo.data.rows import Part, PlainRows, Rows, TableRows
 from frpo_nemo.data.templates import columns_of, is_template, with_line_ends
@@ -73,7 +73,7 @@ def load_rows(source: SourceConfig, *, whole: bool = True) -> Rows:
 def is_hub_stream(source: SourceConfig) -> bool:
     """Whether the rows of `source` are downloaded one by one. Raises ConfigError like `find_files`."""
     path = str(source.path)
-    if not source.streaming or path.startswith("world:") or Path(path).expanduser().exists():
+    if not source.streaming or is_function(path) or Path(path).expanduser().exists():
         return False
     return find_files(path, source.split) is None
 
@@ -84,8 +84,8 @@ def _read(source: SourceConfig, start: int, limit: int | None) -> tuple[Rows, in
     path, stop = str(source.path), None if limit is None else start + limit
     datasets.disable_progress_bars()  # one bar per rank and file says nothing
     with _failures_as_sentences(path):
-        if path.startswith("world:"):
-            rows = _of_split({"train": [PlainRows(world.rows(path))]}, source)
+        if is_function(path):
+            rows = _of_split({"train": [PlainRows(function_rows(path))]}, source)
         elif saved := _saved(Path(path).expanduser()):
             rows = _of_split(saved, source)
         elif files := find_files(path, source.split):
@@ -121,7 +121,8 @@ def _from_files(files: Files, source: SourceConfig, stop: int | None) -> Rows:
             f"data source '{source.path}': split={source.split} takes a part, which streaming cannot; use start and limit"
         )
     names = _checked_splits(source, files.splits)
-    parts, counts, left = {name: [] for name in names}, [], stop
+    parts: dict[str, list[Part]] = {name: [] for name in names}
+    counts, left = [], stop
     for name, file in [(split, file) for split in names for file in files.splits[split]]:
         if left == 0:
             break
@@ -180,7 +181,8 @@ def _failures_as_sentences(path: str) -> Iterator[None]:
         raise ConfigError(
             f"data source '{path}' cannot be read: {problem.__cause__ or problem}. A source is a file ({FORMATS}), a "
             "directory of them, a pattern (DIR/*.jsonl), the name of a data set on the hub ('owner/name' or "
-            "'owner/name:configuration', with `split`), or 'world:...'"
+            "'owner/name:configuration', with `split`), or "
+            "'python:package.module.function'"
         ) from problem
 
 

@@ -14,7 +14,7 @@ from frpo_nemo.data.tokenizer import check_read_alike, load_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmark_runs import LOG, finished_scores
 from frpo_nemo.evaluation.benchmarks import ANTLR, BENCHMARKS, EvaluateRun, answer_tokens, antlr_directory
-from frpo_nemo.launcher import started_world
+from frpo_nemo.processes.launcher import started_world
 
 _EVALPLUS_CONTEXT = 2048  # that evalplus asks of vLLM, whatever the model
 

@@ -63,7 +63,7 @@ def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
     with log.open("w") as file, _short_path(model) as short:
         command = command_line(cfg, name, short if BENCHMARKS[name].tool == "evalplus" else model)
         print(f"$ {shlex.join(redact.arguments(command))}", file=file, flush=True)
-        streams = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        streams: dict[str, Any] = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
         code = subprocess.run(command, env=environment(cfg, name), **streams).returncode
     scores = {} if code else read_scores(name, directory)
     if not scores:
@@ -140,8 +140,8 @@ def _pass_at_1(problems: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
 
 def _table(cfg: EvaluateRun, model: Path, failed: list[str]) -> Table:
     table = Table(title=f"{cfg.model.path}" + (f", {cfg.limit} questions per task" if cfg.limit else ""))
-    for heading, justify in (("benchmark", "left"), ("score", "left"), ("value", "right"), ("standard error", "right")):
-        table.add_column(heading, justify=justify)
+    for heading in ("benchmark", "score", "value", "standard error"):
+        table.add_column(heading, justify="right" if heading in ("value", "standard error") else "left")
     for name in cfg.benchmarks:
         if name in failed:
             table.add_row(name, "failed", "", "")
@@ -154,7 +154,7 @@ def _table(cfg: EvaluateRun, model: Path, failed: list[str]) -> Table:
     return table
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Whole or not there: a killed process leaves no half result."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

@@ -20,8 +20,8 @@ from frpo_nemo.evaluation.reward_probe import (
     probe_settings,
     run_reward_probe,
 )
-from frpo_nemo.launcher import started_world
-from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.processes.launcher import started_world
 
 
 def evaluate(cfg: EvaluateRun, *, only_check: bool = False) -> bool:

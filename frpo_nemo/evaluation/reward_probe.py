@@ -13,11 +13,11 @@ from frpo_nemo import redact
 from frpo_nemo.config.option import check_values, option
 from frpo_nemo.config.options import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.planning.memory import readable
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
-from frpo_nemo.training.resources import host_memory
-from frpo_nemo.training.validate_data import check_reward_tasks, check_source_list
+from frpo_nemo.training.checks.data import check_reward_tasks, check_source_list
+from frpo_nemo.training.checks.resources import host_memory
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 SAMPLES = "samples.jsonl"
@@ -78,13 +78,13 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
     """Rewards, lengths and shares of failures as training logs them, and how many responses each reward scored; every
     response is in directory/SAMPLES, scored or not. cfg: EvaluateRun. Every process of the world calls this; all get
     the numbers."""
-    from frpo_nemo.megatron import distributed
-    from frpo_nemo.training.metrics import Phases
-    from frpo_nemo.training.rollouts import RolloutWorker, ScoredPrompts
+    from frpo_nemo.processes import world
+    from frpo_nemo.processes.phases import PhaseTimer
+    from frpo_nemo.rollout.worker import RolloutWorker, ScoredPrompts
     from frpo_nemo.training.statistics import rollout_statistics, scored_counts
 
     probe = cfg.probe
-    rank, _ = distributed.start_world()
+    rank, _ = world.start_world()
     rewards = build_rewards(probe.reward)  # before the model: what is wrong with theirs is told sooner
     worker = RolloutWorker(
         ModelConfig(path=str(model), precision=PRECISION[cfg.dtype]),
@@ -94,7 +94,7 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
             tensor_model_parallel_size=cfg.tensor_parallel_size,
             gpu_memory_utilization=0.9,
         ),
-        Phases(),
+        PhaseTimer(),
         seed=probe.seed,
         max_model_len=probe.max_prompt_tokens + probe.max_response_tokens,
         load_format="safetensors",
@@ -122,10 +122,11 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
 
     ignore_warnings_of_libraries()
     from frpo_nemo.config.hub import local_model
-    from frpo_nemo.megatron import checkpoint as checkpoints
-    from frpo_nemo.megatron import distributed
     from frpo_nemo.megatron.actor import PolicyActor
-    from frpo_nemo.megatron.hf_weights.export import save_hf
+    from frpo_nemo.megatron.checkpoint import save_load as checkpoints
+    from frpo_nemo.megatron.groups import start_model_parallel
+    from frpo_nemo.megatron.weights.export import save_hf
+    from frpo_nemo.processes import world
 
     record = checkpoint_files.read(checkpoint)
     run = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
@@ -134,8 +135,8 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
         precision=run.model.precision,
         lora=LoRAConfig.of_record(record.get("lora")),
     )
-    distributed.start_world()
-    distributed.start_model_parallel(model, seed=1)
+    world.start_world()
+    start_model_parallel(model, seed=1)
     actor = PolicyActor(model, None, microbatch_tokens=1)
     checkpoints.load(checkpoint, actor)
     save_hf(actor.gpt, actor.arch, model.path, out)

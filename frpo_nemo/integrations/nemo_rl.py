@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -239,6 +239,6 @@ def frpo_objective(loss_config: Any) -> FRPO:
         )
     named = {field: getattr(loss_config, name) for field, name in NAMED_BY_NEMO_RL.items()}
     try:
-        return build_objective({"name": "frpo", "refresh_importance": False, **fields, **named})
+        return cast(FRPO, build_objective({"name": "frpo", "refresh_importance": False, **fields, **named}))
     except ConfigError as error:
         raise ConfigError(f"In NeMo-RL's configuration, where objective is loss_fn.frpo: {error}") from error

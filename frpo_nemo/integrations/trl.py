@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.objective import FRPO, Objective
+from frpo_nemo.objective import FRPO
 from frpo_nemo.objective.kl import sequence_kl
 from frpo_nemo.objective.parts import compared_rewards, partly_scored
 from frpo_nemo.objective.ragged import token_mean
@@ -141,7 +141,7 @@ class FRPOConfig(GRPOConfig):
 class Rollout:
     """The generation batch that is being trained on: N sequences over all processes, in TRL's order."""
 
-    objective: Objective  # of this batch
+    objective: FRPO  # of this batch
     rewards_N: Tensor
     groups_N: Tensor
     rows: Tensor  # int64: places of this process's sequences in the N
@@ -162,7 +162,7 @@ class FRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "frpo"]
     _name = "FRPO"
-    _paper = {}
+    _paper: dict[str, str] = {}
 
     def __init__(self, model, reward_funcs=None, args: FRPOConfig | None = None, **kwargs):
         if not isinstance(args, FRPOConfig):

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -114,7 +114,7 @@ def frpo_objective(config: Mapping[str, Any]) -> FRPO:
         if field in fields:
             raise ConfigError(f"algorithm.frpo.{field} cannot be set in verl: {instead}.")
     try:
-        return build_objective({"name": "frpo", "refresh_importance": False, **fields})
+        return cast(FRPO, build_objective({"name": "frpo", "refresh_importance": False, **fields}))
     except ConfigError as error:
         raise ConfigError(f"In verl's configuration, where objective is algorithm.frpo: {error}") from error
 

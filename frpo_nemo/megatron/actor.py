@@ -15,18 +15,21 @@ from functools import partial
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
-from frpo_nemo.megatron import adapter_files, distributed, lora, optimizer, packing, weight_decay
+from frpo_nemo.megatron import groups, lora, optimizer, packing, weight_decay
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
-from frpo_nemo.megatron.hf_weights.export import stream_hf_weights
-from frpo_nemo.megatron.hf_weights.load import load_hf_weights
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.megatron.model import DTYPES, build_model, output_weight
+from frpo_nemo.megatron.weights import adapter_files
+from frpo_nemo.megatron.weights.export import stream_hf_weights
+from frpo_nemo.megatron.weights.load import load_hf_weights
+from frpo_nemo.processes import world
 from frpo_nemo.stack import uses_transformer_engine
 
 
@@ -82,13 +85,14 @@ class PolicyActor:
         self.arch = Architecture.from_hf(model.path)
         self.config, self.optim = model, optim
         self.microbatch_tokens, self.temperature = microbatch_tokens, temperature
-        self.device = distributed.device()
+        self.device = world.device()
         # Of the base as it is read here, whatever becomes of the files.
         self.adapter_record = adapter_files.record(model)
         self.gpt = build_model(self.arch, model).to(self.device)
         load_hf_weights(self.gpt, self.arch, model.path)
         lora.initialise_adapters(self.gpt, self.arch, seed)
-        self.ddp = self.optimizer = None
+        self.ddp: DistributedDataParallel | None = None
+        self.optimizer: MegatronOptimizer | None = None
         self.decayed = weight_decay.MATRICES
         self._reference: dict[str, Tensor] | None = None
         self._offloaded = False
@@ -241,7 +245,7 @@ class PolicyActor:
     def _infer(self, batch: SequenceBatch, observe: Observe | None = None) -> dict[str, Tensor]:
         """The columns [R] of a forward pass. A batch with fewer sequences than replicas, as small held-out sets are, is
         filled up with its own, whose columns are dropped."""
-        replicas, sequences = distributed.data_parallel()[1], batch.num_sequences
+        replicas, sequences = groups.data_parallel()[1], batch.num_sequences
         tokens = int(batch.response_lengths.sum())
         if sequences < replicas:
             batch = batch.select([i % sequences for i in range(replicas)])
@@ -265,7 +269,7 @@ class PolicyActor:
 
     def _microbatches(self, batch: SequenceBatch) -> list[packing.Microbatch]:
         lengths = batch.lengths.tolist()
-        rank, replicas = distributed.data_parallel()
+        rank, replicas = groups.data_parallel()
         if batch.num_sequences < replicas:
             raise ValueError(f"{batch.num_sequences} sequences cannot be split over {replicas} data-parallel replicas")
         mine = packing.split_over_replicas(lengths, replicas)[rank]
@@ -350,12 +354,12 @@ class PolicyActor:
 
     def _gather(self, columns: list[dict[str, Tensor]], places: Tensor, total: int) -> dict[str, Tensor]:
         # Only the last stage has outputs, so it names the columns.
-        names = distributed.from_last_stage(list(columns[0]) if columns else None)
+        names = groups.from_last_stage(list(columns[0]) if columns else None)
         full = torch.zeros(len(names), total)
         if columns:
             for row, name in zip(full, names, strict=True):
                 row[places] = torch.cat([c[name] for c in columns]).float().cpu()
-        return dict(zip(names, distributed.sum_over_replicas_and_stages(full.to(self.device)).cpu(), strict=True))
+        return dict(zip(names, groups.sum_over_replicas_and_stages(full.to(self.device)).cpu(), strict=True))
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:

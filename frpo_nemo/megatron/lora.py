@@ -2,7 +2,7 @@
 with the base W frozen. q, k, v, o, gate, up and down have an A and a B each, as in PEFT, also where Megatron fuses them.
 
 The fact to know: an adapter is split over tensor ranks like its layer, and what its ranks exchange is rank-sized. Where
-its parameters lie in the whole model is the business of hf_weights/table.py, which names them as PEFT does.
+its parameters lie in the whole model is the business of weights/table.py, which names them as PEFT does.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from frpo_nemo.config.options import LoRAConfig
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.binding import bind, bind_adapters
-from frpo_nemo.megatron.hf_weights.load import fill
-from frpo_nemo.megatron.hf_weights.table import Weight
+from frpo_nemo.megatron.weights.binding import bind, bind_adapters
+from frpo_nemo.megatron.weights.load import fill
+from frpo_nemo.megatron.weights.table import Weight
 
 
 class Adapter(torch.nn.Module):
@@ -179,7 +179,7 @@ def _wide(b: Tensor, member: Tensor | None) -> Tensor:
     return b if member is None else (member.to(b.dtype)[:, :, None] * b[:, None, :]).flatten(1)
 
 
-def _initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
+def _initial(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if name.endswith("lora_B.weight"):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

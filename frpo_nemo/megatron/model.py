@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
-from frpo_nemo.megatron.hf_weights.binding import bind, bind_adapters
 from frpo_nemo.megatron.layers import PackedRotaryEmbedding, RMSNorm, local_layer_spec
 from frpo_nemo.megatron.lora import add_adapters
+from frpo_nemo.megatron.weights.binding import bind, bind_adapters
 from frpo_nemo.stack import uses_transformer_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -41,9 +41,13 @@ class Objective(ABC):
 
     @property
     def uses_importance(self) -> bool:
-        """Whether effective_advantages depends on the current policy. Then the class also has
-        importance(logprobs_R, old_logprobs_R, lengths_N) -> [N], to be passed on when the policy has moved."""
+        """Whether effective_advantages depends on the current policy: then it wants `importance` once that has moved."""
         return False
+
+    def importance(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
+        """Return the importance of every sequence under the current policy, [N], detached. Only of an objective that
+        `uses_importance`."""
+        raise NotImplementedError
 
     @property
     def loss_scale(self) -> float:

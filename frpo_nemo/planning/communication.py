@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.table import Layout, Weight, adapter_weights, weights
+from frpo_nemo.megatron.weights.table import Layout, Weight, adapter_weights, weights
 
 FP32, INT64 = 4, 8  # bytes
 SHAPE_BYTES = 3 * INT64  # before every activation between stages: packs differ in length

@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.binding import bind
-from frpo_nemo.megatron.hf_weights.table import hf_shapes
 from frpo_nemo.megatron.model import build_model
+from frpo_nemo.megatron.weights.binding import bind
+from frpo_nemo.megatron.weights.table import hf_shapes
 from frpo_nemo.planning.memory import Layout, rank_parameters
 
 

@@ -40,7 +40,7 @@ def find_layouts(
     fastest, fewer pipeline stages come first, then less memory; the others follow by time. `base` has what is not
     searched: precision, reference, the engine's other settings. head_room: share of GPU memory that must stay free."""
     arch.check_sequence_length(work.longest)
-    found, rejected = [], Counter()
+    found, rejected = [], Counter[str]()
     for layout in enumerate_layouts(arch, cluster, work, base, rejected):
         fits = phases(arch, layout, cluster.gpu_memory)
         reason = _too_large(arch, cluster, layout, fits, head_room)

@@ -38,7 +38,7 @@ class PairedTest:
 def paired_test(first: pd.Series, second: pd.Series) -> PairedTest:
     """Compare first - second over the labels (seeds, prompts) at which both have a value."""
     differences = (first - second).dropna().round(_DIGITS)
-    tests = {}
+    tests: dict[str, float] = {}
     if differences.nunique() > 1:
         t = stats.ttest_1samp(differences, 0.0)  # of differences: this is the paired t-test
         interval = t.confidence_interval(CONFIDENCE)

@@ -191,7 +191,7 @@ def stage_title(task: str) -> str:
 
 def _flat(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
     """{"optim.lr": 1e-3, ...}; a list is one value."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return flat

@@ -109,7 +109,7 @@ class Results:
     def objective(self, arm: str) -> dict[str, Any]:
         """Return the objective's settings in stage one; {} for an arm that had none."""
         mine = (row["settings"] for row in self.rows if row["arm"] == arm and row["stage"] == "train")
-        return dict(next(mine, {}).get("objective") or {})
+        return dict(next(mine, dict[str, Any]()).get("objective") or {})
 
     def objective_name(self, arm: str) -> str | None:
         objective = self.objective(arm)

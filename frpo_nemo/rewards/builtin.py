@@ -1,13 +1,12 @@
 """The built-in rewards that need nothing but text. Each is `(prompts, completions, *, arguments, **columns)
--> list`; `column` names the data column that holds the right answer. `math` is in mathematics.py, `world` in
-data/world.py."""
+-> list`; `column` names the data column that holds the right answer. `math` is in math_answers/."""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
 
-from frpo_nemo.rewards.final_answer import after_hashes, complete_boxes, gold_text
+from frpo_nemo.rewards.math_answers.final_answer import after_hashes, complete_boxes, gold_text
 
 
 def exact_answer(prompts, completions: list[str], *, column: str = "answer", **columns) -> list[float]:

@@ -21,10 +21,10 @@ from torch import Tensor
 from frpo_nemo.config.option import check_values
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target, options
-from frpo_nemo.rewards.local import LocalWeights
-from frpo_nemo.rewards.pool import WorkerPool
-from frpo_nemo.rewards.remote import longest_wait
+from frpo_nemo.rewards.isolation import WorkerPool
+from frpo_nemo.rewards.models.local import LocalWeights
+from frpo_nemo.rewards.models.remote import longest_wait
+from frpo_nemo.rewards.registry import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target, options
 
 ALWAYS_ISOLATED = ("math", "code")  # may hang on ordinary input; waits for programs, several at a time
 ARGUMENTS = ("prompts", "completions")  # of every reward
@@ -168,7 +168,7 @@ def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) 
 def local_weights(configs: Mapping[str, Any]) -> list[LocalWeights]:
     """Of the models that the rewards load in each process of a run, also those of its reward workers. Only built-in rewards
     tell; others are not even constructed. Raises ConfigError like `check_rewards`."""
-    found = []
+    found: list[LocalWeights] = []
     for config in (config for config in configs.values() if config.target in BUILT_IN):
         copies = config.workers if _is_isolated(config) else 1
         found += copies * bind(config.target, _args(config)).local_weights()

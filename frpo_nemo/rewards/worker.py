@@ -11,7 +11,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from frpo_nemo.rewards.call import bind, call_one
+from frpo_nemo.rewards.registry import bind, call_one
 
 
 def main() -> None:

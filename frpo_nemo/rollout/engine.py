@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rollout.verify import WeightCheck, raise_on_all_ranks
+from frpo_nemo.rollout.refit_check import WeightCheck, raise_on_all_ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from frpo_nemo.config.hub import is_hub_name, local_model
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.evaluate import check_options
 from frpo_nemo.study.parts import TRAINING_RECIPES, Part, compose_command, named
-from frpo_nemo.training.resume import check_same_run, is_failed_start
-from frpo_nemo.training.validate import validate_frpo, validate_sft
+from frpo_nemo.training.checks.config import validate_frpo, validate_sft
+from frpo_nemo.training.checks.resume import check_same_run, is_failed_start
 
-VALIDATE = {"frpo": validate_frpo, "sft": validate_sft}
+VALIDATE: dict[str, Callable[..., object]] = {"frpo": validate_frpo, "sft": validate_sft}
 MEASURED = {"train": "trainer.val_interval", "finetune": "probe.interval"}  # what the report is made of
 LOGIN_NODE = "FRPO_LOGIN_NODE"  # of resources.on_login_node
 UNKNOWN = "to-be/prepared"  # reads as a model of the hub, of which a recipe's check knows nothing either

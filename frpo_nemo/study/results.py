@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.record import starts
+from frpo_nemo.training.start_record import starts
 
 Row = dict[str, Any]
 SECTIONS = ("objective", "optim", "data", "rollout", "reward")  # of config.yaml: what can make two arms differ
@@ -171,5 +171,5 @@ def _settings(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def _environment(run_dir: Path) -> dict[str, Any]:
     """Of the run's last start."""
-    found = next(reversed(starts(run_dir)), {})
+    found: dict[str, Any] = next(reversed(starts(run_dir)), {})
     return {name: found[name] for name in ("commit", "packages", "world_size") if name in found}

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
@@ -172,7 +173,7 @@ def check_same_settings(part: Part, before: list[str]) -> None:
 
 
 def _row(part: Part, error: str | None) -> Row:
-    of = dict(arm=part.arm, seed=part.seed, task=part.task, error=error)
+    of: dict[str, Any] = dict(arm=part.arm, seed=part.seed, task=part.task, error=error)
     if part.evaluation:
         return row_of_evaluation(part.directory, evaluation=part.evaluation, **of)
     return row_of_run(part.directory, stage=part.stage, **of)

@@ -127,7 +127,8 @@ class SlurmChain:
         return [*jobs, self._report(follows=[job.name for job in pending], ends=running)]
 
     def _submit(self, jobs: list[Job], queue: dict[str, str]) -> list[dict[str, Any]]:
-        numbers, entries = dict(queue), []
+        numbers = dict(queue)
+        entries: list[dict[str, Any]] = []
         for job in jobs:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             try:

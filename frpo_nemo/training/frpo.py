@@ -12,14 +12,14 @@ import torch
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.data.prompts import PromptSampler
-from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
+from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.objective import Objective, build_objective
 from frpo_nemo.rewards.reward_set import build_rewards
+from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.loss import PolicyLoss
 from frpo_nemo.training.masked import save_masked
 from frpo_nemo.training.probe import VALIDATION, Probe, distance_from_reference
-from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, sampling_logprobs, step_statistics
 
@@ -41,7 +41,7 @@ def train(cfg: FRPORun) -> bool:
             )
             training, held_out = load_prompts(cfg, worker)
             probe = Probe(cfg, worker) if cfg.probe.interval else None
-            distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
+            start_model_parallel(cfg.model, cfg.trainer.seed)
             actor = PolicyActor(
                 cfg.model,
                 cfg.optim,
@@ -51,8 +51,12 @@ def train(cfg: FRPORun) -> bool:
             )
             if objective.beta > 0 or cfg.trainer.val_interval or probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with
-        held_out_prompts, probe_prompts = held_out and held_out.prompts, probe and probe.scored.prompts
-        run.attach(actor, train=training.prompts, validation=held_out_prompts, probe=probe_prompts)
+        run.attach(
+            actor,
+            train=training.prompts,
+            validation=held_out.prompts if held_out else None,
+            probe=probe.scored.prompts if probe else None,
+        )
         sampler = PromptSampler(len(training.prompts), cfg.rollout.prompts_per_step, cfg.trainer.seed, cfg.data.shuffle)
         worker.refit(actor)
         if run.step == 0:
@@ -100,7 +104,7 @@ def longest_sequence(cfg: FRPORun) -> int:
 
 
 def learn(
-    run: Run, objective, worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
+    run: Run[FRPORun], objective: Objective, worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
 ) -> list[StepResult]:
     """One optimizer update for each of updates_per_rollout minibatches of whole groups.
 
@@ -153,7 +157,7 @@ def policy_loss(cfg, objective: Objective, minibatch: SequenceBatch) -> PolicyLo
 
 
 def update(
-    run: Run, actor: PolicyActor, minibatch: SequenceBatch, columns: tuple, step: int, number: int
+    run: Run[FRPORun], actor: PolicyActor, minibatch: SequenceBatch, columns: tuple, step: int, number: int
 ) -> StepResult:
     """One optimizer step, update `number` of the run, with the gradient of `minibatch`, which gave `columns`."""
     trainer = run.cfg.trainer
@@ -166,7 +170,7 @@ def update(
         raise RuntimeError(f"step {step}: {error}; weights are unchanged, sequences saved in {path}") from error
 
 
-def measure(run: Run, worker: RolloutWorker, actor: PolicyActor, held_out, probe: Probe | None, step: int) -> None:
+def measure(run: Run[FRPORun], worker: RolloutWorker, actor: PolicyActor, held_out, probe: Probe | None, step: int) -> None:
     """What is due after `step`: validation on held-out prompts, and the probe of an earlier stage's skill."""
     if held_out and run.validation_due(step):
         validate(run, worker, actor, held_out, step)
@@ -174,7 +178,7 @@ def measure(run: Run, worker: RolloutWorker, actor: PolicyActor, held_out, probe
         probe.run_if_due(run, actor, step, refit=False)
 
 
-def validate(run: Run, worker: RolloutWorker, actor: PolicyActor, held_out: ScoredPrompts, step: int) -> None:
+def validate(run: Run[FRPORun], worker: RolloutWorker, actor: PolicyActor, held_out: ScoredPrompts, step: int) -> None:
     """One response to each held-out prompt, sampled as in training with the same randomness at every step: its reward,
     and the KL from the reference."""
     with run.phases("validate"):

@@ -12,7 +12,7 @@ from frpo_nemo.data.batch import segment_sum
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.objective.kl import k3, k3_penalty
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
+from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, scored_counts
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,40 +26,45 @@ from omegaconf import OmegaConf
 
 from frpo_nemo import redact, stack
 from frpo_nemo.config.hub import local_model
-from frpo_nemo.config.options import TrainingRun
+from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.data.prompts import PromptSet
 from frpo_nemo.data.sft import SFTSet
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint, checkpoint_files, distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
-from frpo_nemo.megatron.hf_weights.export import save_adapter, save_hf
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.checkpoint import save_load
+from frpo_nemo.megatron.weights.export import save_adapter, save_hf
 from frpo_nemo.planning.cluster import peak_flops
 from frpo_nemo.planning.memory import parameters
-from frpo_nemo.training import record
-from frpo_nemo.training.metrics import MetricsLogger, Phases
-from frpo_nemo.training.resources import describe_plan
-from frpo_nemo.training.resume import check_same_data, describe_weight_decay, source_digests
-from frpo_nemo.training.validate_data import describe_data
-from frpo_nemo.training.watchdog import Watchdog
+from frpo_nemo.processes import world
+from frpo_nemo.processes.phases import PhaseTimer
+from frpo_nemo.processes.watchdog import Watchdog
+from frpo_nemo.training import start_record
+from frpo_nemo.training.checks.data import describe_data
+from frpo_nemo.training.checks.resources import describe_plan
+from frpo_nemo.training.checks.resume import check_same_data, describe_weight_decay, source_digests
+from frpo_nemo.training.logging import MetricsLogger
+
+Config = TypeVar("Config", FRPORun, SFTRun)
 
 
-class Run:
+class Run(Generic[Config]):
     """Context manager around one training job. Use: attach the actor, then `for step in run.steps(): ...; run.record()`.
 
     A step is numbered from 1; `record` logs it, and saves when that is due.
     """
 
-    def __init__(self, cfg: TrainingRun):
+    def __init__(self, cfg: Config):
         ignore_warnings_of_libraries()
-        self.cfg = cfg
+        self.cfg: Config = cfg
         self.dir = Path(cfg.run_dir)
         self._as_given = redact.values(OmegaConf.to_container(OmegaConf.structured(cfg)))
         # cli.py downloads a hub name in one rank of a node. The others wait here, as long as it takes, and not in the
         # rendezvous, which has a time limit.
         cfg.model.path = local_model(cfg.model.path, download=True)
-        self.rank, self.world_size = distributed.start_world()
+        self.rank, self.world_size = world.start_world()
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
-        self.phases = Phases(self.watchdog)
+        self.phases = PhaseTimer(self.watchdog)
         self.step = 0
         self.memory: dict[str, float] = {}  # what the objective keeps from step to step
         self.measured: dict[str, float] = {}  # of the model at the run's first step, and kept for all later starts
@@ -101,11 +107,11 @@ class Run:
         for name, examples in present.items():
             if examples.dropped:
                 self.say(f"data {name}: {examples.dropped} rows too long or without an answer are left out")
-        if any(other != data for other in distributed.gather_objects(data)):
+        if any(other != data for other in world.gather_objects(data)):
             raise ConfigError("The ranks read different data: each node must see the same files under data.")
         if self._resumed_from is not None:
             with self.phases("load"):
-                state = checkpoint.load(self._resumed_from, actor)
+                state = save_load.load(self._resumed_from, actor)
             check_same_data(self._resumed_from, state, data)
             self.step = self._saved_step = state["step"]
             self.memory = state["memory"]
@@ -134,7 +140,7 @@ class Run:
             if self._someone_was_signalled():
                 if self.step and self._saved_step != self.step:
                     self.save()
-                command = record.resume_command(self.cfg.checkpoint.resume)
+                command = start_record.resume_command(self.cfg.checkpoint.resume)
                 self.say(f"stopped by a signal after step {self.step}; to continue: {command}")
                 break
             self.phases.step = self.step + 1
@@ -177,7 +183,7 @@ class Run:
             state = {"data": self._data, "memory": self.memory, "measured": self.measured}
             state["moment"] = self.moment.isoformat()
             seed, score = self.cfg.trainer.seed, self._score_now()
-            checkpoint.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)
+            save_load.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)
             if self.rank == 0:
                 checkpoint_files.prune(self.dir, keep.keep_last, keep.keep_best)
         self._saved_step = self.step
@@ -234,13 +240,13 @@ class Run:
         if self._resumed_from is None:
             return datetime.now().isoformat()
         saved = checkpoint_files.read(self._resumed_from)["state"].get("moment")
-        return saved or record.began(self.dir) or datetime.now().isoformat()
+        return saved or start_record.began(self.dir) or datetime.now().isoformat()
 
     def _note_signal(self, number: int, frame) -> None:
         self._stop_signal = number
 
     def _someone_was_signalled(self) -> bool:
-        flag = torch.tensor(float(self._stop_signal is not None), device=distributed.device())
+        flag = torch.tensor(float(self._stop_signal is not None), device=world.device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -264,8 +270,8 @@ class Run:
             self.say(
                 f"trainer.max_steps={steps} (was {before}): warm-up and schedule of optim.lr go by the new one from here"
             )
-        record.write_config(self.dir, self._as_given)
-        record.add_start(
+        start_record.write_config(self.dir, self._as_given)
+        start_record.add_start(
             self.dir,
             model=self.cfg.model.path,
             world_size=self.world_size,

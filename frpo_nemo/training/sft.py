@@ -7,12 +7,12 @@ from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.data.chat import Chat
 from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.data.sft import SFTSet, load_examples
-from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
-from frpo_nemo.training.chat import load_chat
+from frpo_nemo.megatron.groups import start_model_parallel
+from frpo_nemo.rollout.chat import load_chat
+from frpo_nemo.rollout.worker import RolloutWorker
 from frpo_nemo.training.loss import CompletionLoss
 from frpo_nemo.training.probe import Probe
-from frpo_nemo.training.rollouts import RolloutWorker
 from frpo_nemo.training.run import Run
 
 
@@ -35,13 +35,13 @@ def train(cfg: SFTRun) -> bool:
                     measured=run.measured,
                 )
                 probe = Probe(cfg, worker)
-            distributed.start_model_parallel(cfg.model, cfg.trainer.seed)
+            start_model_parallel(cfg.model, cfg.trainer.seed)
             actor = PolicyActor(
                 cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens, seed=cfg.trainer.seed
             )
             if probe:
                 actor.freeze_reference()  # before a checkpoint is loaded: it is the model that fine-tuning began with
-        run.attach(actor, train=examples, validation=held_out, probe=probe and probe.scored.prompts)
+        run.attach(actor, train=examples, validation=held_out, probe=probe.scored.prompts if probe else None)
         sampler = PromptSampler(len(examples), cfg.data.sequences_per_step, cfg.trainer.seed, cfg.data.shuffle)
         if run.step == 0:
             measure(run, actor, held_out, probe, 0)
@@ -65,7 +65,7 @@ def train(cfg: SFTRun) -> bool:
     return run.finished
 
 
-def learn(run: Run, actor: PolicyActor, batch: SequenceBatch, step: int) -> StepResult:
+def learn(run: Run[SFTRun], actor: PolicyActor, batch: SequenceBatch, step: int) -> StepResult:
     """One gradient and optimizer step on the completions of `batch`."""
     tokens, total = int(batch.response_lengths.sum()), run.cfg.trainer.max_steps
     actor.prepare_for_training()
@@ -77,7 +77,7 @@ def learn(run: Run, actor: PolicyActor, batch: SequenceBatch, step: int) -> Step
             raise RuntimeError(f"step {step}: {error}; weights unchanged, sequences saved in {path}") from error
 
 
-def measure(run: Run, actor: PolicyActor, held_out: SFTSet | None, probe: Probe | None, step: int) -> None:
+def measure(run: Run[SFTRun], actor: PolicyActor, held_out: SFTSet | None, probe: Probe | None, step: int) -> None:
     """What is due after `step`: validation of what is learned, and the probe of what was learned before."""
     if run.validation_due(step):
         validate(run, actor, held_out, step)
@@ -93,7 +93,7 @@ def load_data(cfg: SFTRun, chat: Chat) -> tuple[SFTSet, SFTSet | None]:
     return examples, held_out
 
 
-def validate(run: Run, actor: PolicyActor, held_out: SFTSet, step: int) -> None:
+def validate(run: Run[SFTRun], actor: PolicyActor, held_out: SFTSet, step: int) -> None:
     """On held-out completions: mean cross-entropy per token, the share of tokens that are the policy's likeliest, and
     the share of completions made of such tokens only, which is what greedy decoding would get exactly right."""
     with run.phases("validate"):

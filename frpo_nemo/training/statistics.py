@@ -9,7 +9,7 @@ from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron.actor import StepResult
 from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.mismatch import mismatch_statistics
-from frpo_nemo.training.rollouts import Rollouts
+from frpo_nemo.rollout.worker import Rollouts
 
 
 def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:

@@ -16,7 +16,7 @@ import yaml
 from acceptance import registry, report, world
 from acceptance.context import Context
 from acceptance.world import ROOT, Measured
-from frpo_nemo.rollout.verify import GAP_LIMITS
+from frpo_nemo.rollout.refit_check import GAP_LIMITS
 
 THRESHOLDS = ROOT / "acceptance" / "thresholds.yaml"
 NEED_CUDA = {

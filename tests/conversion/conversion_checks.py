@@ -14,11 +14,11 @@ from worlds import use_layout
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.megatron.hf_weights.binding import bind_adapters
-from frpo_nemo.megatron.hf_weights.export import save_adapter, save_hf
+from frpo_nemo.megatron.weights.binding import bind_adapters
+from frpo_nemo.megatron.weights.export import save_adapter, save_hf
 
 LORA = LoRAConfig(rank=4, alpha=6.0)
 SHARD_BYTES = 300_000
@@ -39,7 +39,7 @@ def save_both(path: str, run_dir: str, *, step: int = 1, **layout) -> None:
     with torch.no_grad():
         for parameter in actor.gpt.parameters():
             parameter.mul_(1 + step / 8)  # every copy of a replicated or tied weight alike
-    checkpoint.save(run_dir, actor, {}, step=step, seed=7, score=SCORE - step)
+    save_load.save(run_dir, actor, {}, step=step, seed=7, score=SCORE - step)
     save_hf(actor.gpt, actor.arch, path, Path(run_dir) / "live", max_shard_bytes=SHARD_BYTES)
 
 
@@ -50,14 +50,14 @@ def save_adapters(path: str, run_dir: str, **layout) -> None:
         for binding in bind_adapters(actor.gpt, actor.arch):
             if binding.parameter is not None and binding.parameter is binding.layer.b:
                 binding.parameter.fill_(0.05).mul_(binding.parameter.shape[0] % 7 + 1)
-    checkpoint.save(run_dir, actor, {}, step=1, seed=7)
+    save_load.save(run_dir, actor, {}, step=1, seed=7)
     save_hf(actor.gpt, actor.arch, path, Path(run_dir) / "live", max_shard_bytes=SHARD_BYTES)
     save_adapter(actor.gpt, actor.arch, LORA, Path(run_dir) / "adapter", base=path)
 
 
 def save_trained(path: str, run_dir: str) -> None:
     """A checkpoint with an optimizer, in fp32."""
-    checkpoint.save(run_dir, actor_of(path, train=True), {}, step=1, seed=7, score=None)
+    save_load.save(run_dir, actor_of(path, train=True), {}, step=1, seed=7, score=None)
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def check_loads(path: str, converted: str, **layout) -> None:
     actor = actor_of(path, **layout)
     for parameter in actor.gpt.parameters():
         parameter.fill_(float("nan"))
-    checkpoint.load(converted, actor)
+    save_load.load(converted, actor)
     source = tensors(Path(path))
     for name, tensor in actor.stream_hf_weights():
         assert torch.equal(tensor, source[name]), name
@@ -76,7 +76,7 @@ def check_training_refuses(path: str, converted: str) -> str:
     """An actor that trains does not take weights alone for a checkpoint of training; returns the sentence."""
     actor = actor_of(path, train=True)
     try:
-        checkpoint.load(converted, actor)
+        save_load.load(converted, actor)
     except ConfigError as error:
         return str(error)
     raise AssertionError("weights without an optimizer were resumed")

@@ -11,7 +11,7 @@ import torch
 from conversion_checks import tensors
 from tiny_models import make_tiny
 
-from frpo_nemo.data.new_model import train_tokenizer
+from frpo_nemo.examples.new_model import train_tokenizer
 from frpo_nemo.megatron.architecture import Architecture
 
 TEXTS = ["def f(x): return 12.5", "Two words, and 2024 rolls."]

@@ -23,9 +23,9 @@ from frpo_nemo.conversion import inputs
 from frpo_nemo.conversion.convert import convert
 from frpo_nemo.conversion.inputs import ConvertRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.files import publish_export
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.weights.files import publish_export
 
 SHARD_GB = checks.SHARD_BYTES / 1e9
 WEIGHT = "decoder.layers.mlp.linear_fc2.weight"
@@ -165,7 +165,7 @@ def test_training_does_not_resume_from_weights_alone(workers, model, converted):
 
 
 def test_a_run_that_is_to_resume_from_weights_alone_is_refused_before_anything_loads(model, converted, tmp_path):
-    from frpo_nemo.training.resume import check_resume
+    from frpo_nemo.training.checks.resume import check_resume
 
     cfg = namedtuple("Cfg", "model checkpoint run_dir")(
         namedtuple("M", "path")(model), namedtuple("C", "resume")(str(converted)), str(tmp_path)

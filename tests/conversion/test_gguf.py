@@ -26,7 +26,7 @@ from frpo_nemo.conversion.inputs import ConvertRun
 from frpo_nemo.data.tokenizer import SAMPLE, check_read_alike, load_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.training.chat import stop_token_ids
+from frpo_nemo.rollout.chat import stop_token_ids
 
 
 @pytest.fixture(scope="module")

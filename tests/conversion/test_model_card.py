@@ -14,7 +14,7 @@ from frpo_nemo.conversion import inputs
 from frpo_nemo.conversion.convert import convert
 from frpo_nemo.conversion.inputs import ConvertRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 
 WEIGHTLESS = ["config.json", "tokenizer.model", "merges.txt", "additional_chat_templates/a.jinja", "LICENSE", "NOTICE"]
 

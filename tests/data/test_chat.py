@@ -13,11 +13,11 @@ from published_tokenizers import tokenizer_files
 
 from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.chat import Chat
-from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.prompts import load_prompts
 from frpo_nemo.data.sft import load_examples
 from frpo_nemo.data.tokenizer import load_tokenizer
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.examples.new_model import train_tokenizer
 
 TRL = Path(pytest.importorskip("trl", reason="TRL is not in the lock for GPUs").__file__).parent / "chat_templates"
 NEW_YEAR = datetime(2026, 1, 2, 3, 4)

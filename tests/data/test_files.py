@@ -12,7 +12,7 @@ from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.files import find_files
 from frpo_nemo.data.sources import check_source, load_rows, read_to_check
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.validate_data import check_source_list, describe_data
+from frpo_nemo.training.checks.data import check_source_list, describe_data
 
 
 def write(root: Path, *names: str, rows: int = 1) -> Path:
@@ -129,10 +129,11 @@ def test_a_part_of_a_split_is_taken_of_files_as_of_the_hub(split, expected, name
 
 
 def test_a_part_of_the_embedded_world_is_taken_as_of_files():
-    whole = load_rows(SourceConfig(path="world:math"))
-    assert load_rows(SourceConfig(path="world:math", split="train[:3]+train[-1:]")) == [*whole[:3], whole[-1]]
+    path = "python:frpo_nemo.examples.toy.rows?part=math"
+    whole = load_rows(SourceConfig(path=path))
+    assert load_rows(SourceConfig(path=path, split="train[:3]+train[-1:]")) == [*whole[:3], whole[-1]]
     with pytest.raises(ConfigError, match="no split 'test' .split=test.; it has train"):
-        load_rows(SourceConfig(path="world:math", split="test"))
+        load_rows(SourceConfig(path=path, split="test"))
 
 
 def test_the_name_of_a_file_may_say_its_split_and_a_file_has_no_other(tmp_path):
@@ -202,5 +203,5 @@ def test_a_directory_of_save_to_disk_is_read(tmp_path):
 
 
 def test_names_of_the_hub_are_left_to_datasets():
-    for name in ("openai/gsm8k", "openai/gsm8k:main", "tatsu-lab/alpaca.v2", "world:prompts"):
+    for name in ("openai/gsm8k", "openai/gsm8k:main", "tatsu-lab/alpaca.v2", "python:frpo_nemo.examples.toy.rows?part=prompts"):
         assert find_files(name) is None

@@ -12,10 +12,10 @@ import pytest
 from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import SFTRun
-from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.sft import load_examples
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.validate import validate_sft
+from frpo_nemo.examples.new_model import train_tokenizer
+from frpo_nemo.training.checks.config import validate_sft
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 RUN = ["run_dir=run", "model.path=some-org/some-model", "optim.lr=1e-5", "data.sequences_per_step=4"]

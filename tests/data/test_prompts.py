@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo.config.options import SourceConfig
-from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.prompts import PromptSampler, load_prompts
 from frpo_nemo.data.sources import check_source
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.examples.new_model import train_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [
@@ -70,7 +70,7 @@ def test_longer_prompts_are_dropped_and_counted(tokenizer, path):
 
 
 def test_columns_for_rewards_are_repeated_for_each_response(tokenizer, path):
-    world = SourceConfig(path="world:math", limit=1)
+    world = SourceConfig(path="python:frpo_nemo.examples.toy.rows?part=math", limit=1)
     prompts = load(tokenizer, SourceConfig(path=path, prompt="question", limit=2), world)
     columns = prompts.columns([1, 2], repeat=2)
     assert columns["kind"] == ["odd", "odd", None, None]
@@ -109,7 +109,7 @@ def test_a_check_needs_only_the_first_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n")
     assert check_source(SourceConfig(path=str(path), prompt="question")) == ["question", "answer", "kind"]
-    assert "answer" in check_source(SourceConfig(path="world:prompts?seed=1"))
+    assert "answer" in check_source(SourceConfig(path="python:frpo_nemo.examples.toy.rows?part=prompts&seed=1"))
 
 
 BAD = {
@@ -120,9 +120,12 @@ BAD = {
     "two tasks": ({"prompt": "question", "task": "a", "task_column": "kind"}, "give one"),
     "broken file": ({"path": "{tmp}/broken.jsonl"}, "broken.jsonl' cannot be read: JSON parse error"),
     "empty file": ({"path": "{tmp}/empty.jsonl"}, "has no rows"),
-    "unknown world": ({"path": "world:nothing"}, "no part of the embedded world"),
-    "unknown option": ({"path": "world:prompts?sed=1"}, "no part of the embedded world"),
-    "bad seed": ({"path": "world:prompts?seed=x"}, "no part of the embedded world"),
+    "unknown module": ({"path": "python:there.is.none"}, "ModuleNotFoundError: No module named 'there'. Write python:pack"),
+    "unknown function": ({"path": "python:frpo_nemo.examples.toy.nothing"}, "has no attribute 'nothing'"),
+    "unknown part": ({"path": "python:frpo_nemo.examples.toy.rows?part=all"}, "part=all must be one of reference, prompts, "),
+    "no rows": ({"path": "python:os.getcwd"}, "must return a list of dicts"),
+    "unknown option": ({"path": "python:frpo_nemo.examples.toy.rows?part=prompts&sed=1"}, "unexpected keyword argument 'sed'"),
+    "bad seed": ({"path": "python:frpo_nemo.examples.toy.rows?part=prompts&seed=x"}, "seed=x must be a whole number"),
 }
 
 

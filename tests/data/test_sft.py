@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo.config.options import SourceConfig
-from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.prompts import load_prompts
 from frpo_nemo.data.sft import load_examples
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.examples.new_model import train_tokenizer
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
 ROWS = [{"q": "Count to " + "four, " * i, "a": "one, two" + ", three" * i} for i in range(5)]

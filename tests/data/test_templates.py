@@ -7,7 +7,7 @@ from frpo_nemo.data.columns import completion_text, prompt_messages
 from frpo_nemo.data.sources import check_source
 from frpo_nemo.data.templates import columns_of, fill, is_template
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.validate_data import check_reward_tasks
+from frpo_nemo.training.checks.data import check_reward_tasks
 
 ROW = {"q": "6*7?", "answer": "42", "two words": "{q} \\n {{q}}"}
 

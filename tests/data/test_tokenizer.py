@@ -11,9 +11,9 @@ from published_tokenizers import tokenizer_files
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.data.tokenizer import SAMPLE, check_read_alike, load_tokenizer
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.examples.new_model import train_tokenizer
 
 
 def model_directory(path, package: str | None, family: str, vocab_size: int = 200_000, **settings) -> str:

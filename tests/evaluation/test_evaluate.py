@@ -14,19 +14,20 @@ from safetensors.torch import load_file
 
 from frpo_nemo.config.options import RewardConfig, SourceConfig
 from frpo_nemo.config.overrides import CONFIGS
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import rows, world_reward, world_tokenizer
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation import reward_probe
 from frpo_nemo.evaluation.benchmarks import EvaluatedModel, EvaluateRun
 from frpo_nemo.evaluation.evaluate import evaluate
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_host_memory, check_reward_probe
+from frpo_nemo.examples.new_model import new_model
+from frpo_nemo.examples.toy import rows, toy_reward, toy_tokenizer
 
-PROMPTS, SAMPLES, SOURCE = 20, 2, "world:prompts?seed=5&heldout=1"
+PROMPTS, SAMPLES, SOURCE = 20, 2, "python:frpo_nemo.examples.toy.rows?part=prompts&seed=5&heldout=1"
+TOY_REWARD = RewardConfig(target="frpo_nemo.examples.toy.toy_reward")
 OPTIONS = [
     "dtype=float32",
     f'probe.prompts=[{{path: "{SOURCE}", task_column: task, limit: {PROMPTS}}}]',
-    "probe.reward={world: {target: world}}",
+    "probe.reward={toy: {target: frpo_nemo.examples.toy.toy_reward}}",
     f"probe.samples={SAMPLES}",
     "probe.max_prompt_tokens=8",
     "probe.max_response_tokens=6",
@@ -62,10 +63,10 @@ def test_a_checkpoint_is_measured_as_the_model_that_the_run_exported(measured):
 def test_the_probe_has_the_reward_of_every_response_that_it_keeps(measured):
     _, out, printed = measured
     samples = [json.loads(line) for line in (out / "probe/samples.jsonl").read_text().splitlines()]
-    answers = {f"<bos> {row['prompt']} <sep>": row for row in rows(SOURCE)[:PROMPTS]}
+    answers = {f"<bos> {row['prompt']} <sep>": row for row in rows("prompts", seed="5", heldout="1")[:PROMPTS]}
     columns = [answers[sample["prompt"].strip()] for sample in samples]
     named = {key: [row[key] for row in columns] for key in ("task", "answer", "refusal")}
-    scores = world_reward(None, [sample["response"].removesuffix("<eos>") for sample in samples], **named)
+    scores = toy_reward(None, [sample["response"].removesuffix("<eos>") for sample in samples], **named)
     assert len(samples) == PROMPTS * SAMPLES
     assert [sample["reward"] for sample in samples] == pytest.approx(scores)
     results = json.loads((out / "results.json").read_text())
@@ -97,7 +98,7 @@ def test_a_mistake_is_told_before_anything_is_measured(measured, tmp_path, chang
         model=EvaluatedModel(path=str(run_dir)),
         out=str(tmp_path),
         dtype="float32",
-        probe=RewardProbeConfig(prompts=[SourceConfig(path=SOURCE)], reward={"world": RewardConfig(target="world")}),
+        probe=RewardProbeConfig(prompts=[SourceConfig(path=SOURCE)], reward={"toy": TOY_REWARD}),
     )
     for name, value in changes.items():
         setattr(config, name, value)
@@ -113,7 +114,7 @@ def test_a_mistake_is_told_before_anything_is_measured(measured, tmp_path, chang
 def test_local_reward_models_that_exceed_the_hosts_memory_are_refused_before_a_model_loads(tmp_path, monkeypatch):
     """Every process loads its own."""
     sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=64)
-    new_model(tmp_path / "rm", tokenizer=world_tokenizer(), head="reward", max_position_embeddings=64, seed=1, **sizes)
+    new_model(tmp_path / "rm", tokenizer=toy_tokenizer(), head="reward", max_position_embeddings=64, seed=1, **sizes)
     scorer = RewardConfig(target="reward_model", args={"model": str(tmp_path / "rm"), "local": {"dtype": "float32"}})
     probe = RewardProbeConfig(prompts=[SourceConfig(path=SOURCE)], reward={"help": scorer})
     weights = (tmp_path / "rm/model.safetensors").stat().st_size
@@ -129,7 +130,7 @@ def test_local_reward_models_that_exceed_the_hosts_memory_are_refused_before_a_m
 
 def test_results_of_other_settings_are_not_taken_for_these(measured):
     run_dir, out, _ = measured
-    probe = RewardProbeConfig(prompts=[SourceConfig(path=SOURCE)], reward={"world": RewardConfig(target="world")})
+    probe = RewardProbeConfig(prompts=[SourceConfig(path=SOURCE)], reward={"toy": TOY_REWARD})
     config = EvaluateRun(model=EvaluatedModel(path=str(run_dir)), out=str(out), dtype="float32", probe=probe)
     with pytest.raises(ConfigError, match="a result with other settings or weights"):
         evaluate(config)

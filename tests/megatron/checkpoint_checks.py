@@ -19,8 +19,9 @@ from worlds import use_layout
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch, segment_mean
-from frpo_nemo.megatron import checkpoint, checkpoint_files, optimizer_state
 from frpo_nemo.megatron.actor import Losses, PolicyActor
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.checkpoint import optimizer_state, save_load
 from frpo_nemo.megatron.cpu import megatron_device
 
 SEQUENCES = 13
@@ -36,23 +37,23 @@ def check_bitwise_resume(path: str, run_dir: str, **layout) -> dict[str, float]:
     actor = make_actor(path, **layout)
     train(actor, range(BEFORE))
     started = time.monotonic()
-    saved = checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7, score=0.5)
+    saved = save_load.save(run_dir, actor, STATE, step=BEFORE, seed=7, score=0.5)
     seconds = {"save": time.monotonic() - started}
     draws = _draw()
     uninterrupted = train(actor, range(BEFORE, STEPS))
 
     resumed = make_actor(path, **layout)
     started = time.monotonic()
-    state = checkpoint.load(checkpoint.newest(run_dir), resumed)
+    state = save_load.load(save_load.newest(run_dir), resumed)
     seconds["load"] = time.monotonic() - started
     assert state == {**STATE, "step": BEFORE, "rng_restored": True}, state
     assert all(torch.equal(a, b) for a, b in zip(draws, _draw(), strict=True)), "random numbers differ after a resume"
     assert optimizer_state.adam_step(resumed.optimizer) == BEFORE
     assert train(resumed, range(BEFORE, STEPS)) == uninterrupted
     _assert_same_bits(_everything(actor), _everything(resumed))
-    assert checkpoint.newest(run_dir) == saved == Path(run_dir) / "checkpoints" / f"step_{BEFORE:08d}"
+    assert save_load.newest(run_dir) == saved == Path(run_dir) / "checkpoints" / f"step_{BEFORE:08d}"
     started = time.monotonic()
-    checkpoint.save(run_dir, resumed, STATE, step=STEPS, seed=7)
+    save_load.save(run_dir, resumed, STATE, step=STEPS, seed=7)
     seconds["second save"] = time.monotonic() - started
     return seconds
 
@@ -60,10 +61,10 @@ def check_bitwise_resume(path: str, run_dir: str, **layout) -> dict[str, float]:
 def check_resume_before_first_update(path: str, run_dir: str, **layout) -> None:
     """An optimizer without state saves and loads as one at step 0, and goes on training."""
     actor = make_actor(path, **layout)
-    checkpoint.save(run_dir, actor, STATE, step=0, seed=7)
+    save_load.save(run_dir, actor, STATE, step=0, seed=7)
     uninterrupted = train(actor, range(2))
     resumed = make_actor(path, **layout)
-    checkpoint.load(checkpoint.newest(run_dir), resumed)
+    save_load.load(save_load.newest(run_dir), resumed)
     assert train(resumed, range(2)) == uninterrupted
 
 
@@ -71,7 +72,7 @@ def save_reference(path: str, run_dir: str, **layout) -> None:
     """Train and save, and write down what a resume in any layout must reproduce: weights and the next losses."""
     actor = make_actor(path, **layout)
     train(actor, range(BEFORE))
-    checkpoint.save(run_dir, actor, STATE, step=BEFORE, seed=7)
+    save_load.save(run_dir, actor, STATE, step=BEFORE, seed=7)
     reference = dict(actor.stream_hf_weights())
     reference[LOSSES] = torch.tensor(train(actor, range(BEFORE, STEPS)))
     if dist.get_rank() == 0:
@@ -84,12 +85,12 @@ def check_reshaped_resume(path: str, run_dir: str, *, loss_tolerance: float = 1e
     reference = load_file(Path(run_dir) / "reference.safetensors")
     expected = reference.pop(LOSSES)
     actor = make_actor(path, **layout)
-    source = checkpoint.newest(run_dir)
-    state = checkpoint.load(source, actor)
+    source = save_load.newest(run_dir)
+    state = save_load.load(source, actor)
     assert state == {**STATE, "step": BEFORE, "rng_restored": False}, state
     _assert_same_bits(reference, dict(actor.stream_hf_weights()))
     # What this layout saves is what it has loaded: weights, fp32 main weights and moments, put together.
-    again = checkpoint.save(f"{run_dir}-again", actor, {}, step=BEFORE, seed=7)
+    again = save_load.save(f"{run_dir}-again", actor, {}, step=BEFORE, seed=7)
     rows = actor.arch.vocab_size
     _assert_same_bits(_plain_tensors(source, rows), _plain_tensors(again, rows))
     assert checkpoint_files.read(again)["adam_step"] == BEFORE
@@ -103,7 +104,7 @@ def check_weights_alone(path: str, run_dir: str, **layout) -> None:
     reference = load_file(Path(run_dir) / "reference.safetensors")
     del reference[LOSSES]
     actor = make_actor(path, train=False, **layout)
-    checkpoint.load(checkpoint.newest(run_dir), actor)
+    save_load.load(save_load.newest(run_dir), actor)
     _assert_same_bits(reference, dict(actor.stream_hf_weights()))
 
 
@@ -111,21 +112,21 @@ def check_failed_write(path: str, run_dir: str, failing_rank: int, limit: int, *
     """Where one rank cannot write (files end at `limit` bytes), all ranks raise one sentence, what was written goes
     away, and what was there before stays. Returns the sentence."""
     actor = make_actor(path, **layout)
-    before = checkpoint.save(run_dir, actor, STATE, step=1, seed=7)
+    before = save_load.save(run_dir, actor, STATE, step=1, seed=7)
     sizes = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, sizes[1]))
     try:
-        checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
-    except checkpoint.CheckpointError as error:
+        save_load.save(run_dir, actor, STATE, step=2, seed=7)
+    except save_load.CheckpointError as error:
         sentence = str(error)
     else:
         raise AssertionError("a save with a rank that cannot write went through")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
     assert os.listdir(before.parent) == [before.name]
-    checkpoint.load(checkpoint.newest(run_dir), actor)
-    checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    save_load.load(save_load.newest(run_dir), actor)
+    save_load.save(run_dir, actor, STATE, step=2, seed=7)
     return sentence
 
 
@@ -133,7 +134,7 @@ def die_inside_save(path: str, run_dir: str, moment: str, **layout) -> None:
     """Save step 1; then every rank is killed inside the save of step 2: while "tensors" are written, or when all is
     written and only the "name" is missing."""
     actor = make_actor(path, **layout)
-    checkpoint.save(run_dir, actor, STATE, step=1, seed=7)
+    save_load.save(run_dir, actor, STATE, step=1, seed=7)
 
     def die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +144,7 @@ def die_inside_save(path: str, run_dir: str, moment: str, **layout) -> None:
     else:
         torch.distributed.checkpoint.filesystem._write_item = die
     try:
-        checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+        save_load.save(run_dir, actor, STATE, step=2, seed=7)
     finally:
         die()  # only the first rank publishes: the other sees a broken connection, and launchers kill it then
 
@@ -154,8 +155,8 @@ def check_resume_after_death(path: str, run_dir: str, **layout) -> None:
     directory = Path(run_dir) / "checkpoints"
     remains = set(os.listdir(directory)) - {"step_00000001"}
     assert len(remains) == 1, remains
-    assert checkpoint.load(checkpoint.newest(run_dir), actor)["step"] == 1
-    checkpoint.save(run_dir, actor, STATE, step=2, seed=7)
+    assert save_load.load(save_load.newest(run_dir), actor)["step"] == 1
+    save_load.save(run_dir, actor, STATE, step=2, seed=7)
     assert sorted(os.listdir(directory)) == ["step_00000001", "step_00000002"]
 
 

@@ -16,9 +16,9 @@ from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.megatron.hf_weights.binding import bind_adapters
-from frpo_nemo.megatron.hf_weights.export import stream_adapters
-from frpo_nemo.megatron.hf_weights.load import fill
+from frpo_nemo.megatron.weights.binding import bind_adapters
+from frpo_nemo.megatron.weights.export import stream_adapters
+from frpo_nemo.megatron.weights.load import fill
 from frpo_nemo.objective import build_objective
 from frpo_nemo.training.loss import CompletionLoss, PolicyLoss
 

@@ -11,10 +11,11 @@ from gradient_checks import example_batch, set_adapters
 from megatron.core import parallel_state
 
 from frpo_nemo.config.options import LoRAConfig
-from frpo_nemo.megatron import checkpoint, distributed, rng
-from frpo_nemo.megatron.hf_weights.binding import bind_adapters
-from frpo_nemo.megatron.hf_weights.export import save_adapter, stream_adapters
-from frpo_nemo.megatron.optimizer_state import _parts
+from frpo_nemo.megatron.checkpoint import rng, save_load
+from frpo_nemo.megatron.checkpoint.optimizer_state import _parts
+from frpo_nemo.megatron.weights.binding import bind_adapters
+from frpo_nemo.megatron.weights.export import save_adapter, stream_adapters
+from frpo_nemo.processes import world
 
 
 def compared_with_reference(path: str, lora: LoRAConfig, adapter: str, **layout) -> dict[str, torch.Tensor]:
@@ -62,7 +63,7 @@ def check_only_adapters_are_trained(path: str, lora: LoRAConfig, **layout) -> No
     assert 0 < sum(moment.numel() for moment in moments) <= trained
     bound = [binding for binding in bind_adapters(actor.gpt, actor.arch) if binding.parameter is not None]
     common = [binding.parameter.detach() for binding in bound if binding.weight.replicated]
-    everywhere = distributed.gather_objects((parallel_state.get_pipeline_model_parallel_rank(), common))
+    everywhere = world.gather_objects((parallel_state.get_pipeline_model_parallel_rank(), common))
     for stage, others in everywhere:
         if stage == parallel_state.get_pipeline_model_parallel_rank():
             assert all(torch.equal(own, other) for own, other in zip(common, others, strict=True))
@@ -72,7 +73,7 @@ def save_after_the_base_was_replaced(path: str, other: str, run_dir: str, lora: 
     """As by a first stage that is run again into the directory from which a second one began."""
     actor = make_actor(path, lora=lora)
     shutil.copyfile(Path(other) / "model.safetensors", Path(path) / "model.safetensors")
-    checkpoint.save(run_dir, actor, {}, step=1, seed=7)
+    save_load.save(run_dir, actor, {}, step=1, seed=7)
 
 
 def losses_with(path: str, lora: LoRAConfig, **layout) -> list[float]:

@@ -13,13 +13,13 @@ from worlds import use_layout
 
 from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import megatron_device
-from frpo_nemo.megatron.hf_weights.export import save_hf, stream_hf_weights
-from frpo_nemo.megatron.hf_weights.load import load_hf_weights
 from frpo_nemo.megatron.model import build_model, output_weight
 from frpo_nemo.megatron.packing import build_microbatch
+from frpo_nemo.megatron.weights.export import save_hf, stream_hf_weights
+from frpo_nemo.megatron.weights.load import load_hf_weights
+from frpo_nemo.processes import world
 
 
 def check_logits_parity(path: str, tp: int, pp: int, sp: bool = False, **layout) -> float:
@@ -93,7 +93,7 @@ def _imported(path: str, tp: int, pp: int, sp: bool = False, precision: str = "f
 def _packed_logits(model, sequences: list[list[int]], pad_multiple: int):
     """Full-vocabulary logits [T, padded vocabulary] on the last stage, None on others."""
     batch = SequenceBatch.from_lists([s[:1] for s in sequences], [s[1:] for s in sequences])
-    micro = build_microbatch(batch, list(range(len(sequences))), device=distributed.device(), pad_multiple=pad_multiple)
+    micro = build_microbatch(batch, list(range(len(sequences))), device=world.device(), pad_multiple=pad_multiple)
 
     def forward(iterator, model):
         next(iterator)

@@ -9,8 +9,8 @@ import pytest
 from tiny_models import make_tiny
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files as files
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.checkpoint import files
 
 # -- directories
 
@@ -112,7 +112,7 @@ class Touch:
 
 
 def test_an_index_that_would_run_code_is_refused_unread(tmp_path):
-    from frpo_nemo.megatron.checkpoint import read_metadata
+    from frpo_nemo.megatron.checkpoint.save_load import read_metadata
 
     with pytest.raises(ConfigError, match="is not a whole checkpoint"):
         read_metadata(tmp_path)

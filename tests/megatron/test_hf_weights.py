@@ -12,10 +12,10 @@ from tiny_models import FAMILIES, make_tiny
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.export import _plan_shards, check_replaceable
-from frpo_nemo.megatron.hf_weights.load import check_checkpoint
-from frpo_nemo.megatron.hf_weights.table import Layout, check_complete, hf_shapes, weights
-from frpo_nemo.megatron.hf_weights.tensors import EMBEDDING, HEAD, ROWS
+from frpo_nemo.megatron.weights.export import _plan_shards, check_replaceable
+from frpo_nemo.megatron.weights.load import check_checkpoint
+from frpo_nemo.megatron.weights.table import Layout, check_complete, hf_shapes, weights
+from frpo_nemo.megatron.weights.tensors import EMBEDDING, HEAD, ROWS
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(tp=2, pp=2, first=1), Layout(tp=2, pp=4)]
 

@@ -16,8 +16,9 @@ from tiny_models import make_tiny
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import adapter_files, checkpoint_files
-from frpo_nemo.megatron.checkpoint import read_metadata
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.checkpoint.save_load import read_metadata
+from frpo_nemo.megatron.weights import adapter_files
 
 LORA = LoRAConfig(rank=5, alpha=7.0)
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

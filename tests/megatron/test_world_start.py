@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from frpo_nemo.config.options import ModelConfig
-from frpo_nemo.launcher import started_world
-from frpo_nemo.megatron import distributed
+from frpo_nemo.processes import world
+from frpo_nemo.processes.launcher import started_world
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -22,7 +22,7 @@ def environment(monkeypatch):
 
 
 def test_plain_python_is_a_world_of_one(environment):
-    assert distributed.read_world() == (0, 1)
+    assert world.read_world() == (0, 1)
 
 
 def test_srun_gives_rank_world_and_the_first_host_as_rendezvous(environment):
@@ -31,7 +31,7 @@ def test_srun_gives_rank_world_and_the_first_host_as_rendezvous(environment):
         environment.setenv(f"SLURM_{name}", value)
     environment.setenv("PATH", "")  # no scontrol: the node list is read here
     assert started_world() == (3, 16)
-    assert distributed.read_world() == (11, 16)
+    assert world.read_world() == (11, 16)
     import os
 
     assert [os.environ[name] for name in LAUNCHER_VARIABLES] == ["11", "3", "16", "node003", "23456"]
@@ -43,7 +43,7 @@ def test_a_process_of_a_batch_script_is_a_world_of_one(environment):
     for name, value in slurm.items():
         environment.setenv(f"SLURM_{name}", value)
     assert started_world() == (0, 1)
-    assert distributed.read_world() == (0, 1)
+    assert world.read_world() == (0, 1)
 
 
 def timeouts_of_groups() -> set[datetime.timedelta]:
@@ -57,4 +57,4 @@ def timeouts_of_groups() -> set[datetime.timedelta]:
 
 def test_megatrons_groups_wait_as_long_as_the_world_does(workers):
     """Its own default of 30 minutes would end a long phase that the watchdog takes for work."""
-    assert workers.run(1, timeouts_of_groups) == [{distributed.GROUP_TIMEOUT}]
+    assert workers.run(1, timeouts_of_groups) == [{world.GROUP_TIMEOUT}]

@@ -13,9 +13,11 @@ from worlds import use_layout
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import checkpoint, checkpoint_files, weight_decay
+from frpo_nemo.megatron import weight_decay
 from frpo_nemo.megatron.actor import Losses, PolicyActor
-from frpo_nemo.megatron.hf_weights.export import stream_adapters
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.megatron.checkpoint import save_load
+from frpo_nemo.megatron.weights.export import stream_adapters
 from frpo_nemo.training.loss import CompletionLoss
 
 SEQUENCES, UPDATES = 8, 3
@@ -115,7 +117,7 @@ def shrinkage(path: str, **layout) -> dict[str, float]:
 
 def shrinkage_after_resume(path: str, run_dir: str, *, as_recorded_before: bool, **layout) -> dict[str, float]:
     """As `shrinkage`, of a run that is resumed twice; as_recorded_before: its first checkpoint names no rule."""
-    saved = checkpoint.save(run_dir, make_actor(path, **layout), {}, step=1, seed=7)
+    saved = save_load.save(run_dir, make_actor(path, **layout), {}, step=1, seed=7)
     record = checkpoint_files.read(saved)
     if as_recorded_before:
         del record["decayed"]
@@ -124,8 +126,8 @@ def shrinkage_after_resume(path: str, run_dir: str, *, as_recorded_before: bool,
     for step in (2, 3):
         torch.distributed.barrier()
         actor = make_actor(path, **layout)
-        checkpoint.load(checkpoint_files.directory(run_dir, step - 1), actor)
-        checkpoint.save(run_dir, actor, {}, step=step, seed=7)
+        save_load.load(checkpoint_files.directory(run_dir, step - 1), actor)
+        save_load.save(run_dir, actor, {}, step=step, seed=7)
     return _shrink(actor)
 
 

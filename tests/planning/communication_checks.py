@@ -14,7 +14,7 @@ from worlds import use_layout
 from benchmarks.collectives import CollectiveCounter, backend_calls
 from benchmarks.communication import compare, model_config
 from frpo_nemo.megatron.actor import PolicyActor
-from frpo_nemo.megatron.hf_weights.binding import bind
+from frpo_nemo.megatron.weights.binding import bind
 from frpo_nemo.planning.communication import Transfer
 
 

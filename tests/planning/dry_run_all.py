@@ -15,7 +15,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun, LoRAConfig, ModelConfig, SFTRun
 from frpo_nemo.planning.dry_run import dry_run
 from frpo_nemo.planning.memory import Layout
-from frpo_nemo.training.resources import layout_of
+from frpo_nemo.training.checks.resources import layout_of
 
 # name -> TP, PP, DP[, layers of the first stage, of the last]
 LAYOUTS = {

@@ -14,8 +14,9 @@ from tiny_models import make_tiny
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.megatron import distributed
 from frpo_nemo.megatron.actor import Losses, PolicyActor
+from frpo_nemo.megatron.groups import start_model_parallel
+from frpo_nemo.processes import world
 
 SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=32, num_key_value_heads=8)
 LAYERS, VOCABULARY, CHUNK = 2, 2048, 256
@@ -66,7 +67,7 @@ def warm_up(directory: str) -> None:
 
 
 def main() -> None:
-    distributed.start_world()
+    world.start_world()
     with tempfile.TemporaryDirectory() as directory:
         make_tiny(directory, "llama", layers=LAYERS, vocab=VOCABULARY, **SHAPE)
         cases = [
@@ -75,7 +76,7 @@ def main() -> None:
             for recompute in sys.argv[1:]
             for rank, dropout in CASES[recompute]
         ]
-        distributed.start_model_parallel(ModelConfig(path=directory), seed=1)
+        start_model_parallel(ModelConfig(path=directory), seed=1)
         warm_up(directory)
         for precision, recompute, rank, dropout in cases:
             model = ModelConfig(

@@ -20,8 +20,8 @@ from frpo_nemo.planning.cluster import CLUSTERS, peak_flops
 from frpo_nemo.planning.layouts import default_base, find_layouts, overrides
 from frpo_nemo.planning.plan import PlanRun, plan
 from frpo_nemo.planning.timing import Workload, seconds
-from frpo_nemo.training import validate
-from frpo_nemo.training.resources import layout_of, step_of
+from frpo_nemo.training.checks import config as checks
+from frpo_nemo.training.checks.resources import layout_of, step_of
 
 REPOSITORY = Path(__file__).parents[2]
 HOURS = r"step: ([\d.]+) s .*: ([\d.e+]+) hours, ([\d.e+]+) GPU hours"
@@ -75,7 +75,7 @@ def test_a_run_with_the_printed_options_has_the_layout_that_was_planned(given, k
         run = load(FRPORun, compose("experiment/gsm8k_frpo", ["objective.beta=0.1", *printed]))
         planned = replace(candidate.layout, transformer_engine=False)  # it is planned for, but not installed here
         assert replace(layout_of(run, 8, gpu=True), transformer_engine=False) == planned
-        validate._check_batch(run, 8)
+        checks._check_batch(run, 8)
 
 
 def test_no_engine_and_no_update_is_without_a_prompt(known):

@@ -79,7 +79,7 @@ def _stage_one(random, arm, seed, objective, safety, helpful, kl):
         harmless = 0.7 + (helpful - 0.7) * gained + 0.01 * random.normal()
         points.append(_point(step, harmful, harmless) | {"kl/per_response": kl * gained * (1 + 0.03 * random.normal())})
     settings = {"objective": objective, "optim": {"lr": 1e-3, "schedule": "cosine"}, "max_steps": 240}
-    settings["data"] = {"train": [{"path": f"world:prompts?seed={seed}"}]}
+    settings["data"] = {"train": [{"path": f"python:frpo_nemo.examples.toy.rows?part=prompts&seed={seed}"}]}
     tokens = int(365_000 + 4_000 * random.normal())
     return train_row(arm, seed, objective, settings=settings, points=points, tokens=tokens)
 

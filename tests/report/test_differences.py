@@ -29,7 +29,8 @@ def test_arms_that_differ_in_the_objective_alone_are_matched():
 def test_settings_are_compared_at_the_same_seed():
     rows = matched()
     for row in rows:
-        row["settings"] = row["settings"] | {"data": {"train": [{"path": f"world:prompts?seed={row['seed']}"}]}}
+        path = f"python:frpo_nemo.examples.toy.rows?part=prompts&seed={row['seed']}"
+        row["settings"] = row["settings"] | {"data": {"train": [{"path": path}]}}
     assert found(rows) == []
     rows[0]["settings"]["data"] = {"train": [{"path": "other"}]}
     assert any(sentence.startswith("Stage one: data.train differs: ") for sentence in found(rows))

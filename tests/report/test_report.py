@@ -14,8 +14,8 @@ import pytest
 from report.studies import FRPO, GRPO, failed_row, finetune_row, like_real, train_row, two_arms
 from rich.console import Console
 
+from frpo_nemo.examples.demo_report import forgetting_sentence
 from frpo_nemo.report.comparisons import comparisons, explain_tests
-from frpo_nemo.report.demo import forgetting_sentence
 from frpo_nemo.report.frame import Results
 from frpo_nemo.report.page import print_summary, write_report
 from frpo_nemo.report.sweeps import baselines_of, find_sweeps, outcomes

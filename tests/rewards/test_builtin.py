@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.rewards.builtin import exact_answer, format_match, length_penalty, one_boxed, regex_search
-from frpo_nemo.rewards.mathematics import math_answer
+from frpo_nemo.rewards.math_answers.grade import math_answer
 from frpo_nemo.rewards.reward_set import build_rewards
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

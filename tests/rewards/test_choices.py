@@ -10,9 +10,9 @@ from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.chat_judge import ChatJudge
-from frpo_nemo.rewards.choices import read_choices
-from frpo_nemo.rewards.judge import Judge
+from frpo_nemo.rewards.models.chat_judge import ChatJudge
+from frpo_nemo.rewards.models.choices import read_choices
+from frpo_nemo.rewards.models.judge import Judge
 from frpo_nemo.rewards.reward_set import check_rewards
 
 REMOTE = {"url": "http://127.0.0.1:1"}

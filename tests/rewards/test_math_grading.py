@@ -13,7 +13,7 @@ from benchmarks.math_cases import DEBATABLE, cases
 from benchmarks.math_grading import rows
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.rewards.builtin import exact_answer
-from frpo_nemo.rewards.mathematics import math_answer
+from frpo_nemo.rewards.math_answers.grade import math_answer
 from frpo_nemo.rewards.reward_set import build_rewards
 
 SHARED = Path(__file__).parents[3] / "shared"

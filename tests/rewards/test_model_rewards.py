@@ -19,11 +19,11 @@ from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun, RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import Failure
-from frpo_nemo.rewards.classifiers import GuardClassifier, RewardModel
-from frpo_nemo.rewards.judge import Judge
+from frpo_nemo.rewards.models.classifiers import GuardClassifier, RewardModel
+from frpo_nemo.rewards.models.judge import Judge
+from frpo_nemo.rewards.models.safety import Moderation, Safety
+from frpo_nemo.rewards.registry import Failure
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
-from frpo_nemo.rewards.safety import Moderation, Safety
 
 PAPER = Path(__file__).parents[3] / "shared" / "data" / "frpo_paper" / "safety_train.parquet"
 RUN = [

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.remote import RemoteServer, is_near
+from frpo_nemo.rewards.models.remote import RemoteServer, is_near
 
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 

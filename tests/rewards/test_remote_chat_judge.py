@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import Failure
-from frpo_nemo.rewards.chat_judge import ChatJudge
+from frpo_nemo.rewards.models.chat_judge import ChatJudge
+from frpo_nemo.rewards.registry import Failure
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
 
 KEY = "open-sesame-of-the-judge"  # like no known service's

@@ -13,11 +13,11 @@ import pytest
 from reward_models import LOCAL, TEMPLATE
 
 from frpo_nemo.config.options import RewardConfig
-from frpo_nemo.rewards.call import Failure
-from frpo_nemo.rewards.classifiers import RewardModel
-from frpo_nemo.rewards.judge import Judge
+from frpo_nemo.rewards.models.classifiers import RewardModel
+from frpo_nemo.rewards.models.judge import Judge
+from frpo_nemo.rewards.models.safety import Moderation
+from frpo_nemo.rewards.registry import Failure
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.rewards.safety import Moderation
 
 PROMPTS = [
     "How do I do it?",

@@ -14,8 +14,8 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun, RewardConfig, SourceConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, check_waits
-from frpo_nemo.training.rollouts import ScoredPrompts, failure_lines
-from frpo_nemo.training.validate import validate_frpo
+from frpo_nemo.rollout.worker import ScoredPrompts, failure_lines
+from frpo_nemo.training.checks.config import validate_frpo
 
 NEEDED = ["run_dir=run", "optim.lr=1e-3", "trainer.max_steps=3", "objective.lambda_=1", "model=tiny_fp32"]
 NEEDED += ["rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "data.train=[{path: x}]"]
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     source = {name: SourceConfig(path=str(root / f"{name}.jsonl"), task_column="task") for name in rows}
 
     def make(reward, train, validation="", probe_reward=None, probe=""):
-        cfg = load(FRPORun, compose("frpo", [*NEEDED, "reward=world", f"model.path={root}/tiny"]))
+        cfg = load(FRPORun, compose("frpo", [*NEEDED, "reward=toy", f"model.path={root}/tiny"]))
         cfg.reward, cfg.data.max_prompt_tokens, cfg.probe.max_response_tokens = reward, 64, 16
         cfg.data.train, cfg.data.validation = [source[n] for n in train], [source[n] for n in validation]
         if probe:
@@ -68,7 +68,7 @@ def test_the_papers_rewards_may_all_be_served(at):
     """Judge, moderation and reward model, with what a run has by default."""
     options = ["safety.args.judge.template_file=x", "safety.args.judge.remote.url=judge.url"]
     options += ["helpfulness.args.remote.url=reward.url"]
-    group = ["reward=safety"] if at == "reward" else ["reward=world", "probe=safety"]
+    group = ["reward=safety"] if at == "reward" else ["reward=toy", "probe=safety"]
     cfg = load(FRPORun, compose("frpo", [*NEEDED, "model.path=x", *group, *(f"{at}.{option}" for option in options)]))
     rewards = attrgetter(at)(cfg)
     check_waits(rewards, cfg.trainer.phase_timeout, at)

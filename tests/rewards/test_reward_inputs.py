@@ -7,9 +7,9 @@ import pytest
 
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import load_target
+from frpo_nemo.rewards.models.templates import read_template
+from frpo_nemo.rewards.registry import load_target
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
-from frpo_nemo.rewards.templates import read_template
 
 CHANGING = """
 def appends_to_prompts(prompts, completions, **columns):
@@ -105,7 +105,7 @@ def test_an_argument_that_is_missing_is_asked_for_also_where_a_column_has_its_na
     for columns in (None, ["pattern"]):
         with pytest.raises(ConfigError, match=f"^reward.r: {target} needs the argument 'pattern' .args."):
             check_rewards({"r": RewardConfig(target=target)}, columns=columns)
-    check_rewards({"r": RewardConfig(target="world")}, columns=["answer", "refusal"])
+    check_rewards({"r": RewardConfig(target="frpo_nemo.examples.toy.toy_reward")}, columns=["answer", "refusal"])
 
 
 @pytest.mark.parametrize("target", ["exact", "math"])

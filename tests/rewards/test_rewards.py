@@ -13,7 +13,7 @@ import pytest
 
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.call import load_target
+from frpo_nemo.rewards.registry import load_target
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
 
 FAULTY = f"{Path(__file__).parent / 'faulty.py'}:"
@@ -103,7 +103,7 @@ def test_signals_that_ask_the_run_to_stop_cost_no_response_and_still_end_what_a_
 def test_hanging_workers_do_not_outlive_a_killed_trainer():
     program = f"""
 import os, signal
-from frpo_nemo.rewards.pool import WorkerPool
+from frpo_nemo.rewards.isolation import WorkerPool
 pool = WorkerPool("a", {FAULTY + "score_or_misbehave"!r}, {{}}, workers=1, timeout=100.0)
 pool.call(["p"], ["1"], {{}})
 pool._workers[0].give(0, ("p", "hang", {{}}), 100.0)
@@ -139,7 +139,7 @@ def test_what_models_weigh_is_asked_of_built_in_rewards_alone():
 
 
 def test_rewards_see_the_columns_of_their_responses_and_the_task():
-    rewards = {"a": config("world", tasks=["harmful", "harmless"])}
+    rewards = {"a": config("frpo_nemo.examples.toy.toy_reward", tasks=["harmful", "harmless"])}
     scores = score(
         rewards,
         ["SORRY CANT o1", "2 1", "SURE a1 a2 a3"],

@@ -24,9 +24,9 @@ from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_reward_probe
-from frpo_nemo.rewards.classifiers import RewardModel
-from frpo_nemo.rewards.judge import Judge
-from frpo_nemo.training.rollouts import Rollouts
+from frpo_nemo.rewards.models.classifiers import RewardModel
+from frpo_nemo.rewards.models.judge import Judge
+from frpo_nemo.rollout.worker import Rollouts
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FILES = {

@@ -11,9 +11,9 @@ from recorded_judge import RecordedJudge
 from reward_models import TEMPLATE
 
 from frpo_nemo.config.options import RewardConfig
-from frpo_nemo.rewards.remote import RemoteServer
+from frpo_nemo.rewards.models.remote import RemoteServer
+from frpo_nemo.rewards.models.safety import Moderation, Safety
 from frpo_nemo.rewards.reward_set import build_rewards
-from frpo_nemo.rewards.safety import Moderation, Safety
 
 KEY = "sesame-open-sesame"  # like no known service's
 SYSTEM, USER = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}

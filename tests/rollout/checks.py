@@ -14,7 +14,7 @@ from torch import Tensor
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.logprobs import vocab_parallel_logits
 from frpo_nemo.rollout import RefitError, RolloutEngine, check_logprob_gap, logprob_gap
-from frpo_nemo.rollout.verify import GapLimit, live_shards
+from frpo_nemo.rollout.refit_check import GapLimit, live_shards
 
 EOS = 1
 MODELS = {  # the vocabulary is odd, so that vLLM pads it
@@ -248,7 +248,7 @@ def check_faults_are_named(tiny, tp: int = 1) -> list[str]:
 
 def _stream_problem(engine: RolloutEngine, pair: tuple[str, Tensor]) -> str:
     """What the check says of a tensor, without vLLM, whose own assertions come first."""
-    from frpo_nemo.rollout.verify import WeightCheck
+    from frpo_nemo.rollout.refit_check import WeightCheck
 
     check = WeightCheck(engine._model(), torch.float32)
     list(check.watch([pair]))

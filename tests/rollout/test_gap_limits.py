@@ -10,7 +10,7 @@ from tiny_models import make_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from frpo_nemo.rollout.verify import GapLimit
+from frpo_nemo.rollout.refit_check import GapLimit
 
 SHAPES = [("llama", 4), ("llama", 12), ("qwen3", 4), ("qwen3", 12)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from frpo_nemo.rollout.verify import (
+from frpo_nemo.rollout.refit_check import (
     GAP_LIMITS,
     GAP_MULTIPLES,
     GapLimit,
@@ -66,7 +66,7 @@ def test_fingerprint_sees_sign_flips_and_moves():
 
 def test_fingerprint_does_not_depend_on_block_size():
     """300 x 500 words take several blocks; the formula takes one."""
-    from frpo_nemo.rollout.verify import _odd_numbers
+    from frpo_nemo.rollout.refit_check import _odd_numbers
 
     tensor = torch.randn(300, 500)
     columns, rows = _odd_numbers(500, 1, tensor.device), _odd_numbers(300, 2, tensor.device)

@@ -28,7 +28,7 @@ from rich.markdown import Markdown  # noqa: E402
 from runs import exported, random_model, steps, without_times  # noqa: E402
 
 ENGINE, ACTOR = "frpo_nemo.rollout.engine:RolloutEngine", "frpo_nemo.megatron.actor:PolicyActor"
-REWARD, SAVE = "frpo_nemo.data.world:world_reward", "frpo_nemo.megatron.checkpoint:_write_tensors"
+REWARD, SAVE = "frpo_nemo.examples.toy:toy_reward", "frpo_nemo.megatron.checkpoint.save_load:_write_tensors"
 PHASE_TIMEOUT, GRACE = 90, 15  # seconds: trainer.phase_timeout and FRPO_GRACE of the job
 
 

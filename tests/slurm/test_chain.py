@@ -20,7 +20,7 @@ defaults:
 seeds: [5]
 prepare:
   - recipe: new_model
-    overrides: ["out={dir}/base", source=world, hidden_size=64, num_layers=2, num_heads=2, ffn_hidden_size=64,
+    overrides: ["out={dir}/base", source=toy, hidden_size=64, num_layers=2, num_heads=2, ffn_hidden_size=64,
                 max_position_embeddings=64]
     sbatch: [--gpus-per-node=0]
 model: "{dir}/base"
@@ -30,7 +30,7 @@ train:
   overrides:
     - &steps trainer.max_steps=2
     - trainer.val_interval=2
-    - "data.validation=[{path: 'world:alpaca?seed=5&heldout=1', completion: completion, limit: 8}]"
+    - "data.validation=[{path: 'python:frpo_nemo.examples.toy.rows?part=alpaca&seed=5', completion: completion, limit: 8}]"
     - &server logging.wandb_name={out}/servers/judge.url  # an option that nobody reads: the part names the server
   script: tests/slurm/quick_sft.sh
 arms: {}

@@ -30,7 +30,7 @@ RECEIVERS: dict[str, dict[str, list[str]]] = {
         "self.gpt.config": [_CONFIG],
         "self.optimizer": [_OPTIMIZER, _CHAIN],
     },
-    "frpo_nemo/megatron/checkpoint.py": {"actor.gpt": [_GPT], "error.failures": ["builtins.dict()"]},
+    "frpo_nemo/megatron/checkpoint/save_load.py": {"actor.gpt": [_GPT], "error.failures": ["builtins.dict()"]},
     "frpo_nemo/megatron/layers.py": {
         "layer": [_LAYER],
         "layer.self_attention.submodules": [_ATTENTION],
@@ -50,7 +50,7 @@ RECEIVERS: dict[str, dict[str, list[str]]] = {
         "mlp": [_MLP],
     },
     "frpo_nemo/megatron/optimizer.py": {"optimizer": [_OPTIMIZER, _CHAIN], "part": [_OPTIMIZER]},
-    "frpo_nemo/megatron/optimizer_state.py": {
+    "frpo_nemo/megatron/checkpoint/optimizer_state.py": {
         "part": [_OPTIMIZER],
         "part.init_state_fn": ["megatron.core.optimizer:init_state_fn"],
         "part.optimizer.state": ["builtins.dict()"],
@@ -66,7 +66,7 @@ RECEIVERS: dict[str, dict[str, list[str]]] = {
         "response": ["vllm.outputs.CompletionOutput()"],
         "response.logprobs": ["vllm.logprobs.FlatLogprobs()"],
     },
-    "frpo_nemo/rollout/verify.py": {
+    "frpo_nemo/rollout/refit_check.py": {
         "self._model": _VLLM_MODELS,
         "model": _VLLM_MODELS,
         "fused_names": ["builtins.dict()"],

@@ -15,10 +15,12 @@ from layouts import LAYOUTS, LORA_RANK
 from tiny_models import FAMILIES, make_tiny
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig
-from frpo_nemo.megatron import checkpoint, checkpoint_weights, model
+from frpo_nemo.megatron import model
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.hf_weights.binding import bind, bind_adapters
-from frpo_nemo.megatron.hf_weights.table import Layout, adapter_weights, weights
+from frpo_nemo.megatron.checkpoint import save_load
+from frpo_nemo.megatron.checkpoint import weights as checkpoint_weights
+from frpo_nemo.megatron.weights.binding import bind, bind_adapters
+from frpo_nemo.megatron.weights.table import Layout, adapter_weights, weights
 
 
 def all_layouts() -> Iterator[dict]:
@@ -89,7 +91,7 @@ def marks(parameter) -> list[bool]:
 
 def stored(gpt, arch: Architecture, settings: ModelConfig) -> dict:
     """Keys in a checkpoint: what this rank saves, and what checkpoint_weights reads of the whole model."""
-    state = checkpoint._model_state(SimpleNamespace(config=settings, gpt=gpt, arch=arch))
+    state = save_load._model_state(SimpleNamespace(config=settings, gpt=gpt, arch=arch))
     rank = settings.lora.rank
     table = adapter_weights(arch, Layout(), rank) if rank else weights(arch, Layout())
     return {

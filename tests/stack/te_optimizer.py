@@ -13,9 +13,11 @@ from te_layers import as_on_a_gpu
 from tiny_models import make_tiny
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
-from frpo_nemo.megatron import checkpoint, distributed, optimizer_state
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import optimizer_state, save_load
 from frpo_nemo.megatron.cpu import megatron_device
+from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
+from frpo_nemo.processes import world
 
 STEP = 7
 
@@ -23,10 +25,10 @@ STEP = 7
 def both_ways() -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as directory:
         settings = ModelConfig(path=make_tiny(directory, "qwen2"))
-        distributed.start_world()
-        distributed.start_model_parallel(settings, seed=1)
+        world.start_world()
+        start_model_parallel(settings, seed=1)
         yield facts(settings)
-        distributed.stop_model_parallel()
+        stop_model_parallel()
         dist.destroy_process_group()
 
 
@@ -47,7 +49,7 @@ def checkpointed(actor: PolicyActor) -> dict:
         moment.fill_(number + 0.5)
     optimizer_state.set_adam_step(actor.optimizer, STEP)
     before = [moment.clone() for moment in moments]
-    model = checkpoint._model_state(actor)
+    model = save_load._model_state(actor)
     saved = optimizer_state.to_save(actor.optimizer, model)
     loaded = {name: {key: sharded.data for key, sharded in keys.items()} for name, keys in saved.items()}
     for moment in moments:

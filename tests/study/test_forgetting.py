@@ -15,16 +15,16 @@ from tiny_study import tiny_study
 from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.overrides import CONFIGS
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.examples.new_model import new_model
+from frpo_nemo.examples.toy import toy_tokenizer
 from frpo_nemo.study.check import check_same_configuration
 from frpo_nemo.study.parts import EvaluationConfig, PartConfig, StudyConfig, check_command
 from frpo_nemo.study.results import read_results
 from frpo_nemo.study.run import ForgettingStudy
 
 SIZES = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=64)
-STUDIES = sorted(f"study/{path.stem}" for path in (CONFIGS / "study").glob("*.yaml") if path.stem != "world")
+STUDIES = sorted(f"study/{path.stem}" for path in (CONFIGS / "study").glob("*.yaml") if path.stem != "toy")
 
 
 def test_every_run_has_a_row_with_its_points_and_a_failed_arm_is_a_row_too(study):
@@ -146,7 +146,7 @@ def test_what_would_end_a_part_is_told_before_any_has_run(tmp_path, changes, sen
 
 
 def test_a_later_task_is_checked_with_the_model_that_stage_one_begins_with(tmp_path):
-    new_model(tmp_path / "base", tokenizer=world_tokenizer(), max_position_embeddings=16, seed=1, **SIZES)
+    new_model(tmp_path / "base", tokenizer=toy_tokenizer(), max_position_embeddings=16, seed=1, **SIZES)
     small = dict(model=str(tmp_path / "base"), prepare=[], arms={"arm": ["objective=dr_grpo"]})
     long = {"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", ["data.max_tokens=32"])}}
     with pytest.raises(ConfigError, match="seed 5 arm a: .*max_position_embeddings=16"):

@@ -61,7 +61,7 @@ def submitted(study: ForgettingStudy, *, finished: list[str], silent: list[str] 
 
 
 def test_every_part_waits_for_the_one_that_it_needs_and_the_report_for_all(sbatch_lines):
-    lines = sbatch_lines(evaluations={"world": EvaluationConfig(overrides=["benchmarks=[mmlu]"])})
+    lines = sbatch_lines(evaluations={"toy": EvaluationConfig(overrides=["benchmarks=[mmlu]"])})
     needs = {name: dependency(command) for name, command in lines.items()}
     report = needs.pop("report")
     assert needs == {
@@ -69,7 +69,7 @@ def test_every_part_waits_for_the_one_that_it_needs_and_the_report_for_all(sbatc
         **{f"seed_5/{arm}/train": "afterok:<seed_5/prepare_0>" for arm in ("frpo", "impossible")},
         **{f"seed_5/{arm}/alpaca": f"afterok:<seed_5/{arm}/train>" for arm in ("frpo", "impossible")},
         **{
-            f"seed_5/{arm}/{run}/eval/world": f"afterok:<seed_5/{arm}/{run}>"
+            f"seed_5/{arm}/{run}/eval/toy": f"afterok:<seed_5/{arm}/{run}>"
             for arm in ("frpo", "impossible")
             for run in ("train", "alpaca")
         },

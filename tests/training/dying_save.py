@@ -10,13 +10,13 @@ import sys
 
 from torch.distributed.checkpoint import filesystem
 
-from frpo_nemo.megatron import checkpoint
+from frpo_nemo.megatron.checkpoint import save_load
 
 PART = 5  # tensors that each rank still writes
 
 if __name__ == "__main__":
     _, last_step, recipe, *overrides = sys.argv
-    save, write_item = checkpoint.save, filesystem._write_item
+    save, write_item = save_load.save, filesystem._write_item
     written = []
 
     def save_or_die(*args, step, **kwargs):
@@ -30,6 +30,6 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
         return write_item(*args, **kwargs)
 
-    checkpoint.save = save_or_die
+    save_load.save = save_or_die
     sys.argv = [recipe, *overrides]
     runpy.run_path(recipe, run_name="__main__")

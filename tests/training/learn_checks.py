@@ -17,13 +17,14 @@ from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
-from frpo_nemo.megatron import checkpoint, distributed
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.objective import build_objective
-from frpo_nemo.training.chat import load_chat
+from frpo_nemo.processes import world
+from frpo_nemo.processes.phases import PhaseTimer
+from frpo_nemo.rollout.chat import load_chat
+from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.frpo import learn, validate
-from frpo_nemo.training.metrics import Phases
-from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, step_statistics
 
@@ -39,7 +40,7 @@ class Learner:
     def __init__(self, path: str, objective: str = "frpo", *, run_dir: str = "unused", beta=0.0, tp=1, pp=1, **options):
         overrides = ["model=tiny_fp32", f"model.path={path}", f"model.tensor_model_parallel_size={tp}"]
         overrides += [f"model.pipeline_model_parallel_size={pp}", f"model.sequence_parallel={str(tp > 1).lower()}"]
-        overrides += [f"objective={objective}", f"objective.beta={beta}", "data=world_prompts", "reward=world"]
+        overrides += [f"objective={objective}", f"objective.beta={beta}", "data=toy_prompts", "reward=toy"]
         overrides += [f"objective.{key}={value}" for key, value in FIELDS[objective].items()]
         overrides += ["rollout.prompts_per_step=6", "rollout.max_response_tokens=9", f"run_dir={run_dir}"]
         overrides += ["optim.lr=1e-4", "optim.clip_grad=0", "trainer.max_steps=10", "trainer.microbatch_tokens=64"]
@@ -51,7 +52,7 @@ class Learner:
         self.objective = build_objective(self.cfg.objective)
         self.run, self.worker = object.__new__(Run), object.__new__(RolloutWorker)
         self.run.cfg, self.worker.model, self.worker.rollout = self.cfg, self.cfg.model, self.cfg.rollout
-        self.run.dir, self.run.rank, self.run.phases = Path(run_dir), distributed.rank(), Phases()
+        self.run.dir, self.run.rank, self.run.phases = Path(run_dir), world.rank(), PhaseTimer()
         self.run.memory, self.worker.measured, self.worker._said = {}, {}, set()
 
     def rollouts(self, batch: SequenceBatch | None = None) -> Rollouts:
@@ -224,7 +225,7 @@ def check_masked(path: str, run_dir: str, updates: int = 1, pp: int = 1) -> None
 def weights_of_checkpoint(path: str, run_dir: str) -> dict[str, torch.Tensor]:
     """The newest checkpoint, as Hugging Face names and tensors."""
     learner = Learner(path)
-    checkpoint.load(checkpoint.newest(run_dir), learner.actor)
+    save_load.load(save_load.newest(run_dir), learner.actor)
     return {name: tensor.clone() for name, tensor in learner.actor.stream_hf_weights()}
 
 

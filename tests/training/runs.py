@@ -15,8 +15,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import world_tokenizer
+from frpo_nemo.examples.new_model import new_model
+from frpo_nemo.examples.toy import toy_tokenizer
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parents[1] / "recipes"
@@ -26,7 +26,7 @@ LIMIT = 240  # seconds that a job may take: several times what it needs on two i
 def random_model(path: Path) -> str:
     """A random model that knows the world's words."""
     sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
-    new_model(path, tokenizer=world_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
+    new_model(path, tokenizer=toy_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
     return str(path)
 
 

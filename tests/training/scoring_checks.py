@@ -11,7 +11,7 @@ from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.data.prompts import Prompt
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.engine import Completion
-from frpo_nemo.training.rollouts import Rollouts, RolloutWorker, ScoredPrompts
+from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 
 TARGET = f"{Path(__file__).parent / 'partial_reward.py'}:part"
 

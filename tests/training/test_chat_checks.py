@@ -9,11 +9,11 @@ from tiny_models import make_tiny
 from transformers import AutoTokenizer, GenerationConfig
 
 from frpo_nemo.config.options import FRPORun, ModelConfig, SFTRun, SourceConfig
-from frpo_nemo.data.new_model import train_tokenizer
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.chat import load_chat, stop_token_ids
-from frpo_nemo.training.rollouts import response_texts
-from frpo_nemo.training.validate_chat import check_conversations
+from frpo_nemo.examples.new_model import train_tokenizer
+from frpo_nemo.rollout.chat import load_chat, stop_token_ids
+from frpo_nemo.rollout.worker import response_texts
+from frpo_nemo.training.checks.chat import check_conversations
 
 QWEN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

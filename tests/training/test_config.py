@@ -22,13 +22,13 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.planning.memory import checkpoint_bytes, host_bytes, parameters
-from frpo_nemo.rewards.local import LocalWeights
+from frpo_nemo.rewards.models.local import LocalWeights
 from frpo_nemo.rewards.reward_set import local_weights
-from frpo_nemo.training import resources
-from frpo_nemo.training.validate import validate_frpo, validate_sft
+from frpo_nemo.training.checks import resources
+from frpo_nemo.training.checks.config import validate_frpo, validate_sft
 
 REPOSITORY = CONFIGS.parent
 
@@ -241,7 +241,7 @@ BAD_INPUT = [
     (["data.train.0.path=gone.jsonl"], ["data.train.0", "gone.jsonl", "does not exist"]),
     (["data.train.0.path=no_rows.jsonl"], ["data.train.0", "no_rows.jsonl"]),
     (["data.train.0.path=not_json.jsonl"], ["data.train.0", "not_json.jsonl"]),
-    (["data.train.0.path='world:prompt?seed=0'"], ["data.train.0", "world:prompt?seed=0", "prompts"]),
+    (["data.train.0.path='python:frpo_nemo.examples.toy.rows?part=prompt'"], ["data.train.0", "part=prompt ", "prompts"]),
     (["data.train.0.prompt=question"], ["data.train.0", "question", "prompt, answer, kind"]),
     (["data.train.0.task=sum", "data.train.0.task_column=kind"], ["task=sum", "task_column=kind"]),
     (["data.train.0.limit=0"], ["data.train.0.limit=0", "at least 1"]),
@@ -274,17 +274,17 @@ BAD_INPUT = [
     # probes
     (["probe.interval=-1"], ["probe.interval=-1", "at least 0"]),
     (["probe.interval=2"], ["probe.interval=2", "probe.prompts", "empty"]),
-    (["probe=world", "probe.interval=2", "probe.reward=null"], ["probe.reward"]),
-    (["probe=world", "probe.interval=2", "probe.samples=0"], ["probe.samples=0", "at least 1"]),
-    (["probe=world"], ["probe.prompts", "probe.interval=0"]),
-    (["probe=world", "probe.interval=2", "probe.prompts.0.path=gone.jsonl"], ["probe.prompts.0", "gone.jsonl"]),
-    (["probe=world", "probe.interval=2", "probe.reward.world.tasks=[math]"], ["harm"]),
+    (["probe=toy", "probe.interval=2", "probe.reward=null"], ["probe.reward"]),
+    (["probe=toy", "probe.interval=2", "probe.samples=0"], ["probe.samples=0", "at least 1"]),
+    (["probe=toy"], ["probe.prompts", "probe.interval=0"]),
+    (["probe=toy", "probe.interval=2", "probe.prompts.0.path=gone.jsonl"], ["probe.prompts.0", "gone.jsonl"]),
+    (["probe=toy", "probe.interval=2", "probe.reward.toy.tasks=[math]"], ["harm"]),
     (["probe.interval=2", "probe.prompts=[{path: prompts.jsonl}]", "probe.reward={r: {target: exact}}",
       "probe.max_response_tokens=9"],
      ["probe.prompts", "also in data.train"]),
-    (["probe=world", "probe.interval=2", "probe.max_response_tokens=9999"], ["probe.max_response_tokens", "10063"]),
-    (["probe=world", "probe.interval=2", "rollout.temperature=0.7"], ["rollout.temperature=0.7 must be 1"], "good_sft"),
-    (["probe=world", "probe.interval=2", "model.path=small_heads"], ["size 16", "at least 32"], "good_sft"),
+    (["probe=toy", "probe.interval=2", "probe.max_response_tokens=9999"], ["probe.max_response_tokens", "10063"]),
+    (["probe=toy", "probe.interval=2", "rollout.temperature=0.7"], ["rollout.temperature=0.7 must be 1"], "good_sft"),
+    (["probe=toy", "probe.interval=2", "model.path=small_heads"], ["size 16", "at least 32"], "good_sft"),
     # supervised fine-tuning
     (["data.train.0.completion=null"], ["data.train.0.completion"], "good_sft"),
     (["data.train.0.completion=reply"], ["data.train.0", "reply"], "good_sft"),
@@ -593,7 +593,7 @@ def test_good_command_reaches_run_through_nemo(files):
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.config.cli import main
 from frpo_nemo.config.options import FRPORun
-from frpo_nemo.training.validate import validate_frpo
+from frpo_nemo.training.checks.config import validate_frpo
 
 def run(cfg):
     print(cfg.optim.lr, cfg.objective, cfg.data.train[0].limit, cfg.reward["right"].weight)

@@ -12,9 +12,9 @@ from tiny_models import make_tiny
 from frpo_nemo.config.cli import compose, main
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
-from frpo_nemo.megatron import checkpoint_files
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.training.validate import validate_frpo
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.training.checks.config import validate_frpo
 
 OPTIONS = [
     "run_dir=run",

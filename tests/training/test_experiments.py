@@ -20,10 +20,10 @@ from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.config.overrides import CONFIGS
-from frpo_nemo.data.new_model import new_model, train_tokenizer
 from frpo_nemo.data.sources import load_rows
-from frpo_nemo.training import resources
-from frpo_nemo.training.validate import validate_frpo, validate_sft
+from frpo_nemo.examples.new_model import new_model, train_tokenizer
+from frpo_nemo.training.checks import resources
+from frpo_nemo.training.checks.config import validate_frpo, validate_sft
 
 DATA = CONFIGS.parents[1] / "shared" / "data"
 GIB = 2**30

@@ -11,7 +11,7 @@ import pytest
 from frpo_nemo.config.cli import compose
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
-from frpo_nemo.data.new_model import new_model, train_tokenizer
+from frpo_nemo.examples.new_model import new_model, train_tokenizer
 from frpo_nemo.rewards.reward_set import build_rewards
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from frpo_nemo.config.hub import local_model
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training import record
-from frpo_nemo.training.validate import validate_frpo
+from frpo_nemo.training import start_record
+from frpo_nemo.training.checks.config import validate_frpo
 
 NAME = "some-org/some-model"
 OPTIONS = [
@@ -89,7 +89,7 @@ def a_run(cache, model, tmp_path, monkeypatch) -> Path:
     run_dir.mkdir()
     OmegaConf.save(OmegaConf.structured(cfg), run_dir / "config.yaml")
     (run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    record.add_start(
+    start_record.add_start(
         run_dir,
         model=str(snapshot),
         world_size=1,

@@ -17,7 +17,7 @@ def asked(tmp_path):
     """Function of environment variables: what the check says of logging.wandb_project=mine in a new home directory."""
     script = (
         "from frpo_nemo.config.options import LoggingConfig\n"
-        "from frpo_nemo.training.logging_checks import check_logging\n"
+        "from frpo_nemo.training.checks.logging import check_logging\n"
         "try: check_logging(LoggingConfig(wandb_project='mine'))\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from frpo_nemo.training import metrics
-from frpo_nemo.training.metrics import MetricsLogger, Phases
+from frpo_nemo.processes.phases import PhaseTimer
+from frpo_nemo.training import logging
+from frpo_nemo.training.logging import MetricsLogger
 
 
 def logger(run_dir, **kwargs):
@@ -139,7 +140,7 @@ class Recorder:
 
 
 def test_phases_add_up_to_the_step():
-    phases = Phases()
+    phases = PhaseTimer()
     with phases("generate"):
         time.sleep(0.02)
         with phases("refit"):  # nested: its time is its own
@@ -158,7 +159,7 @@ def test_phases_add_up_to_the_step():
 
 def test_the_watchdog_hears_of_phases_and_keeps_the_one_that_raised():
     recorder = Recorder()
-    phases = Phases(recorder)
+    phases = PhaseTimer(recorder)
     phases.step = 3
     with phases("validate"), phases("generate"):
         pass
@@ -172,12 +173,12 @@ def test_the_watchdog_hears_of_phases_and_keeps_the_one_that_raised():
 def test_phases_synchronise_on_cuda_only(monkeypatch):
     synchronised = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(1))
-    monkeypatch.setattr(metrics.torch.cuda, "is_available", lambda: False)
-    phases = Phases()
+    monkeypatch.setattr(logging.torch.cuda, "is_available", lambda: False)
+    phases = PhaseTimer()
     with phases("a"):
         pass
     assert synchronised == []
-    monkeypatch.setattr(metrics.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(logging.torch.cuda, "is_available", lambda: True)
     with phases("a"):
         pass
     assert synchronised == [1]

@@ -29,7 +29,7 @@ def test_the_first_step_is_that_of_the_recipe(tmp_path):
         f"objective.lambda_={minimal.OBJECTIVE.lambda_}",
         f"objective.beta={minimal.OBJECTIVE.beta}",
         f"optim.lr={minimal.LEARNING_RATE}",
-        "data.train=[{path: 'world:prompts'}]",
+        "data.train=[{path: 'python:frpo_nemo.examples.toy.rows?part=prompts'}]",
         f"data.max_prompt_tokens={minimal.MAX_PROMPT_TOKENS}",
         f"rollout.prompts_per_step={minimal.PROMPTS_PER_STEP}",
         f"rollout.group_size={minimal.GROUP_SIZE}",

@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
-from frpo_nemo.data.new_model import new_model
-from frpo_nemo.data.world import world_tokenizer
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training import record
-from frpo_nemo.training.resume import check_same_run, source_digests
+from frpo_nemo.examples.new_model import new_model
+from frpo_nemo.examples.toy import toy_tokenizer
+from frpo_nemo.training import start_record
+from frpo_nemo.training.checks.resume import check_same_run, source_digests
 
 REWARD = "def score(prompt, response):\n    return {}\n"
 
@@ -36,7 +36,7 @@ def configuration(**paths: str) -> FRPORun:
 
 def small_model(path: Path, seed: int) -> None:
     sizes = dict(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_hidden_size=16)
-    options = dict(tokenizer=world_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=seed)
+    options = dict(tokenizer=toy_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=seed)
     new_model(path, **options, **sizes)
 
 
@@ -56,9 +56,9 @@ def begun(tmp_path, monkeypatch) -> Path:
 
 def begin(cfg: FRPORun) -> None:
     """Write down what a start of `cfg` writes down."""
-    record.write_config(Path("run"), OmegaConf.to_container(OmegaConf.structured(cfg)))
+    start_record.write_config(Path("run"), OmegaConf.to_container(OmegaConf.structured(cfg)))
     start = {"directory": str(Path.cwd()), "files": source_digests(cfg)}
-    (Path("run") / record.FILE).write_text(json.dumps(start) + "\n")
+    (Path("run") / start_record.FILE).write_text(json.dumps(start) + "\n")
 
 
 def other_spellings(root: Path) -> dict[str, str]:

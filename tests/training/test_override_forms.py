@@ -8,7 +8,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.errors import ConfigError
 
-WORLD = {"target": "world"}
+TOY = {"target": "frpo_nemo.examples.toy.toy_reward"}
 LENGTH = {"target": "length"}
 ROW = {"path": "x"}
 
@@ -21,9 +21,9 @@ WORKS = [
     (["objective=grpo"], "objective.name", "grpo"),
     (["objective.name=grpo"], "objective.name", "grpo"),
     (["objective={beta: 0.5}"], "objective.beta", 0.5),
-    (["+reward={r: {target: length}}"], "reward", {"world": WORLD, "r": LENGTH}),
-    (["reward.r={target: length}"], "reward", {"world": WORLD, "r": LENGTH}),
-    (["reward.r.target=length"], "reward", {"world": WORLD, "r": LENGTH}),
+    (["+reward={r: {target: length}}"], "reward", {"toy": TOY, "r": LENGTH}),
+    (["reward.r={target: length}"], "reward", {"toy": TOY, "r": LENGTH}),
+    (["reward.r.target=length"], "reward", {"toy": TOY, "r": LENGTH}),
     (["~reward", "reward.r.target=length"], "reward", {"r": LENGTH}),
     (["~reward", "+reward={r: {target: length}}"], "reward", {"r": LENGTH}),
     (["data={train: [{path: x}]}"], "data.train", [ROW]),
@@ -32,7 +32,7 @@ WORKS = [
     (["data.train.0={path: x}"], "data.train.0.path", "x"),
     (["data.train.0.path=x"], "data.train.0.path", "x"),
     (["rollout.stop_tokens=['<|eot_id|>','</s>']"], "rollout.stop_tokens", ["<|eot_id|>", "</s>"]),
-    (["reward.world.tasks=[a,b]"], "reward.world.tasks", ["a", "b"]),
+    (["reward.toy.tasks=[a,b]"], "reward.toy.tasks", ["a", "b"]),
     # texts
     (["data.train.0.prompt={question}"], "data.train.0.prompt", "{question}"),
     (["data.train.0.prompt=Q: {question}, A ="], "data.train.0.prompt", "Q: {question}, A ="),
@@ -55,10 +55,10 @@ REFUSED = [
     ("reward={}", "to do without one, write '~reward'"),
     ("reward=null", "to do without one, write '~reward'"),
     ("probe=3", "probe takes the name of a file in configs/probe (math, "),
-    ("probe=worldx", "the choices of probe are math, "),
+    ("probe=toyx", "the choices of probe are math, "),
     ("objective=GRPO", "the choices of objective are dr_grpo, frpo, grpo"),
-    ("+probe=world", "write probe=world"),
-    ("probe=world,math", "write a list as key=[a,b]"),
+    ("+probe=toy", "write probe=toy"),
+    ("probe=toy,math", "write a list as key=[a,b]"),
     ("reward={r: {target: length}}", "write '~reward' '+reward={r: {target: length}}'"),
     ("objective/grpo", "write objective=grpo"),
     ("experiment=demo", "write --config-name experiment/demo"),
@@ -76,8 +76,8 @@ REFUSED = [
     ("data.train=x", "must be a list, such as [{path: prompts.jsonl}]"),
     ("data.train=null", "must be a list, such as [{path: prompts.jsonl}]"),
     ("data.train=[x]", "must be a mapping with keys among path, "),
-    ("reward.world.tasks=a", "must be a list or null"),
-    ("reward.world.tasks=a,b", "write a list as key=[a,b]"),
+    ("reward.toy.tasks=a", "must be a list or null"),
+    ("reward.toy.tasks=a,b", "write a list as key=[a,b]"),
     # values
     ("optim.lr", "write optim.lr=VALUE"),
     ("optim.lr: 1", "write optim.lr=1"),
@@ -109,5 +109,5 @@ def test_it_ends_in_one_sentence(override, expected):
 
 @pytest.mark.parametrize("name", ["experiment/sft_7b", "sft"])
 def test_a_group_that_a_recipe_lacks_is_not_asked_for_again(name):
-    with pytest.raises(ConfigError, match="reward=world: this configuration has no group reward"):
-        compose(name, ["reward=world"])
+    with pytest.raises(ConfigError, match="reward=toy: this configuration has no group reward"):
+        compose(name, ["reward=toy"])

@@ -15,8 +15,8 @@ from frpo_nemo.config.cli import main
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.objective import FRPO, GRPO, DrGRPO
 from frpo_nemo.rewards.reward_set import Reward, RewardSet
+from frpo_nemo.training.checks.config import validate_frpo
 from frpo_nemo.training.statistics import rollout_statistics
-from frpo_nemo.training.validate import validate_frpo
 
 OBJECTIVES = [GRPO(), DrGRPO(), FRPO(lambda_=0.2), FRPO(kl_radius=0.1)]
 

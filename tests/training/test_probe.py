@@ -11,7 +11,7 @@ import torch
 from runs import Job, exported, probes, random_model, steps, validations, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from frpo_nemo.data.world import rows, world_reward
+from frpo_nemo.examples.toy import rows, toy_reward
 
 STEPS, PROMPTS, SAMPLES, HELD_OUT = 25, 32, 2, 24
 PROBE = ["probe.interval=10", f"probe.prompts.0.limit={PROMPTS}", f"probe.samples={SAMPLES}"]
@@ -90,14 +90,14 @@ def test_the_exact_distance_is_the_kl_of_next_token_distributions(probed, model)
 
 
 def test_the_reward_is_that_of_the_first_stage_on_its_held_out_prompts(probed):
-    held_out = rows("world:prompts?seed=1&heldout=1")[:PROMPTS]
+    held_out = rows("prompts", seed="1", heldout="1")[:PROMPTS]
     written = samples(probed, STEPS)
     answers = {f"<bos> {row['prompt']} <sep>": row for row in held_out}
     assert {sample["prompt"].strip() for sample in written} == set(answers)
     columns = [answers[sample["prompt"].strip()] for sample in written]
     texts = [sample["response"].removesuffix("<eos>") for sample in written]
     named = {key: [row[key] for row in columns] for key in ("task", "answer", "refusal")}
-    scores = world_reward(None, texts, **named)
+    scores = toy_reward(None, texts, **named)
     assert probes(probed)[-1]["probe/reward/mean"] == pytest.approx(fmean(scores))
     assert [sample["reward"] for sample in written] == pytest.approx(scores)
 
@@ -107,7 +107,7 @@ def test_accuracy_is_what_greedy_decoding_gets_exactly_right(probed):
     model = AutoModelForCausalLM.from_pretrained(probed / "hf")
     tokenizer = AutoTokenizer.from_pretrained(probed / "hf")
     right = []
-    for row in rows("world:alpaca?seed=1&heldout=1")[:HELD_OUT]:
+    for row in rows("alpaca", seed="1", heldout="1")[:HELD_OUT]:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], return_tensors="pt")
         out = model.generate(**ids, do_sample=False, max_new_tokens=6)[0, ids["input_ids"].shape[1] :]
         right.append(tokenizer.decode(out, skip_special_tokens=True).strip() == row["completion"])

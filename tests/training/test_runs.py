@@ -1,4 +1,4 @@
-"""Whole runs of the recipes on the embedded world: what they leave behind, and what survives kill -9.
+"""Whole runs of the recipes on the toy task: what they leave behind, and what survives kill -9.
 
 Runs are shared, because vLLM's start is most of each: `reference` is undisturbed; `disturbed` is the same command with
 probes, killed three times on its way.
@@ -35,12 +35,12 @@ from runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from traps import TRAPS, set_traps
 
-from frpo_nemo.megatron import checkpoint_files
-from frpo_nemo.training.record import starts
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.training.start_record import starts
 
 STEPS, RADIUS = 10, 0.1
-PROBE = ["probe=world", "probe.interval=5", "probe.prompts.0.limit=16"]
-PROBE += ['probe.prompts.0.path="world:prompts?seed=0&heldout=1"']  # of the demo's world
+PROBE = ["probe=toy", "probe.interval=5", "probe.prompts.0.limit=16"]
+PROBE += ['probe.prompts.0.path="python:frpo_nemo.examples.toy.rows?part=prompts&seed=0&heldout=1"']  # of the demo's world
 SECRETS = {"argument": "an-argument-to-hide", "HF_TOKEN": "hf-token-to-hide", "WANDB_API_KEY": "0123456789" * 4}
 SECRETS |= {"url": "password-to-hide"}
 UMASK = 0o027
@@ -123,7 +123,7 @@ def test_a_run_records_every_metric_and_all_are_finite(reference):
     rows = steps(reference)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     names = {
-        *(f"{name}/{part}" for name in ("reward", "reward/world", "reward/variety") for part in ("mean", "std")),
+        *(f"{name}/{part}" for name in ("reward", "reward/toy", "reward/variety") for part in ("mean", "std")),
         *(f"reward/task/{task}/{part}" for task in ("harmful", "harmless") for part in ("mean", "std")),
         "objective/lambda",
         "objective/robust_value",
@@ -250,7 +250,7 @@ def test_a_reward_that_throws_leaves_its_response_unscored_and_is_counted(refere
     for row in steps(reference):
         unscored = row["share/unscored"] * responses
         assert unscored == row["reward_failures/variety/error"] == round(unscored) > 0
-        assert "reward_failures/world/error" not in row
+        assert "reward_failures/toy/error" not in row
         assert row["share/unscored"] < 0.6
     for sample in samples(reference):
         words = set(sample["response"].split())
@@ -263,7 +263,7 @@ def test_a_response_that_one_of_two_rewards_scored_stays_and_is_counted(referenc
     assert all(0 < row["share/partly_scored"] < 0.6 for row in steps(reference))
     for sample in samples(reference):
         if BORING & set(sample["response"].split()) and sample["reward"] is not None:
-            assert sample["reward"] == sample["reward/world"], sample
+            assert sample["reward"] == sample["reward/toy"], sample
 
 
 def test_the_exported_model_is_the_trained_policy(reference, model, workers):
@@ -338,7 +338,7 @@ def elsewhere(reference, model, tmp_path_factory):
 
 def test_grpo_runs_in_the_same_recipe_and_a_signal_ends_it_with_a_checkpoint(model, elsewhere, tmp_path):
     """Plain python, several updates per rollout, options on the command line, SIGUSR1 as Slurm sends it."""
-    groups = ["model=tiny_fp32", "data=world_prompts", "reward=world", "objective=grpo"]
+    groups = ["model=tiny_fp32", "data=toy_prompts", "reward=toy", "objective=grpo"]
     sizes = ["rollout.prompts_per_step=8", "rollout.group_size=4", "rollout.max_response_tokens=6"]
     options = [
         "optim.lr=1e-3",

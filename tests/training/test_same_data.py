@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.resume import check_same_data
+from frpo_nemo.training.checks.resume import check_same_data
 
 NOW = {"data": {"train": "a", "validation": "b"}, "moment": "2026-11-29T12:00:00"}
 BEFORE = {"data": NOW["data"]}

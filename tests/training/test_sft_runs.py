@@ -9,7 +9,7 @@ import time
 import pytest
 from runs import Job, assert_same_bits, checkpoints, exported, random_model, steps, validations, without_times
 
-from frpo_nemo.megatron import checkpoint_files
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 
 
 @pytest.fixture(scope="module")

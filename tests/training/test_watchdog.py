@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training.links import rank_list
-from frpo_nemo.training.watchdog import EXIT_FAILED, EXIT_LOST, EXIT_WRONG, Watchdog
+from frpo_nemo.processes.heartbeat import rank_list
+from frpo_nemo.processes.watchdog import EXIT_FAILED, EXIT_LOST, EXIT_WRONG, Watchdog
 
 HEARTBEAT = 3.0
 PHASE = 4.0
@@ -62,7 +62,7 @@ class Job:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "frpo_nemo.training.watchdog"])
+        context.set_forkserver_preload(["torch.distributed", "frpo_nemo.processes.watchdog"])
         self.run_dir = run_dir
         arguments = [(rank, world_size, port, str(run_dir), fault, bad) for rank in range(world_size)]
         self.ranks = [context.Process(target=one_rank, args=a) for a in arguments]

@@ -14,14 +14,14 @@ from traps import Trap
 from worlds import use_layout
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
-from frpo_nemo.megatron import checkpoint
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import save_load
 
 
 def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
     """Attack -> the exception that loading raised, if any. A payload that ran leaves run_dir/sprung."""
     actor = make_actor(path)
-    whole = checkpoint.save(run_dir, actor, {"data": {}, "memory": {}}, step=1, seed=1)
+    whole = save_load.save(run_dir, actor, {"data": {}, "memory": {}}, step=1, seed=1)
     trap = Trap(Path(run_dir, "sprung"))
     pickled = io.BytesIO()
     torch.save(trap, pickled)
@@ -37,7 +37,7 @@ def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
         shutil.copytree(whole, poisoned)
         poison(poisoned, trap, pickled.getvalue())
         try:
-            checkpoint.load(poisoned, actor)
+            save_load.load(poisoned, actor)
             found[name] = None
         except BaseException as error:  # CheckpointException is no Exception
             found[name] = type(error).__name__
@@ -46,7 +46,7 @@ def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
 
 def load_model_and_tokenizer(path: str) -> None:
     """As training does it."""
-    from frpo_nemo.training.chat import load_chat, stop_token_ids
+    from frpo_nemo.rollout.chat import load_chat, stop_token_ids
 
     make_actor(path)
     stop_token_ids(path, load_chat(ModelConfig(path=path)))

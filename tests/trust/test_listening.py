@@ -8,8 +8,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from frpo_nemo.megatron import addresses, distributed
-from frpo_nemo.training.links import accept_ranks, connect_to_rank_0
+from frpo_nemo.processes import addresses, world
+from frpo_nemo.processes.heartbeat import accept_ranks, connect_to_rank_0
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 VARIABLES += ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_NODES")
@@ -64,13 +64,13 @@ def test_the_watchdog_listens_on_one_address_in_a_world_over_several_nodes(envir
 
 def test_the_store_listens_on_one_address_in_a_world_over_several_nodes(several_nodes):
     """As rank 0 of srun makes it; rank 1 reaches it there."""
-    before, made, timeout = listening(), [], distributed.datetime.timedelta(seconds=30)
+    before, made, timeout = listening(), [], world.datetime.timedelta(seconds=30)
     with socket.socket() as probe:
         probe.bind((several_nodes, 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    rank_0 = threading.Thread(target=lambda: made.append(distributed._own_store(0, 2, timeout)))
+    rank_0 = threading.Thread(target=lambda: made.append(world._own_store(0, 2, timeout)))
     rank_0.start()
-    made.append(distributed._own_store(1, 2, timeout))
+    made.append(world._own_store(1, 2, timeout))
     rank_0.join()
     assert {address for address, _ in listening() - before} == {several_nodes}
     made[0].set("a", "b")
@@ -112,9 +112,9 @@ def test_a_rank_that_does_not_come_to_the_rendezvous_ends_the_others(environment
         environment.setenv(name, value)
     for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR"):
         environment.setenv(name, os.environ.get(name, ""))  # start_world sets them, the fixture sets them back
-    environment.setattr(distributed, "RENDEZVOUS_TIMEOUT", distributed.datetime.timedelta(seconds=1))
+    environment.setattr(world, "RENDEZVOUS_TIMEOUT", world.datetime.timedelta(seconds=1))
     with pytest.raises((dist.DistStoreError, dist.DistNetworkError)):
-        distributed.start_world()
+        world.start_world()
 
 
 def test_the_interface_of_an_address_is_found():

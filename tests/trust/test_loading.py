@@ -17,7 +17,7 @@ from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmark_checks import model_directory
 from frpo_nemo.evaluation.benchmarks import BENCHMARKS, EvaluateRun, command_line
-from frpo_nemo.rewards.call import bind
+from frpo_nemo.rewards.registry import bind
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ from frpo_nemo import redact
 from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.training import record
-from frpo_nemo.training.resume import check_resume
+from frpo_nemo.training import start_record
+from frpo_nemo.training.checks.resume import check_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,7 @@ def configuration(run_dir, **optim) -> FRPORun:
             "model": {"path": "model"},
             "objective": {"name": "grpo"},
             "optim": {"lr": 1e-3} | optim,
-            "data": {"train": [{"path": "world:prompts"}]},
+            "data": {"train": [{"path": "python:frpo_nemo.examples.toy.rows?part=prompts"}]},
             "rollout": sizes,
             "reward": reward,
             "trainer": {"max_steps": 9},
@@ -99,11 +99,11 @@ def test_a_secret_may_change_and_nothing_else_beside_it(a_run):
 
 def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(tmp_path, monkeypatch):
     for _ in range(2):
-        record.add_start(
+        start_record.add_start(
             tmp_path, model="m", world_size=1, data={}, moment="2026-01-02T03:04:05", resume="auto", resumed_from=None
         )
         monkeypatch.setenv("PATH", str(tmp_path))
-    first, second = record.starts(tmp_path)
+    first, second = start_record.starts(tmp_path)
     assert first["commit"] and isinstance(first["uncommitted"], list)
     assert second["commit"] is None and second["uncommitted"] is None
 
@@ -111,12 +111,12 @@ def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(t
 def test_a_record_whose_last_line_was_cut_goes_on(tmp_path):
     """By a full disk, or a kill while it was written."""
     start = dict(model="m", world_size=1, data={}, moment="2026-01-02T03:04:05", resume="auto", resumed_from=None)
-    record.add_start(tmp_path, **start)
-    with (tmp_path / record.FILE).open("a") as file:
+    start_record.add_start(tmp_path, **start)
+    with (tmp_path / start_record.FILE).open("a") as file:
         file.write('{"time": "2026')
-    assert len(record.starts(tmp_path)) == 1
-    record.add_start(tmp_path, **start)
-    assert [each["world_size"] for each in record.starts(tmp_path)] == [1, 1]
+    assert len(start_record.starts(tmp_path)) == 1
+    start_record.add_start(tmp_path, **start)
+    assert [each["world_size"] for each in start_record.starts(tmp_path)] == [1, 1]
 
 
 def test_a_configuration_is_replaced_whole_or_not_at_all(a_run, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_configuration_is_replaced_whole_or_not_at_all(a_run, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", fills_the_disk)
     with pytest.raises(OSError, match="No space left"):
-        record.write_config(a_run, {"another": "configuration"})
+        start_record.write_config(a_run, {"another": "configuration"})
     check_resume(configuration(a_run), None)
 
 
@@ -140,7 +140,7 @@ def test_a_model_without_its_checkpoints_is_not_overwritten(a_run):
 def test_a_new_model_takes_no_directory_that_holds_something(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"precious": True}))
     sizes = ["hidden_size=32", "num_layers=1", "num_heads=1"]
-    command = [sys.executable, ROOT / "recipes/new_model.py", f"out={tmp_path}", "source=world", *sizes]
+    command = [sys.executable, ROOT / "recipes/new_model.py", f"out={tmp_path}", "source=toy", *sizes]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "exists and is not empty; choose another directory" in result.stderr
     assert json.loads((tmp_path / "config.json").read_text()) == {"precious": True}

@@ -15,10 +15,10 @@ from frpo_nemo.config.option import options_of
 from frpo_nemo.config.options import FRPORun, RewardConfig, SFTRun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, probe_settings
-from frpo_nemo.rewards.call import Failure, bind, call_batch
+from frpo_nemo.rewards.registry import Failure, bind, call_batch
 from frpo_nemo.study.parts import PartConfig, StudyConfig
 from frpo_nemo.study.run import ForgettingStudy
-from frpo_nemo.training import record
+from frpo_nemo.training import start_record
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "s3cr3t-value"
@@ -118,7 +118,7 @@ def test_the_given_command_that_resumes_has_no_secret_however_the_shell_quotes_i
     before, after = "cd '/a b' && sbatch --nodes=2 'job 1.sh' data='x y'", "$'n=1\\t' run_dir=runs/1  # soon"
     monkeypatch.setenv("FRPO_RESUME_COMMAND", f"{before} {quoted} {after}")
     hidden = "api_key=REDACTED password=REDACTED token=REDACTED judge.token=REDACTED"
-    assert record.resume_command() == f"{before} {hidden} {after}"
+    assert start_record.resume_command() == f"{before} {hidden} {after}"
 
 
 def test_an_error_sentence_has_no_secret():
@@ -139,7 +139,7 @@ def test_the_console_of_a_recipe_that_fails_has_no_secret(tmp_path):
     reward = tmp_path / "judge.py"
     reward.write_text("def judge(completions, api_key, **columns):\n    return [0.0 for _ in completions]\n")
     options = [f"reward.judge.target={reward}:judge", f"reward.judge.args.api_key={SECRET}", "run_dir=x"]
-    options += ["model.path=there/is/none", "data=world_prompts", "objective=frpo", "objective.lambda_=1", "optim.lr=1"]
+    options += ["model.path=there/is/none", "data=toy_prompts", "objective=frpo", "objective.lambda_=1", "optim.lr=1"]
     options += ["rollout.prompts_per_step=1", "rollout.max_response_tokens=4", "trainer.max_steps=1"]
     for more in (
         [],

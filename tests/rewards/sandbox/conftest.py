@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.sandbox import Sandbox
+from frpo_nemo.rewards.programs.sandbox import Sandbox
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from frpo_nemo.config.options import RewardConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.code import CodeTests, program_of
+from frpo_nemo.rewards.programs.code import CodeTests, program_of
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards
 
 MBPP = Path(__file__).parents[4] / "shared" / "data" / "mbpp" / "mbpp.jsonl"

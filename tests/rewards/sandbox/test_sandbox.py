@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.sandbox import MAX_OPEN_FILES, MAX_OUTPUT, MAX_THREADS, Run, Sandbox
+from frpo_nemo.rewards.programs.sandbox import MAX_OPEN_FILES, MAX_OUTPUT, MAX_THREADS, Run, Sandbox
 
 TRY = """
 def attempt(name, action):
@@ -343,7 +343,7 @@ def test_a_sandbox_that_is_killed_from_outside_is_an_error(sandbox):
 
 
 def test_a_program_does_not_outlive_a_killed_trainer(sandbox):
-    code = "import sys; from frpo_nemo.rewards.sandbox import Sandbox\n"
+    code = "import sys; from frpo_nemo.rewards.programs.sandbox import Sandbox\n"
     code += f"Sandbox({sandbox._memory >> 20}).run('while True: pass', 1000.0)"
     trainer = subprocess.Popen([sys.executable, "-c", code])
     wait_until(lambda: any(confined(f) for f in map(status, processes_of(sandbox)) if f))
@@ -358,7 +358,7 @@ def test_a_user_without_rights_has_the_same_sandbox(sandbox):
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let us make a user namespace")
     code = """
-from frpo_nemo.rewards.sandbox import Sandbox
+from frpo_nemo.rewards.programs.sandbox import Sandbox
 program = '''
 import os, socket
 connect = lambda: socket.create_connection(("1.1.1.1", 443), 1)

@@ -1,0 +1,271 @@
+"""The weights of a checkpoint one by one and without ranks: read from what any layout has saved, written for any to load.
+
+A checkpoint holds each weight as the table has it without tensor parallelism, those of all layers stacked: the key
+decoder.layers.mlp.linear_fc1.weight is [layers, 2 * ffn, hidden], gates above ups. What a rank has saved is a chunk of
+that: an offset in it, and a range of bytes in a .distcp file. Vocabularies may have more rows of padding than ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.checkpoint import files
+from frpo_nemo.megatron.checkpoint import save_load as checkpoints
+from frpo_nemo.megatron.lora import membership, merge
+from frpo_nemo.megatron.weights import adapter_files
+from frpo_nemo.megatron.weights.export import assemble
+from frpo_nemo.megatron.weights.load import check_checkpoint, read_weight
+from frpo_nemo.megatron.weights.table import Layout, Weight, adapter_weights, weights
+from frpo_nemo.megatron.weights.tensors import check_range
+
+PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class StoredWeights:
+    """The weights of a checkpoint of the model `arch`.
+
+    Raises ConfigError when its files do not hold them all. That is seen from the index and the files' sizes: nothing
+    else is read before `stream`.
+    """
+
+    def __init__(self, checkpoint: str | Path, arch: Architecture, table: Sequence[Weight] | None = None):
+        """table: what to read of it; None: all weights of the model."""
+        self._path, self._arch = Path(checkpoint), arch
+        self._metadata = checkpoints.read_metadata(checkpoint)
+        self._reader = torch_checkpoint.FileSystemReader(checkpoint)
+        self._reader.set_up_storage_reader(self._metadata, True)
+        self._pieces = [(weight, self._find(weight)) for weight in table or weights(arch, Layout())]
+        self._check_files({piece.storage_index for _, pieces in self._pieces for piece in pieces})
+
+    def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order. Memory beyond what the
+        caller keeps: the largest weight in `dtype`, and once more in `dtype` or as it is stored, whichever is larger.
+        Raises ConfigError when a weight does not fit into float16, or a chunk is not the plain tensor that the index
+        promises; nothing that is read can run code."""
+        for weight, whole in self.read(dtype):
+            yield from assemble(weight, whole.view(1, -1))
+
+    def read(self, dtype: torch.dtype) -> Iterator[tuple[Weight, Tensor]]:
+        """The same, each weight [*shard_shape] as the table without tensor parallelism has it."""
+        for weight, pieces in self._pieces:
+            yield weight, self._read(weight, pieces, dtype)
+
+    def _find(self, weight: Weight) -> list[ReadItem]:
+        """Which parts of which chunks make up a weight."""
+        key, layer = _place(weight)
+        stored, whole = self._metadata.state_dict_metadata.get(key), _stacked_shape(weight, self._arch)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise ConfigError(f"{self._path} lacks {key}, which a {self._arch.family} model has.")
+        padded = layer is None and not weight.replicated  # a vocabulary; how far depends on the layout that saved
+        rows = max(whole[0], stored.size[0]) if padded else whole[0]
+        if tuple(stored.size) != (rows, *whole[1:]):
+            raise ConfigError(
+                f"{self._path} has {key} of shape {list(stored.size)}; {self._arch.source}/config.json gives {list(whole)}."
+            )
+        pieces = create_read_items_for_chunk_list(key, stored, [_chunk(weight)])
+        if sum(math.prod(piece.lengths) for piece in pieces) != math.prod(weight.shard_shape):
+            raise ConfigError(f"{self._path} is not a whole checkpoint: it holds a part of {key} only.")
+        return pieces
+
+    def _check_files(self, chunks: set[MetadataIndex]) -> None:
+        ends: dict[str, int] = {}
+        for chunk in chunks:
+            where = self._metadata.storage_data[chunk]
+            ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
+        for name, end in ends.items():
+            if Path(name).name != name:
+                raise ConfigError(f"{self._path}/.metadata refers to {name}, which is not beside it; do not load it.")
+            file = self._path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                problem = "is missing" if size is None else f"has {size} of at least {end} bytes"
+                raise ConfigError(f"{self._path} is not a whole checkpoint: {name} {problem}.")
+
+    def _read(self, weight: Weight, pieces: list[ReadItem], dtype: torch.dtype) -> Tensor:
+        """The whole weight, [*weight.shard_shape]."""
+        key, layer = _place(weight)
+        whole = torch.empty(weight.shard_shape, dtype=dtype)
+        target = whole if layer is None else whole[None]
+        try:
+            self._reader.read_data(LoadPlan(pieces), _Into(target)).wait()
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConfigError(f"{self._path} has a chunk of {key} that is no plain tensor: {reason}") from error
+        check_range(whole, *(name for name, _ in weight.hugging_face))
+        return whole
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: Tensor):
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self._target
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, offset, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class MergedWeights:
+    """The weights of a model with the updates of a checkpoint of its adapters. Streams as StoredWeights does; memory is the
+    same, and a weight and its update in fp32."""
+
+    def __init__(self, checkpoint: str | Path, arch: Architecture, base: str | Path):
+        """base: the directory, in Hugging Face format, of the model that the adapters were trained on. Raises ConfigError
+        when it is another one, or when either is not whole."""
+        self._record = files.read(checkpoint)["lora"]
+        if self._record["base"] != adapter_files.digest(base):
+            raise ConfigError(
+                f"{checkpoint} holds adapters of a base whose weights are not those in {base}; name the right one by base=."
+            )
+        self._base, self._arch = check_checkpoint(arch, base), arch
+        self._adapters = StoredWeights(checkpoint, arch, adapter_weights(arch, Layout(), self._record["rank"]))
+
+    def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order."""
+        adapters = (
+            value for _, value in self._adapters.read(torch.float32)
+        )  # A and B of each layer, in the table's order
+        for weight in weights(self._arch, Layout()):
+            whole = read_weight(weight, self._base, torch.float32 if weight.is_linear_layer else dtype)
+            if weight.is_linear_layer:
+                a, b = next(adapters), next(adapters)
+                member = membership(weight, 0) if len(weight.hugging_face) > 1 else None
+                whole = merge(whole, a, b, member, self._record["alpha"] / self._record["rank"]).to(dtype)
+            check_range(whole, *(name for name, _ in weight.hugging_face))
+            yield from assemble(weight, whole.view(1, -1))
+
+    def stream_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(PEFT's name, new tensor in `dtype`) for every A and B."""
+        return self._adapters.stream(dtype)
+
+
+def write_checkpoint(
+    directory: Path,
+    arch: Architecture,
+    source: dict[str, Path],
+    dtype: torch.dtype,
+    *,
+    state: dict,
+    written: Callable[[int], None],
+) -> None:
+    """Write a checkpoint of weights alone into the empty `directory`, one weight in memory at a time.
+
+    source: Hugging Face tensor name -> file, from `hf_weights.check_checkpoint`. state: kept in the record. written: is
+    called with the bytes of every weight. `checkpoint.load` takes it in any layout for an actor without optimizer.
+    Raises ConfigError when a weight does not fit into float16.
+    """
+    planner = _FromHuggingFace(arch, source, dtype, written)
+    writer = checkpoints.Writer(directory, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
+    try:
+        torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:  # torch's, of all ranks; here there is one
+        raise error.failures[0][0] from None
+    checkpoints.write_for_megatron(directory)
+    record = {
+        "format": files.FORMAT,
+        "step": 0,
+        "seed": 1,
+        "score": None,
+        "adam_step": None,
+        "precision": PRECISION[dtype],
+        "layout": None,
+        "architecture": files.identity(arch),
+        "versions": checkpoints.versions(),
+        "state": state,
+    }
+    files.write(directory / files.RECORD, json.dumps(record, indent=1).encode())
+
+
+class _FromHuggingFace(SavePlanner):
+    """Plans one chunk for each weight, and reads it when the writer has come to it."""
+
+    def __init__(self, arch: Architecture, source: dict[str, Path], dtype: torch.dtype, written: Callable[[int], None]):
+        self._arch, self._source, self._dtype, self._written = arch, source, dtype, written
+        self._weights: dict[tuple, Weight] = {}
+        self._written_last: Tensor | None = None
+
+    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        properties = TensorProperties(dtype=self._dtype)
+        items = []
+        for weight in weights(self._arch, Layout()):
+            chunk, (key, _) = _chunk(weight), _place(weight)
+            self._weights[key, chunk.offsets] = weight
+            data = TensorWriteData(chunk, properties, torch.Size(_stacked_shape(weight, self._arch)))
+            items.append(WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        weight = self._weights[write_item.index.fqn, write_item.index.offset]
+        if self._written_last is not None:  # torch's writer keeps one tensor of every key until it is done
+            self._written_last.untyped_storage().resize_(0)
+        whole = self._written_last = read_weight(weight, self._source, self._dtype)
+        check_range(whole, *(name for name, _ in weight.hugging_face))
+        self._written(sum(math.prod(shape) for _, shape in weight.hugging_face) * whole.itemsize)  # without padding
+        return whole.view(tuple(write_item.tensor_data.chunk.sizes))
+
+
+def _place(weight: Weight) -> tuple[str, int | None]:
+    """(key, place in the stack of layers or None) of a weight of the table without parallelism."""
+    name = weight.names[-1]  # checkpoints use Transformer Engine's, whatever the layers
+    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
+    return (name, None) if layer is None else (f"decoder.layers.{name[layer.end() :]}", int(layer[1]))
+
+
+def _stacked_shape(weight: Weight, arch: Architecture) -> tuple[int, ...]:
+    _, layer = _place(weight)
+    return weight.shard_shape if layer is None else (arch.num_layers, *weight.shard_shape)
+
+
+def _chunk(weight: Weight) -> ChunkStorageMetadata:
+    """Where a weight lies in its stack."""
+    _, layer = _place(weight)
+    offsets, sizes = [0] * len(weight.shard_shape), weight.shard_shape
+    if layer is not None:
+        offsets, sizes = [layer, *offsets], (1, *sizes)
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

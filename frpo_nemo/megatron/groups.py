@@ -1,0 +1,59 @@
+"""Megatron's parallel groups inside the world, and the collectives over them that the rest uses."""
+
+from __future__ import annotations
+
+import gc
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from frpo_nemo.config.options import ModelConfig
+from frpo_nemo.megatron.cpu import runs_on_megatron_device
+from frpo_nemo.processes.world import GROUP_TIMEOUT
+
+
+@runs_on_megatron_device
+def start_model_parallel(model: ModelConfig, seed: int) -> None:
+    """Create Megatron's groups for `model`: ranks are ordered TP fastest, then CP, DP, PP."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        distributed_timeout_minutes=int(GROUP_TIMEOUT.total_seconds() // 60),
+    )
+    tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
+
+
+def stop_model_parallel() -> None:
+    """Undo start_model_parallel, so that another layout can follow in the same processes (tests do). megatron-core
+    forgets its groups but leaves them alive, with the threads that each gloo group owns and that wake 100 times a second."""
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models that are done with hold groups, and are in cycles
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def data_parallel() -> tuple[int, int]:
+    """(rank, size) among the replicas of the model."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def sum_over_replicas_and_stages(values: Tensor) -> Tensor:
+    """Sum over data-parallel replicas and pipeline stages, in place. With zeros everywhere but in the one place that
+    knows a value, this is an exact gather that every rank receives."""
+    for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(values, group=group)
+    return values
+
+
+def from_last_stage(value):
+    """The last pipeline stage's picklable `value`, on every stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    box = [value]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]

@@ -1,0 +1,296 @@
+"""Which Hugging Face tensors make up which Megatron parameter: the one table, for every family and layer spec.
+
+A Megatron parameter, put together over the tensor-parallel ranks, is a concatenation of ranges ("pieces") of Hugging
+Face tensors along one dimension; rank r of tp holds the r-th even part. Import copies those ranges one way and export
+the other, so nothing else in this package knows about query groups, gates or padding. Pure Python: no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from frpo_nemo.megatron.architecture import Architecture
+
+Piece = tuple[int | None, int, int]  # (index of the Hugging Face tensor or None for zeros, start, stop)
+
+
+def _whole(arch: Architecture, tp: int, size: int) -> list[Piece]:
+    """One Hugging Face tensor, as it is."""
+    return [(0, 0, size)]
+
+
+def _padded_vocabulary(arch: Architecture, tp: int, size: int) -> list[Piece]:
+    return [(0, 0, size), (None, 0, arch.padded_vocab_size(tp) - size)]
+
+
+def _query_groups(arch: Architecture, tp: int, size: int) -> list[Piece]:
+    """q, k, v interleaved by query group: the queries of group 0, its key, its value, the queries of group 1 ..."""
+    queries, one = arch.num_heads // arch.num_kv_heads * arch.head_dim, arch.head_dim
+    return [
+        piece
+        for g in range(arch.num_kv_heads)
+        for piece in ((0, g * queries, (g + 1) * queries), (1, g * one, (g + 1) * one), (2, g * one, (g + 1) * one))
+    ]
+
+
+def _gate_and_up(arch: Architecture, tp: int, size: int) -> list[Piece]:
+    """Each rank holds its part of the gate above its part of the up projection."""
+    part = arch.ffn_hidden_size // tp
+    return [(source, r * part, (r + 1) * part) for r in range(tp) for source in (0, 1)]
+
+
+def _stacked(arch: Architecture, tp: int, size: int, tensors: int) -> list[Piece]:
+    """The tensors one above the other."""
+    return [(source, 0, size) for source in range(tensors)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """megatron: the parameter's name, by the local layer spec and by Transformer Engine's where that differs.
+    hugging_face: name -> shape in named sizes (see `_sizes`). dim: the tensor-parallel dimension, None if replicated.
+    pieces: how the tensors fuse along dim. only_if: the Architecture flag that makes the parameter exist."""
+
+    megatron: tuple[str, ...]
+    hugging_face: dict[str, tuple[str, ...]]
+    dim: int | None = 0
+    pieces: Callable[[Architecture, int, int], list[Piece]] = _whole
+    only_if: str | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Of a linear layer: it may have an adapter."""
+        return all(len(shape) == 2 for shape in self.hugging_face.values())
+
+
+# fmt: off
+LAYER = (  # below `decoder.layers.{i}.` and `model.layers.{i}.`
+    Row(("self_attention.linear_qkv.weight",),
+        {"self_attn.q_proj.weight": ("query", "hidden"), "self_attn.k_proj.weight": ("kv", "hidden"),
+         "self_attn.v_proj.weight": ("kv", "hidden")}, pieces=_query_groups),
+    Row(("self_attention.linear_qkv.bias",),
+        {"self_attn.q_proj.bias": ("query",), "self_attn.k_proj.bias": ("kv",), "self_attn.v_proj.bias": ("kv",)},
+        pieces=_query_groups, only_if="qkv_bias"),
+    Row(("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": ("hidden", "query")}, dim=1),
+    Row(("self_attention.q_layernorm.weight",), {"self_attn.q_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
+    Row(("self_attention.k_layernorm.weight",), {"self_attn.k_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
+    Row(("mlp.linear_fc1.weight",),
+        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")}, pieces=_gate_and_up),
+    Row(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, dim=1),
+    Row(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        {"input_layernorm.weight": ("hidden",)}, dim=None),
+    Row(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        {"post_attention_layernorm.weight": ("hidden",)}, dim=None),
+)
+EMBEDDING = Row(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab", "hidden")},
+                pieces=_padded_vocabulary)
+FINAL_NORM = Row(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, dim=None)
+OUTPUT = Row(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, pieces=_padded_vocabulary)
+TIED_OUTPUT = Row(OUTPUT.megatron, EMBEDDING.hugging_face, pieces=_padded_vocabulary)  # the last stage's own copy
+# fmt: on
+
+
+def _adapter_rows(row: Row) -> tuple[Row, Row]:
+    """A and B of a linear layer (lora.py), as PEFT names them. Along the dimension that the layer's weight is split in, an
+    adapter is split like it; the rank of the update is never split."""
+    (layer,) = (name.removesuffix("weight") for name in row.megatron)
+    a: dict[str, tuple[str, ...]] = {}
+    b: dict[str, tuple[str, ...]] = {}
+    for name, (out, columns) in row.hugging_face.items():
+        a[name.replace("weight", "lora_A.weight")] = ("rank", columns)
+        b[name.replace("weight", "lora_B.weight")] = (out, "rank")
+    stacked = functools.partial(_stacked, tensors=len(a))
+    if row.dim == 0:
+        return Row((f"{layer}lora.a",), a, None, stacked), Row((f"{layer}lora.b",), b, 0, row.pieces)
+    return Row((f"{layer}lora.a",), a, 1, row.pieces), Row((f"{layer}lora.b",), b, None, stacked)
+
+
+ADAPTERS = tuple(adapter for row in LAYER if row.is_matrix for adapter in _adapter_rows(row))
+
+
+def _sizes(arch: Architecture, rank: int) -> dict[str, int]:
+    return {
+        "rank": rank,
+        "hidden": arch.hidden_size,
+        "ffn": arch.ffn_hidden_size,
+        "vocab": arch.vocab_size,
+        "head": arch.head_dim,
+        "query": arch.num_heads * arch.head_dim,
+        "kv": arch.num_kv_heads * arch.head_dim,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` entries along the weight's dimension: from `offset` in rank's shard, to `start` in Hugging Face tensor
+    number `source` (None: zeros)."""
+
+    rank: int
+    offset: int
+    source: int | None
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A row of the table for one architecture and layout: one Megatron parameter of one pipeline stage.
+
+    names: its possible names there. hugging_face: (name, shape) of each tensor in it. shard_shape: what each tensor
+    rank holds. replicated: every rank holds all of it. exported: False for the copy of a tied embedding.
+    """
+
+    stage: int
+    names: tuple[str, ...]
+    hugging_face: tuple[tuple[str, tuple[int, ...]], ...]
+    shard_shape: tuple[int, ...]
+    dim: int
+    runs: tuple[Run, ...]
+    replicated: bool
+    exported: bool = True
+
+    @property
+    def is_linear_layer(self) -> bool:
+        """A matrix of a transformer layer, which may have an adapter."""
+        return self.names[0].startswith("decoder.layers.") and len(self.shard_shape) == 2
+
+    @property
+    def shard_numel(self) -> int:
+        return math.prod(self.shard_shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensor and pipeline parallel sizes; `first` and `last`: layers of the first and last stage, if uneven."""
+
+    tp: int = 1
+    pp: int = 1
+    first: int | None = None
+    last: int | None = None
+
+
+def weights(arch: Architecture, layout: Layout) -> list[Weight]:
+    """Every Megatron parameter of every stage, in the order of the Hugging Face model; a stage's are contiguous
+    (but for the last stage's copy of a tied embedding, which comes last)."""
+    resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0), *_layers(LAYER, arch, layout)]
+    last = layout.pp - 1
+    resolved.append(_resolve(FINAL_NORM, arch, layout.tp, last))
+    if not arch.tied_embeddings:
+        resolved.append(_resolve(OUTPUT, arch, layout.tp, last))
+    elif layout.pp > 1:
+        resolved.append(_resolve(TIED_OUTPUT, arch, layout.tp, last, exported=False))
+    return resolved
+
+
+def adapter_weights(arch: Architecture, layout: Layout, rank: int) -> list[Weight]:
+    """Every parameter of adapters of rank `rank`, likewise; hugging_face has PEFT's names, without the prefix that its
+    files put before them."""
+    return _layers(ADAPTERS, arch, layout, rank)
+
+
+def _layers(rows: Sequence[Row], arch: Architecture, layout: Layout, rank: int = 0) -> list[Weight]:
+    return [
+        _resolve(row, arch, layout.tp, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.", rank=rank)
+        for stage in range(layout.pp)
+        for local, layer in enumerate(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+        for row in rows
+        if row.only_if is None or getattr(arch, row.only_if)
+    ]
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the Hugging Face model, in order."""
+    return dict(tensor for weight in weights(arch, Layout()) for tensor in weight.hugging_face)
+
+
+def _resolve(
+    row: Row, arch: Architecture, tp: int, stage: int, prefix="", hf_prefix="", *, rank: int = 0, exported=True
+) -> Weight:
+    sizes = _sizes(arch, rank)
+    tensors = {hf_prefix + name: tuple(sizes[size] for size in shape) for name, shape in row.hugging_face.items()}
+    first_shape = next(iter(tensors.values()))
+    dim = row.dim or 0
+    pieces = row.pieces(arch, tp, first_shape[dim])
+    total = sum(stop - start for _, start, stop in pieces)
+    part = total if row.dim is None else total // tp
+    runs = _cut(pieces, part)
+    if row.dim is None:
+        runs = [replace(run, rank=r) for r in range(tp) for run in runs]
+    return Weight(
+        stage=stage,
+        names=tuple(prefix + name for name in row.megatron),
+        hugging_face=tuple(tensors.items()),
+        shard_shape=(*first_shape[:dim], part, *first_shape[dim + 1 :]),
+        dim=dim,
+        runs=tuple(runs),
+        replicated=row.dim is None,
+        exported=exported,
+    )
+
+
+def _cut(pieces: Sequence[Piece], part: int) -> list[Run]:
+    """The pieces laid end to end and cut at multiples of `part`, one rank's share each."""
+    runs, position = [], 0
+    for source, start, stop in pieces:
+        while start < stop:
+            rank, offset = divmod(position, part)
+            length = min(stop - start, part - offset)
+            runs.append(Run(rank, offset, source, start, length))
+            start, position = start + length, position + length
+    return runs
+
+
+def check_complete(
+    arch: Architecture, layout: Layout, stage: int, shapes: Mapping[str, Sequence[int]], rank: int = 0
+) -> None:
+    """Check a stage's Megatron parameters (name -> shape of this rank's shard; the meta device will do) against the
+    table: every parameter is in it, every weight of the stage has exactly one parameter, shapes agree, and over all
+    stages every element of every Hugging Face tensor is used exactly once. rank: of the adapters; 0 if there are none.
+    Raises ValueError that names the culprit."""
+    table = weights(arch, layout) + (adapter_weights(arch, layout, rank) if rank else [])
+    unknown = set(shapes)
+    for weight in table:
+        if weight.stage != stage:
+            continue
+        found = [name for name in weight.names if name in shapes]
+        if len(found) != 1:
+            hf = ", ".join(name for name, _ in weight.hugging_face)
+            raise ValueError(
+                f"Pipeline stage {stage} should have one parameter called {' or '.join(weight.names)} (for {hf}); it "
+                f"has {len(found)}."
+            )
+        if tuple(shapes[found[0]]) != weight.shard_shape:
+            raise ValueError(
+                f"{found[0]} on pipeline stage {stage} has shape {list(shapes[found[0]])}; {arch.source}/config.json "
+                f"at tensor_model_parallel_size={layout.tp} gives {list(weight.shard_shape)}."
+            )
+        unknown.discard(found[0])
+    if unknown:
+        raise ValueError(
+            f"Pipeline stage {stage} has parameters that the table of Hugging Face weights does not know: "
+            f"{', '.join(sorted(unknown))}."
+        )
+    _check_used_once(table)
+
+
+def _check_used_once(table: Sequence[Weight]) -> None:
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    size: dict[str, int] = {}
+    for weight in table:
+        if not weight.exported:
+            continue
+        size.update((name, shape[weight.dim]) for name, shape in weight.hugging_face)
+        for run in weight.runs:
+            if run.source is not None and (run.rank == 0 or not weight.replicated):
+                name = weight.hugging_face[run.source][0]
+                ranges.setdefault(name, []).append((run.start, run.start + run.length))
+    for name, total in size.items():
+        position = 0
+        for start, stop in sorted(ranges.get(name, [])):
+            if start != position:
+                raise ValueError(f"The table leaves out or repeats {name} between {start} and {position}.")
+            position = stop
+        if position != total:
+            raise ValueError(f"The table uses {position} of the {total} entries of {name}.")

@@ -1,0 +1,300 @@
+"""Rollouts of a step: prompts through the colocated vLLM engines and the rewards, as one global ragged batch.
+
+Every engine generates whole groups for its share of the prompts; the ranks of an engine share the scoring; the
+results (token ids, small) are gathered on every rank, in the order of the prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frpo_nemo.config.options import EngineConfig, ModelConfig, SourceConfig
+from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.data.prompts import Prompt, PromptSet, load_prompts
+from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.objective.parts import compared_rewards, partly_scored
+from frpo_nemo.processes import world
+from frpo_nemo.processes.phases import PhaseTimer
+from frpo_nemo.rewards.reward_set import RewardSet
+from frpo_nemo.rollout.chat import load_chat, stop_token_ids
+from frpo_nemo.rollout.engine import RolloutEngine, isolated_rng
+from frpo_nemo.rollout.refit_check import GapLimit, check_logprob_gap
+
+
+@dataclass
+class Rollouts:
+    """A step's responses: `batch` has the columns group, task (index into tasks), truncated, reward, the weighted sum of
+    what was scored, and its parts reward/NAME (NaN: unscored), compared, the reward for the objective (NaN: no part in
+    it), partly_scored, and the token column rollout_logprobs. failures: reward -> kind -> count."""
+
+    batch: SequenceBatch
+    tasks: list[str | None]
+    failures: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def rewards(self) -> Tensor:
+        """What the objective compares."""
+        return self.batch.columns["compared"]
+
+    @property
+    def groups(self) -> Tensor:
+        return self.batch.columns["group"]
+
+    def require_scores(self) -> None:
+        """Raise RuntimeError if not one response has a reward: there is nothing to learn from."""
+        if self.rewards.isnan().all():
+            raise RuntimeError(
+                f"None of {len(self.rewards)} responses could be scored; the rewards failed as shown above."
+            )
+
+
+@dataclass
+class ScoredPrompts:
+    """Prompts, and the rewards that score responses to them. `tasks`: all that may occur, a response's is an index."""
+
+    prompts: PromptSet
+    rewards: RewardSet
+    tasks: list[str | None]
+
+    @classmethod
+    def load(cls, sources: Sequence[SourceConfig], rewards: RewardSet, chat, max_prompt_tokens: int) -> ScoredPrompts:
+        """chat: of the policy, or its tokenizer. Raises ConfigError if a task has no reward."""
+        prompts = load_prompts(sources, chat, max_prompt_tokens=max_prompt_tokens)
+        rewards.check_tasks(prompts.tasks, all_rewards=False)  # prompts that are too long may have been all of a task's
+        return cls(prompts, rewards, sorted(prompts.tasks, key=str))
+
+
+class RolloutWorker:
+    """This rank's engine: generates, scores and gathers, for any prompts."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        rollout: EngineConfig,
+        phases: PhaseTimer,
+        *,
+        seed: int,
+        max_model_len: int,
+        load_format: str = "dummy",
+        moment: datetime | None = None,
+        measured: dict[str, float] | None = None,
+    ):
+        """torch.distributed runs; Megatron's model does not exist yet (vLLM measures free memory). seed: of sampling.
+        max_model_len: of the longest prompt and response together, in tokens. load_format: "dummy" waits for the weights
+        of a refit, "auto" reads them from model.path. moment: as of `load_chat`. measured: of the run, as Run.measured."""
+        self.model, self.rollout, self.phases, self.seed = model, rollout, phases, seed
+        self.chat = load_chat(model, moment)
+        self.tokenizer = self.chat.tokenizer
+        self.stop_token_ids = stop_token_ids(model.path, self.chat, rollout.stop_tokens)
+        self.engine = RolloutEngine(
+            model.path,
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[model.precision],
+            tensor_parallel_size=rollout.tensor_model_parallel_size,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            max_num_seqs=rollout.max_num_seqs,
+            enforce_eager=rollout.enforce_eager,
+            fp32_logits=model.fp32_logits,
+            temperature=rollout.temperature,
+            load_format=load_format,
+        )
+        self.engine.sleep()  # the policy is built next
+        self._reported: set[tuple[str, str]] = set()  # (reward, kind of failure)
+        self._said: set[str] = set()
+        self.measured = {} if measured is None else measured
+
+    def refit(self, actor: PolicyActor) -> None:
+        """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
+        with self.phases("refit"):
+            actor.finish_training()  # the optimizer's GPU memory is vLLM's until the next update
+            self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.rollout.refit_bucket_mb << 20))
+
+    def roll_out(
+        self, scored: ScoredPrompts, indices: Sequence[int], *, samples: int, max_tokens: int, seed_step: int
+    ) -> Rollouts:
+        """`samples` scored responses of at most `max_tokens` to each of the prompts `indices`. seed_step: decides, with
+        the run's seed, what is sampled: the step, or a constant of its own for what is measured on the side."""
+        examples = [scored.prompts.examples[i] for i in indices]
+        with self.phases("generate"):
+            mine, completions = self._generate_share(examples, samples, max_tokens, seed_step)
+            self.engine.sleep()
+            world.wait_for_all()  # generation ends with the slowest engine, and its time is told so
+        with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw from it as well
+            scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
+        with self.phases("gather"):
+            return self._gather(examples, samples, mine, completions, scores, scored)
+
+    def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
+        """(places of the prompts whose responses this rank scores, their responses)."""
+        engine, rollout = self.engine, self.rollout
+        share = range(engine.engine_index, len(examples), engine.num_engines)
+        generated = engine.generate(
+            [examples[i].prompt_ids for i in share],
+            samples=samples,
+            max_tokens=max_tokens,
+            seed=sampling_seed(self.seed, seed_step),
+            stop_token_ids=self.stop_token_ids,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+        )
+        rank, size = world.rank() % rollout.tensor_model_parallel_size, rollout.tensor_model_parallel_size
+        return list(share)[rank::size], generated[rank::size]
+
+    def _reward_seed(self, seed_step: int) -> int:
+        """Of what rewards draw in this process, which is no part of the run's random state."""
+        return zlib.crc32(f"reward {sampling_seed(self.seed, seed_step)} {world.rank()}".encode())
+
+    def _score(self, rewards: RewardSet, examples: list[Prompt], completions: list[list]):
+        repeated = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
+        texts = response_texts([c.token_ids for _, c in repeated], self.tokenizer, self.stop_token_ids)
+        names = dict.fromkeys(name for example in examples for name in example.columns)
+        columns = {name: [example.columns.get(name) for example, _ in repeated] for name in names}
+        columns["response_tokens"] = [len(c.token_ids) for _, c in repeated]
+        tasks = [example.task for example, _ in repeated]
+        return rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
+
+    def _gather(self, examples, samples, mine, completions, scores, scored: ScoredPrompts) -> Rollouts:
+        """All ranks' responses in the order of the prompts."""
+        flat = [c for group in completions for c in group]
+        responses = (  # as tensors: pickled in bulk
+            torch.tensor([len(c.token_ids) for c in flat], dtype=torch.int64),
+            torch.tensor([token for c in flat for token in c.token_ids], dtype=torch.int32),
+            torch.tensor([logprob for c in flat for logprob in c.logprobs], dtype=torch.float32),
+            torch.tensor([c.truncated for c in flat], dtype=torch.bool),
+        )
+        tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
+        own = (mine, responses, tensors, scores.failures, scores.said)
+        everything = world.gather_objects(own)
+        places = torch.tensor(
+            [p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64
+        )
+        lengths, tokens, logprobs, truncated = map(torch.cat, zip(*[r for _, r, *_ in everything], strict=True))
+        prompts = [examples[p] for p in places.tolist()]
+        batch = SequenceBatch.from_lists(
+            [p.prompt_ids for p in prompts],
+            [ids.tolist() for ids in tokens.split(lengths.tolist())],
+            group=places,
+            task=torch.tensor([scored.tasks.index(p.task) for p in prompts]),
+            truncated=truncated,
+            **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
+        )
+        batch.columns |= _comparison(batch.columns, scored.rewards)
+        batch.token_columns["rollout_logprobs"] = logprobs
+        failures = _add_counts([f for *_, f, _ in everything])
+        silent = {name for name in failures if batch.columns[f"reward/{name}"].isnan().all()}
+        self._report_failures([said for *_, said in everything], silent)
+        return Rollouts(batch.select(torch.argsort(places, stable=True)), scored.tasks, failures)
+
+    def _report_failures(self, said: list[dict[str, dict[str, str]]], silent: set[str]) -> None:
+        """Show a reward's first failure of each kind once, and again whenever it scored nothing; metrics count all."""
+        for line in failure_lines(said, silent, self._reported):
+            if world.rank() == 0:
+                print(line, flush=True)
+
+    def say_once(self, kind: str, text: str) -> None:
+        """Print the first text of each kind, on rank 0."""
+        if kind not in self._said and world.rank() == 0:
+            print(text, flush=True)
+        self._said.add(kind)
+
+    @property
+    def gap_limit(self) -> GapLimit:
+        """Of the next comparison of log-probs."""
+        precision = "fp8" if self.model.fp8 else self.model.precision
+        return GapLimit.of(precision, self.measured.get("logprob_gap"), self.rollout.logprob_gap_threshold)
+
+    def check_logprobs(self, step: int, batch: SequenceBatch, logprobs: Tensor) -> None:
+        """Compare the policy's log-probs [R] of responses with those that vLLM sampled them with. Raises RefitError.
+
+        Part of every refit's proof: the policy computes these numbers anyway before it changes again. The first comparison
+        of a run measures what rounding does to its model.
+        """
+        rollout = batch.token_columns["rollout_logprobs"]
+        gap = check_logprob_gap(rollout, logprobs, batch.response_lengths, step=step, limit=self.gap_limit)
+        self.measured.setdefault("logprob_gap", gap[0])
+        limit = self.gap_limit
+        self.say_once(
+            "log-prob gap",
+            f"step {step}: vLLM's and the trainer's log-probs differ by {gap[0]:.3g} per token on average; the run stops where "
+            f"their {limit.statistic} difference exceeds {limit.value:.3g} ({limit.origin})",
+        )
+
+    def close(self) -> None:
+        """End the engine."""
+        self.engine.close()
+
+    def write_samples(self, path: Path, rollouts: Rollouts) -> None:
+        """Prompts, responses and rewards as JSON lines, to read."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch = rollouts.batch
+        pairs = batch.unpack()
+        prompts = self.tokenizer.batch_decode([prompt for prompt, _ in pairs])
+        responses = self.tokenizer.batch_decode([response for _, response in pairs])
+        with path.open("w") as file:
+            for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                row = {
+                    "prompt": prompt,
+                    "response": response,
+                    "task": rollouts.tasks[int(batch.columns["task"][index])],
+                }
+                scores = {
+                    name: batch.columns[name][index].item() for name in batch.columns if name.startswith("reward")
+                }
+                row |= {name: None if math.isnan(score) else score for name, score in scores.items()}
+                file.write(json.dumps(row) + "\n")
+
+
+def _comparison(columns: dict[str, Tensor], rewards: RewardSet) -> dict[str, Tensor]:
+    """The columns compared and partly_scored, from those of the rewards. What failed takes no part, in a mean neither."""
+    parts = torch.stack([columns[f"reward/{reward.name}"] for reward in rewards.rewards], 1)
+    parts[columns["reward"].isnan()] = math.nan
+    weights = torch.tensor([reward.weight for reward in rewards.rewards], dtype=torch.float64)
+    groups = columns["group"]
+    return {"compared": compared_rewards(parts, weights, groups), "partly_scored": partly_scored(parts, groups)}
+
+
+def response_texts(responses: list[list[int]], tokenizer, stop_token_ids: list[int]) -> list[str]:
+    """What rewards read: all that was written but the token that ended it. Tags such as <think>, which some tokenizers
+    hold for special tokens, stay."""
+    written = [ids[:-1] if ids[-1:] and ids[-1] in stop_token_ids else ids for ids in responses]
+    return tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def failure_lines(said: list[dict], silent: set[str], reported: set[tuple[str, str]]) -> list[str]:
+    """What to tell of a batch's failures. said: Scores.said of each rank. silent: the rewards that scored no response.
+    reported: (reward, kind) of what was told before; this adds to it."""
+    first: dict[tuple[str, str], str] = {}
+    for name, kinds in (item for rank in said for item in rank.items()):
+        for kind, text in kinds.items():
+            first.setdefault((name, kind), text)
+    told = [key for key in first if key not in reported or key[0] in silent]
+    reported.update(told)
+    share = {name: "all of its" if name in silent else "some" for name, _ in told}
+    return [
+        f"reward {name} failed for {share[name]} responses, which stay unscored. First {kind}: {first[name, kind]}"
+        for name, kind in told
+    ]
+
+
+def sampling_seed(run_seed: int, step: int) -> int:
+    """One seed per (run, step), so that a resumed run draws what the first would have drawn. The engine adds its index."""
+    return run_seed << 32 | step
+
+
+def _add_counts(counts: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, dict[str, int]] = {}
+    for per_reward in counts:
+        for reward, kinds in per_reward.items():
+            for kind, count in kinds.items():
+                total.setdefault(reward, {}).setdefault(kind, 0)
+                total[reward][kind] += count
+    return total
