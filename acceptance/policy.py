@@ -60,8 +60,8 @@ def local_layers() -> Iterator[None]:
     """Build models of local layers inside, although Transformer Engine is there. The product has no such option, so its
     decision is replaced in both modules that ask for it."""
     with (
-        mock.patch("frpo_nemo.megatron.model.uses_transformer_engine", lambda model: False),
-        mock.patch("frpo_nemo.megatron.actor.uses_transformer_engine", lambda model: False),
+        mock.patch("frpo_nemo.megatron.model.uses_transformer_engine", lambda precision: False),
+        mock.patch("frpo_nemo.megatron.actor.uses_transformer_engine", lambda precision: False),
     ):
         yield
 

@@ -6,7 +6,7 @@ from frpo_nemo.config.option import options_of
 from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.config.reference import grouped, table
 from frpo_nemo.conversion.inputs import ConvertRun
-from frpo_nemo.evaluation.benchmarks import EvaluateRun
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.objective import FRPO, GRPO, DrGRPO
 from frpo_nemo.planning.plan import PlanRun
 from frpo_nemo.study.parts import StudyConfig

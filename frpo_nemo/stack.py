@@ -90,16 +90,16 @@ def check_allocator() -> None:
         )
 
 
-def uses_transformer_engine(model) -> bool:
-    """Return whether the layers of `model` (a ModelConfig) are Transformer Engine's. Raises ConfigError when they should
-    be, but the package does not import.
+def uses_transformer_engine(precision: str) -> bool:
+    """Return whether the layers of a model of this precision (of ModelConfig) are Transformer Engine's. Raises ConfigError
+    when they should be, but the package does not import.
 
     Not in fp32, where it multiplies in TF32 (its log-probs are off by 1e-3), and not on a GPU before Hopper without
     flash-attn: there its attention over packs would keep all scores in memory.
     """
     import torch
 
-    if model.precision != "bf16" or not torch.cuda.is_available() or not version("transformer-engine"):
+    if precision != "bf16" or not torch.cuda.is_available() or not version("transformer-engine"):
         return False
     problem = transformer_engine_problem()
     if problem:

@@ -1,11 +1,10 @@
-"""Convert a checkpoint of a run or a GGUF file to the Hugging Face format, or a model in that format to a checkpoint.
+"""Convert a checkpoint of a run or a GGUF file to the Hugging Face format.
 
     python recipes/convert.py input=runs/first checkpoint=best out=runs/first/hf_best
     python recipes/convert.py input=runs/first/checkpoints/step_00000100 out=runs/first/hf_100 --verify
-    python recipes/convert.py input=Qwen/Qwen2.5-7B-Instruct out=runs/qwen/megatron
     python recipes/convert.py input=Qwen2.5-0.5B-Instruct-Q8_0.gguf out=runs/qwen/hf
 
-Which way follows from the input. Options: --help, docs/options.md; --verify is verify=true. One process on a CPU, which
+Options: --help, docs/options.md; --verify is verify=true. One process on a CPU, which
 holds one output shard at a time. A mistake in the options is exit code 2, a failed verification 1.
 """
 

@@ -20,8 +20,8 @@ from pathlib import Path
 def main() -> None:
     from frpo_nemo.config.cli import CHECK, from_command_line
     from frpo_nemo.errors import ConfigError
-    from frpo_nemo.evaluation.benchmarks import EvaluateRun
     from frpo_nemo.evaluation.evaluate import evaluate
+    from frpo_nemo.evaluation.options import EvaluateRun
 
     only_check = CHECK in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != CHECK]

@@ -6,8 +6,15 @@
 A mistake in the configuration is told before anything heavy is imported, so nothing is imported above `__main__`.
 """
 
+from __future__ import annotations
 
-def run(cfg) -> bool:
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from frpo_nemo.config.options import SFTRun
+
+
+def run(cfg: SFTRun) -> bool:
     from frpo_nemo.training.sft import train
 
     return train(cfg)

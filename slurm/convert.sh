@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A checkpoint to the Hugging Face format, or back, on one node without GPUs:  sbatch slurm/convert.sh option ...
+# Convert a checkpoint to the Hugging Face format on one node without GPUs:  sbatch slurm/convert.sh option ...
 #   sbatch slurm/convert.sh input=runs/frpo_70b-123 checkpoint=best out=runs/frpo_70b-123/hf_best
 #   sbatch --mem=300G slurm/convert.sh input=runs/frpo_70b-123 out=runs/frpo_70b-123/hf --verify     (the whole model in memory)
 #SBATCH --job-name=convert

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "frpo_nemo"
 FLOORS = (
     {"redact", "__version__"},
     {"errors"},
-    {"stack"},
+    {"stack", "records"},
     {"processes"},
     {"config"},
     {"objective", "data"},
@@ -21,7 +21,8 @@ FLOORS = (
     {"rollout"},
     {"planning"},
     {"training"},
-    {"evaluation", "conversion"},
+    {"conversion"},
+    {"evaluation"},
     {"study"},
     {"report"},
     {"examples"},

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from frpo_nemo import stack
-from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.errors import ConfigError
 
 
@@ -82,16 +81,15 @@ def test_expandable_segments_are_refused(monkeypatch, variable, value):
 
 
 def test_transformer_engine_is_used_in_bf16_on_a_gpu_that_it_supports(hopper, installed, monkeypatch):
-    bf16, fp32 = ModelConfig(path="", precision="bf16"), ModelConfig(path="", precision="fp32")
-    assert not stack.uses_transformer_engine(bf16)
+    assert not stack.uses_transformer_engine("bf16")
     installed["transformer-engine"] = "2.20.2"
     monkeypatch.setattr(stack, "transformer_engine_problem", lambda: None)
-    assert stack.uses_transformer_engine(bf16)
-    assert not stack.uses_transformer_engine(fp32)  # it would multiply in TF32
+    assert stack.uses_transformer_engine("bf16")
+    assert not stack.uses_transformer_engine("fp32")  # it would multiply in TF32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))  # A100: no fused attention over packs
-    assert not stack.uses_transformer_engine(bf16)
+    assert not stack.uses_transformer_engine("bf16")
     installed["flash-attn"] = "2.8.3"
-    assert stack.uses_transformer_engine(bf16)
+    assert stack.uses_transformer_engine("bf16")
 
 
 def test_fp8_is_refused_on_a_gpu_without_it(hopper, monkeypatch):
@@ -106,7 +104,7 @@ def test_a_transformer_engine_that_does_not_import_is_named_with_the_remedy(hopp
     if stack.transformer_engine_problem() is None:
         pytest.fail("transformer_engine imports here, so this machine cannot show what happens when it does not")
     with pytest.raises(ConfigError, match="transformer-engine 2.20.2 does not import .*--no-build-isolation"):
-        stack.uses_transformer_engine(ModelConfig(path="", precision="bf16"))
+        stack.uses_transformer_engine("bf16")
 
 
 def test_a_broken_transformer_engine_does_not_take_megatron_core_down(tmp_path):

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from acceptance.context import Context
 from acceptance.facts import PACKAGES
 from frpo_nemo import stack
-from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.processes import world
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
@@ -25,7 +24,7 @@ def environment(context: Context) -> dict:
     dist.all_reduce(ones)
     values = {
         "off_lock": len(off_lock),
-        "transformer_engine": stack.uses_transformer_engine(ModelConfig(path="")),
+        "transformer_engine": stack.uses_transformer_engine("bf16"),
         "sum_error": (ones - dist.get_world_size()).abs().max().item(),
     }
     if off_lock:

@@ -1,5 +1,4 @@
-"""Conversion between a run's checkpoints and the Hugging Face format, and from GGUF to that, in one process that never
-holds the model.
+"""Convert a checkpoint of a run or a GGUF file to the Hugging Face format, in one process that never holds the model.
 
 Here is the order of the work. How tensors correspond is the business of megatron/weights/, how the bytes of a
 checkpoint lie on disk that of megatron/checkpoint/weights.py, what a GGUF file says that of gguf_file.py.
@@ -17,16 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from frpo_nemo.config.hub import is_hub_name
 from frpo_nemo.conversion.gguf_tokenizer import build_tokenizer, generation_config
 from frpo_nemo.conversion.inputs import Conversion, ConvertRun, check_conversion
 from frpo_nemo.conversion.model_card import gguf_card, model_card
 from frpo_nemo.conversion.verify import verify
 from frpo_nemo.data.tokenizer import check_read_alike
-from frpo_nemo.megatron.checkpoint.weights import MergedWeights, StoredWeights, write_checkpoint
+from frpo_nemo.megatron.checkpoint.weights import MergedWeights, StoredWeights
 from frpo_nemo.megatron.weights.export import write_adapter, write_files
 from frpo_nemo.megatron.weights.files import CARD, begin_export, publish_export
-from frpo_nemo.megatron.weights.load import check_checkpoint
 
 
 def convert(cfg: ConvertRun, conversion: Conversion | None = None) -> Path:
@@ -37,8 +34,6 @@ def convert(cfg: ConvertRun, conversion: Conversion | None = None) -> Path:
     conversion = conversion or check_conversion(cfg)
     if conversion.gguf is not None:
         _from_gguf(conversion, cfg)
-    elif conversion.checkpoint is None:
-        _to_checkpoint(conversion, cfg)
     else:
         _to_hugging_face(conversion, cfg)
     return conversion.out
@@ -79,18 +74,6 @@ def _from_gguf(conversion: Conversion, cfg: ConvertRun) -> None:
     check_read_alike(str(temporary))
     if cfg.verify:
         verify(file.path, temporary, dtype)
-    publish_export(temporary, conversion.out)
-
-
-def _to_checkpoint(conversion: Conversion, cfg: ConvertRun) -> None:
-    arch, dtype = conversion.arch, getattr(torch, conversion.dtype)
-    source = check_checkpoint(arch, conversion.model)
-    temporary = begin_export(conversion.out)
-    state = {"converted_from": cfg.input if is_hub_name(cfg.input) else str(conversion.model.resolve())}
-    with _progress(conversion) as advance:
-        write_checkpoint(temporary, arch, source, dtype, state=state, written=advance)
-    if cfg.verify:
-        verify(conversion.model, temporary, dtype)
     publish_export(temporary, conversion.out)
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 << 20  # bytes of disk for what is no weight: tokenizers, indices, the headers of chunks
-_CONVERTED = (checkpoint_files.RECORD, ".metadata", "*.distcp", "common.pt", "metadata.json")
 
 
 @dataclass
@@ -33,8 +32,7 @@ class ConvertRun:
     """recipes/convert.py"""
 
     input: str = option(
-        "Checkpoint, run directory or GGUF file, converted to Hugging Face format; or a model in that format, converted to a "
-        "checkpoint.",
+        "Checkpoint, run directory or GGUF file, to be converted to Hugging Face format.",
         example="runs/first",
     )
     out: str = option(
@@ -65,9 +63,9 @@ class ConvertRun:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a ConvertRun comes to. checkpoint: the input, or None when `model` is. model: the directory in Hugging Face
-    format, or the GGUF file (read as `gguf`), that is converted; or the directory that gives configuration and tokenizer, and
-    to adapters (`lora`: their record) the frozen weights. base: its name. adapter: they alone are written."""
+    """What a ConvertRun comes to. checkpoint: what is converted, or None when it is a GGUF file, `model`, read as `gguf`.
+    model: else the directory that gives configuration and tokenizer, and to adapters (`lora`: their record) the frozen
+    weights. base: its name. adapter: they alone are written."""
 
     checkpoint: Path | None
     gguf: GGUFFile | None
@@ -95,21 +93,18 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
     if Path(cfg.input).is_file():
         return _of_gguf(cfg, out)
     checkpoint = _checkpoint(cfg)
-    lora = None if checkpoint is None else checkpoint_files.read(checkpoint).get("lora")
+    lora = checkpoint_files.read(checkpoint).get("lora")
     if cfg.adapter and lora is None:
         raise ConfigError(f"adapter=true, but input={cfg.input} holds no adapters.")
-    base = cfg.input if checkpoint is None else _base(cfg, checkpoint)
-    files = FILES if checkpoint is None or lora else WITHOUT_WEIGHTS
-    model = Path(local_model(base, download=True, files=files))
+    base = _base(cfg, checkpoint)
+    model = Path(local_model(base, download=True, files=FILES if lora else WITHOUT_WEIGHTS))
     arch = Architecture.from_hf(model)
-    if checkpoint is None:
-        _check_replaceable_checkpoint(out)
-    elif differing := checkpoint_files.differences(checkpoint, arch):
+    if differing := checkpoint_files.differences(checkpoint, arch):
         raise ConfigError(
             f"{checkpoint} is of another model than base={model}: {', '.join(differing)}; give the one that it was "
             "trained from."
         )
-    elif cfg.adapter:
+    if cfg.adapter:
         _check_replaceable_adapter(out)
     else:
         check_replaceable(model, out)
@@ -148,8 +143,8 @@ def _check_options(cfg: ConvertRun) -> None:
         )
 
 
-def _checkpoint(cfg: ConvertRun) -> Path | None:
-    """The checkpoint that `cfg.input` means; None when it is a model in Hugging Face format."""
+def _checkpoint(cfg: ConvertRun) -> Path:
+    """The checkpoint that `cfg.input` means."""
     path = Path(cfg.input)
     if (path / checkpoint_files.RECORD).is_file():
         return path
@@ -159,11 +154,11 @@ def _checkpoint(cfg: ConvertRun) -> Path | None:
             lacking = "complete checkpoint" if cfg.checkpoint == "newest" else "checkpoint that was validated"
             raise ConfigError(f"input={cfg.input} is a run directory without a {lacking}.")
         return found
-    if (path / "config.json").is_file() or is_hub_name(cfg.input):
-        return None
+    if (path / "config.json").is_file():
+        raise ConfigError(f"input={cfg.input} is in Hugging Face format already, which every recipe reads.")
     raise ConfigError(
         f"input={cfg.input} is neither a checkpoint ({checkpoint_files.RECORD}), nor a run directory (checkpoints/), nor "
-        f"a model in Hugging Face format (config.json), nor a GGUF file; the working directory is {Path.cwd()}."
+        f"a GGUF file; the working directory is {Path.cwd()}."
     )
 
 
@@ -186,20 +181,6 @@ def _out(cfg: ConvertRun) -> Path:
     if out == here or out in here.parents:
         raise ConfigError(f"out={cfg.out} is the working directory or holds it ({here}); name a new directory.")
     return out
-
-
-def _check_replaceable_checkpoint(out: Path) -> None:
-    """An earlier conversion may be replaced; what was trained, or is something else, may not."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    converted = (out / checkpoint_files.RECORD).is_file() and checkpoint_files.read(out)["adam_step"] is None
-    if not converted:
-        raise ConfigError(f"out={out} exists and is not an earlier conversion; choose another directory or remove it.")
-    if other := others(out, _CONVERTED):
-        raise ConfigError(
-            f"out={out} exists and is not an earlier conversion alone: {other[0]} in it is of another origin and would be "
-            "lost; choose another directory or remove it."
-        )
 
 
 def _check_replaceable_adapter(out: Path) -> None:

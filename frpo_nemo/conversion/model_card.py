@@ -6,9 +6,7 @@ directories of this machine.
 
 from __future__ import annotations
 
-import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from frpo_nemo.config.hub import is_hub_name
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.checkpoint import files as checkpoint_files
-from frpo_nemo.training import start_record as run_record
+from frpo_nemo.records import read_jsonl
+from frpo_nemo.training import start_record
 
 # /home/me/data.jsonl, ~/data.jsonl or file:///home/me/data.jsonl, also inside a command; no part of a URL
 _ABSOLUTE = re.compile(
@@ -28,12 +27,11 @@ _ABSOLUTE = re.compile(
 
 
 def trained_from(checkpoint: Path) -> str | None:
-    """The model that the checkpoint's run began from, or what the checkpoint was converted from: a hub name, or a path
-    that is right from here. None if neither is known. The run may have been started in another directory than this
-    one, and model.path be relative to that."""
+    """Return the model that the checkpoint's run began from: a hub name, or a path that is right from here. None if no run
+    is around it. The run may have been started in another directory than this one, and model.path be relative to that."""
     config = _config(checkpoint)
     if config is None:
-        return checkpoint_files.read(checkpoint)["state"].get("converted_from")
+        return None
     path, directory = config["model"]["path"], Path(_last_start(checkpoint).get("directory", "."))
     if (directory / path).is_dir() or not (Path(path).is_dir() or is_hub_name(path, directory)):
         return str(directory / path)
@@ -89,7 +87,7 @@ def _run_dir(checkpoint: Path) -> Path:
 def _config(checkpoint: Path) -> dict[str, Any] | None:
     """The configuration of the run that saved a checkpoint; None when there is none around it, or only a stranger's."""
     file = _run_dir(checkpoint) / "config.yaml"
-    if not file.is_file() or "converted_from" in checkpoint_files.read(checkpoint)["state"]:
+    if not file.is_file():
         return None
     try:
         config = yaml.safe_load(file.read_text())
@@ -103,16 +101,7 @@ def _has(config: Any, section: str, option: str) -> bool:
 
 
 def _last_start(checkpoint: Path) -> dict[str, Any]:
-    return next(reversed(_rows(_run_dir(checkpoint) / run_record.FILE)), {})
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The lines of a record, but for what a killed process has left of one."""
-    rows = []
-    for line in file.read_text().split("\n") if file.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    return next(reversed(start_record.starts(_run_dir(checkpoint))), {})
 
 
 def _public(nested: Any) -> Any:
@@ -140,7 +129,7 @@ def _method(config: dict[str, Any]) -> str:
 def _figures(file: Path, step: int) -> list[str]:
     """A table of rewards and KL where the run measured them first, and last before or at `step`."""
     measured: dict[str, list[tuple[int, float]]] = {}
-    for row in _rows(file):
+    for row in read_jsonl(file) if file.is_file() else []:
         for name, value in row.items():
             if row["step"] <= step and value is not None and _is_figure(name):
                 measured.setdefault(name, []).append((row["step"], value))

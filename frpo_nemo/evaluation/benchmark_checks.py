@@ -12,8 +12,10 @@ from frpo_nemo.config.hub import local_model
 from frpo_nemo.config.option import check_values
 from frpo_nemo.data.tokenizer import check_read_alike, load_tokenizer
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.evaluation.benchmark_commands import ANTLR, answer_tokens, antlr_directory
 from frpo_nemo.evaluation.benchmark_runs import LOG, finished_scores
-from frpo_nemo.evaluation.benchmarks import ANTLR, BENCHMARKS, EvaluateRun, answer_tokens, antlr_directory
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.processes.launcher import started_world
 
 _EVALPLUS_CONTEXT = 2048  # that evalplus asks of vLLM, whatever the model

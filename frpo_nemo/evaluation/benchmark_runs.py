@@ -18,14 +18,10 @@ from rich.table import Table
 
 from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.benchmarks import (
-    BENCHMARKS,
-    EvaluateRun,
-    command_line,
-    environment,
-    settings,
-    tool_version,
-)
+from frpo_nemo.evaluation.benchmark_commands import command_line, environment, settings, tool_version
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS
+from frpo_nemo.evaluation.options import EvaluateRun
+from frpo_nemo.records import write_whole
 
 _LAST_LINES = 15  # of the log of a benchmark that failed
 PROBE = "probe"  # the directory of the reward probe's result, beside those of benchmarks
@@ -155,7 +151,4 @@ def _table(cfg: EvaluateRun, model: Path, failed: list[str]) -> Table:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not there: a killed process leaves no half result."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.rename(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

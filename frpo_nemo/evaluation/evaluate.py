@@ -8,15 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from frpo_nemo.conversion.inputs import ConvertRun, check_conversion
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmark_checks import check_benchmarks, check_model, model_directory
+from frpo_nemo.evaluation.benchmark_commands import weights_stamp
 from frpo_nemo.evaluation.benchmark_runs import PROBE, run_benchmarks, write_json, write_summary
-from frpo_nemo.evaluation.benchmarks import EvaluateRun, weights_stamp
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.evaluation.reward_probe import (
     SAMPLES,
     check_host_memory,
     check_reward_probe,
-    export_checkpoint,
     probe_settings,
     run_reward_probe,
 )
@@ -68,14 +69,22 @@ def exported(checkpoint: Path, out: Path) -> Path:
         if json.loads(source.read_text()) != str(checkpoint.resolve()):
             raise ConfigError(f"{out} is the export of another checkpoint; choose another out, or remove it.")
         return out
+    conversion = ConvertRun(input=str(checkpoint), out=str(out))
+    check_conversion(conversion)
     # A process of its own: what lets megatron-core run on a CPU must not be there when vLLM starts.
-    process = multiprocessing.get_context("spawn").Process(target=export_checkpoint, args=(checkpoint, out))
+    process = multiprocessing.get_context("spawn").Process(target=_convert, args=(conversion,))
     process.start()
     process.join()
     if process.exitcode:
         raise ConfigError(f"{checkpoint} could not be exported (exit code {process.exitcode}), for the reason above.")
     write_json(source, str(checkpoint.resolve()))
     return out
+
+
+def _convert(conversion: ConvertRun) -> None:
+    from frpo_nemo.conversion.convert import convert
+
+    convert(conversion)
 
 
 def _probe(cfg: EvaluateRun, model: Path) -> bool:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from frpo_nemo import redact
-from frpo_nemo.config.option import check_values, option
-from frpo_nemo.config.options import EngineConfig, LoRAConfig, ModelConfig, RewardConfig, SourceConfig
+from frpo_nemo.config.option import check_values
+from frpo_nemo.config.options import EngineConfig, ModelConfig
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.evaluation.options import EvaluateRun, RewardProbeConfig
 from frpo_nemo.planning.memory import readable
 from frpo_nemo.rewards.reward_set import build_rewards, check_rewards, local_weights
 from frpo_nemo.training.checks.data import check_reward_tasks, check_source_list
@@ -21,27 +19,6 @@ from frpo_nemo.training.checks.resources import host_memory
 
 PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
 SAMPLES = "samples.jsonl"
-
-
-@dataclass
-class RewardProbeConfig:
-    """Prompts, rewards, and how to sample."""
-
-    prompts: list[SourceConfig] = option(
-        "List of sources like those of data.train in recipes/frpo.py; none: no probe.", list
-    )
-    reward: dict[str, RewardConfig] = option("Mapping of rewards, like reward in recipes/frpo.py.", dict)
-    samples: int = option("Responses to each prompt.", 1, at_least=1)
-    max_prompt_tokens: int = option("Longest prompt in tokens; longer ones are dropped.", 1024, at_least=1)
-    max_response_tokens: int = option("Longest response in tokens.", 2048, at_least=1)
-    temperature: float = option(
-        "Temperature of sampling; vLLM samples at 0.01 where it is lower. 0: the likeliest token each time.",
-        1.0,
-        at_least=0.01,
-        also=0,
-    )
-    top_p: float = option("Sample from the likeliest tokens of this total probability.", 1.0, above=0, at_most=1)
-    seed: int = option("Seed of sampling.", 1)
 
 
 def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
@@ -74,9 +51,9 @@ def check_host_memory(probe: RewardProbeConfig, processes: int) -> None:
         )
 
 
-def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
+def run_reward_probe(cfg: EvaluateRun, model: Path, directory: Path) -> dict[str, float]:
     """Rewards, lengths and shares of failures as training logs them, and how many responses each reward scored; every
-    response is in directory/SAMPLES, scored or not. cfg: EvaluateRun. Every process of the world calls this; all get
+    response is in directory/SAMPLES, scored or not. Every process of the world calls this; all get
     the numbers."""
     from frpo_nemo.processes import world
     from frpo_nemo.processes.phases import PhaseTimer
@@ -111,32 +88,6 @@ def run_reward_probe(cfg, model: Path, directory: Path) -> dict[str, float]:
     return rollout_statistics(rollouts) | scored_counts(rollouts)
 
 
-def probe_settings(cfg) -> dict[str, Any]:
+def probe_settings(cfg: EvaluateRun) -> dict[str, Any]:
     """What makes two results comparable."""
     return redact.values(json.loads(json.dumps(asdict(cfg.probe)))) | {"dtype": cfg.dtype}
-
-
-def export_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Write a checkpoint of a run (run_dir/checkpoints/step_N) in Hugging Face format to `out`, in one process."""
-    from frpo_nemo.training.run import ignore_warnings_of_libraries
-
-    ignore_warnings_of_libraries()
-    from frpo_nemo.config.hub import local_model
-    from frpo_nemo.megatron.actor import PolicyActor
-    from frpo_nemo.megatron.checkpoint import save_load as checkpoints
-    from frpo_nemo.megatron.groups import start_model_parallel
-    from frpo_nemo.megatron.weights.export import save_hf
-    from frpo_nemo.processes import world
-
-    record = checkpoint_files.read(checkpoint)
-    run = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
-    model = ModelConfig(
-        path=str(local_model(run.model.path, download=False)),
-        precision=run.model.precision,
-        lora=LoRAConfig.of_record(record.get("lora")),
-    )
-    world.start_world()
-    start_model_parallel(model, seed=1)
-    actor = PolicyActor(model, None, microbatch_tokens=1)
-    checkpoints.load(checkpoint, actor)
-    save_hf(actor.gpt, actor.arch, model.path, out)

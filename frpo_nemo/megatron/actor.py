@@ -274,7 +274,7 @@ class PolicyActor:
             raise ValueError(f"{batch.num_sequences} sequences cannot be split over {replicas} data-parallel replicas")
         mine = packing.split_over_replicas(lengths, replicas)[rank]
         packs = packing.split_into_microbatches([lengths[i] for i in mine], self.microbatch_tokens)
-        te = uses_transformer_engine(self.config)
+        te = uses_transformer_engine(self.config.precision)
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return [
             packing.build_microbatch(

@@ -11,6 +11,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -64,7 +65,7 @@ class PackedAttention(torch.nn.Module):
     `F.embedding`, whose backward is the fast and deterministic one on CPU.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, **kwargs):
+    def __init__(self, config: TransformerConfig, layer_number, attn_mask_type, attention_type, **kwargs):
         super().__init__()
 
     def forward(self, query, key, value, attention_mask=None, packed_seq_params=None, **kwargs) -> Tensor:
@@ -96,7 +97,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with Megatron's mark: under sequence parallelism its gradient is summed over TP ranks."""
 
-    def __init__(self, config=None, hidden_size=None, eps=1e-5, **kwargs):
+    def __init__(self, config: TransformerConfig | None = None, hidden_size=None, eps=1e-5, **kwargs):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
 

@@ -98,7 +98,7 @@ def _take_norms_apart(spec: ModuleSpec) -> None:
 def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
     """This rank's part of the policy, weights and adapters not set. Model parallel groups exist already. `model`: a
     ModelConfig."""
-    transformer_engine = uses_transformer_engine(model)
+    transformer_engine = uses_transformer_engine(model.precision)
     config = transformer_config(arch, model, transformer_engine=transformer_engine)
     spec = layer_spec(arch, transformer_engine=transformer_engine, adapters=model.lora.rank > 0)
     layers = [spec] * get_num_layers_to_build(config)

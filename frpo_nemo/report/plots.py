@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from frpo_nemo.records import read_jsonl
 from frpo_nemo.report.curves import Landscape, by_step, landscape
 from frpo_nemo.report.frame import KL_NAMES, Results, reward_label
 from frpo_nemo.report.sweeps import Sweep, baselines_of, kept_rewards, outcomes
@@ -59,8 +59,7 @@ def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     other line that is not JSON raises ValueError.
     """
     points: dict[str, dict[int, float]] = {}
-    for line in Path(path).read_text().split("\n")[:-1]:
-        record = json.loads(line)
+    for record in read_jsonl(path):
         step = record.pop("step")
         for name, value in record.items():
             points.setdefault(name, {})[step] = math.nan if value is None else value

@@ -19,7 +19,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.option import check_values, option
 from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.benchmarks import EvaluateRun
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.objective import build_objective
 from frpo_nemo.study.recipe import RECIPES
 
@@ -208,7 +208,17 @@ class StudyParts:
             parts += [part, *self._evaluations(part)]
         return parts
 
-    def _training(self, config, seed, arm, task, directory, model, more, after) -> Part:
+    def _training(
+        self,
+        config: PartConfig,
+        seed: int,
+        arm: str,
+        task: str | None,
+        directory: Path,
+        model: str,
+        more: list[str],
+        after: Part | None,
+    ) -> Part:
         own = [f"run_dir={directory}", f"model.path={model}", f"trainer.seed={seed}"]
         arguments = [*self._arguments(config, seed), *more, *own]
         return Part(seed, arm, task, None, config, arguments, directory, after)

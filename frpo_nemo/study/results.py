@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.records import read_jsonl
 from frpo_nemo.training.start_record import starts
 
 Row = dict[str, Any]
@@ -139,7 +140,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"{run_dir} has no metrics.jsonl: the run has not made a step.")
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return read_jsonl(path)
 
 
 def _points(records: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:

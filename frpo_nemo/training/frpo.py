@@ -145,7 +145,7 @@ def learn(
     return results
 
 
-def policy_loss(cfg, objective: Objective, minibatch: SequenceBatch) -> PolicyLoss:
+def policy_loss(cfg: FRPORun, objective: Objective, minibatch: SequenceBatch) -> PolicyLoss:
     rollout = cfg.rollout
     return PolicyLoss(
         objective,

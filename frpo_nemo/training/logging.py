@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import time
 from pathlib import Path
 from typing import Any
+
+from frpo_nemo.records import read_jsonl, write_whole
 
 # metric, heading, format: what a line on the console shows of a training step, where the run has it
 COLUMNS = (
@@ -89,10 +90,8 @@ class _JsonLines:
 
     def __init__(self, path: Path, resume_step: int | None):
         last = -1 if resume_step is None else resume_step
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= last]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(line + "\n" for line in kept))
-        os.replace(scratch, path)
+        kept = [row for row in read_jsonl(path) if row["step"] <= last] if path.exists() else []
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(path, "a")  # noqa: SIM115 (closed in close)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -102,11 +101,6 @@ class _JsonLines:
 
     def close(self) -> None:
         self.file.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a last one without its newline was cut off when its writer was killed."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 class _TensorBoard:
@@ -128,7 +122,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run_dir: Path, project: str, name: str | None, config, resume_step: int | None):
+    def __init__(self, run_dir: Path, project: str, name: str | None, config: dict[str, Any], resume_step: int | None):
         import wandb
 
         id_file = run_dir / "wandb_id.txt"

@@ -8,15 +8,20 @@ import json
 import torch
 from torch import Tensor
 
+from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch, segment_ids
 from frpo_nemo.objective.mismatch import agreement
+from frpo_nemo.rollout.worker import RolloutWorker
+from frpo_nemo.training.run import Run
 
 MOST = 32  # rows of a file
 
 
-def save_masked(run, worker, batch: SequenceBatch, trained: Tensor, step: int) -> None:
+def save_masked(
+    run: Run[FRPORun], worker: RolloutWorker, batch: SequenceBatch, trained: Tensor, step: int
+) -> None:
     """Write the masked tokens of a step, if there are any, and say so the first time. trained: log-probs [R] under the
-    policy that sampled. run: a Run; worker: its RolloutWorker."""
+    policy that sampled."""
     limit = run.cfg.rollout.token_gap_limit
     if run.rank or limit is None:
         return

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from frpo_nemo import redact, stack
 from frpo_nemo.processes.launcher import srun_task
+from frpo_nemo.records import write_whole
 
 FILE = "environment.jsonl"
 PACKAGES = (*stack.PACKAGES, "nemo-toolkit")
@@ -67,9 +68,7 @@ def add_start(
 
 def write_config(run_dir: Path, values: dict) -> None:
     """Make `values` run_dir's config.yaml, all of it or none: a run whose configuration is lost could not be continued."""
-    scratch = run_dir / "config.yaml.tmp"
-    scratch.write_text(OmegaConf.to_yaml(values))
-    scratch.replace(run_dir / "config.yaml")
+    write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(values))
 
 
 def resume_command(resume: str = "auto") -> str:

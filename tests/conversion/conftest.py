@@ -1,10 +1,10 @@
-"""A model and its conversion, for the tests of conversion."""
+"""A model and a checkpoint of its weights, for the tests of conversion."""
 
+import conversion_checks as checks
 import pytest
 from tiny_models import make_tiny
 
-from frpo_nemo.conversion.convert import convert
-from frpo_nemo.conversion.inputs import ConvertRun
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 
 
 @pytest.fixture(scope="package")
@@ -13,5 +13,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def converted(model, tmp_path_factory):
-    return convert(ConvertRun(input=model, out=str(tmp_path_factory.mktemp("converted") / "checkpoint")))
+def saved(workers, model, tmp_path_factory):
+    """A checkpoint that no run is around. Its weights are those of `model`."""
+    directory = tmp_path_factory.mktemp("saved")
+    workers.run(1, checks.save, path=model, run_dir=str(directory))
+    return checkpoint_files.newest(directory)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from worlds import use_layout
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
-from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.megatron.cpu import megatron_device
@@ -55,31 +54,14 @@ def save_adapters(path: str, run_dir: str, **layout) -> None:
     save_adapter(actor.gpt, actor.arch, LORA, Path(run_dir) / "adapter", base=path)
 
 
+def save(path: str, run_dir: str) -> None:
+    """A checkpoint of the weights of `path` as they are."""
+    save_load.save(run_dir, actor_of(path), {}, step=1, seed=7)
+
+
 def save_trained(path: str, run_dir: str) -> None:
     """A checkpoint with an optimizer, in fp32."""
     save_load.save(run_dir, actor_of(path, train=True), {}, step=1, seed=7, score=None)
-
-
-@torch.no_grad()
-def check_loads(path: str, converted: str, **layout) -> None:
-    """An actor without optimizer takes the weights of `path` out of its conversion, in any layout."""
-    actor = actor_of(path, **layout)
-    for parameter in actor.gpt.parameters():
-        parameter.fill_(float("nan"))
-    save_load.load(converted, actor)
-    source = tensors(Path(path))
-    for name, tensor in actor.stream_hf_weights():
-        assert torch.equal(tensor, source[name]), name
-
-
-def check_training_refuses(path: str, converted: str) -> str:
-    """An actor that trains does not take weights alone for a checkpoint of training; returns the sentence."""
-    actor = actor_of(path, train=True)
-    try:
-        save_load.load(converted, actor)
-    except ConfigError as error:
-        return str(error)
-    raise AssertionError("weights without an optimizer were resumed")
 
 
 def read_by_megatron(directory: str) -> dict[str, torch.Tensor]:
@@ -122,11 +104,10 @@ def verification_errors(model: str, other: str, checkpoint_of_model: str, out: s
 
 
 def verify_in_float16(model: str, checkpoint: str, out: str) -> None:
-    """Both ways, from weights with more digits."""
+    """From weights with more digits."""
     from frpo_nemo.conversion.convert import convert
     from frpo_nemo.conversion.inputs import ConvertRun
 
-    convert(ConvertRun(input=model, out=f"{out}/checkpoint", dtype="float16", verify=True))
     convert(ConvertRun(input=checkpoint, base=model, out=f"{out}/hf", dtype="float16", verify=True))
 
 

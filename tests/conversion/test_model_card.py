@@ -14,7 +14,6 @@ from frpo_nemo.conversion import inputs
 from frpo_nemo.conversion.convert import convert
 from frpo_nemo.conversion.inputs import ConvertRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 
 WEIGHTLESS = ["config.json", "tokenizer.model", "merges.txt", "additional_chat_templates/a.jinja", "LICENSE", "NOTICE"]
 
@@ -55,11 +54,9 @@ def test_the_model_card_has_configuration_figures_and_versions_but_no_secrets(wo
         assert later_or_other not in card
 
 
-def as_if_trained(converted: Path, run_dir: Path, config: str, starts: str) -> Path:
-    """A run directory around a checkpoint that does not say that it was converted."""
-    checkpoint = shutil.copytree(converted, run_dir / "checkpoints/step_00000001")
-    record = checkpoint_files.read(checkpoint) | {"state": {}}
-    (checkpoint / checkpoint_files.RECORD).write_text(json.dumps(record))
+def as_if_trained(saved: Path, run_dir: Path, config: str, starts: str) -> Path:
+    """A run directory around a checkpoint."""
+    checkpoint = shutil.copytree(saved, run_dir / "checkpoints/step_00000001")
     (run_dir / "config.yaml").write_text(config)
     (run_dir / "environment.jsonl").write_text(starts)
     return checkpoint
@@ -69,41 +66,33 @@ def config_of(path: str, **sections) -> str:
     return json.dumps({"model": {"path": path}, "trainer": {"max_steps": 5}} | sections)
 
 
-def test_records_that_are_cut_off_or_not_ours_cost_no_conversion(model, converted, tmp_path):
+def test_records_that_are_cut_off_or_not_ours_cost_no_conversion(model, saved, tmp_path):
     start = json.dumps({"commit": "abc123", "directory": "/"})
-    as_if_trained(converted, tmp_path / "cut", config_of(model), start + '\n{"commit": "de')
+    as_if_trained(saved, tmp_path / "cut", config_of(model), start + '\n{"commit": "de')
     card = convert(ConvertRun(input=str(tmp_path / "cut"), out=str(tmp_path / "out_cut"))) / "README.md"
-    assert "- commit: abc123" in card.read_text() and "step 0" in card.read_text()
-    as_if_trained(converted, tmp_path / "foreign", "services: [web]", "")
+    assert "- commit: abc123" in card.read_text() and "step 1" in card.read_text()
+    as_if_trained(saved, tmp_path / "foreign", "services: [web]", "")
     run = ConvertRun(input=str(tmp_path / "foreign"), base=model, out=str(tmp_path / "out_foreign"))
     assert "services" not in (convert(run) / "README.md").read_text()
 
 
-def test_a_broken_configuration_is_told_before_anything_is_written(model, converted, tmp_path):
-    as_if_trained(converted, tmp_path / "run", "model: [", "")
+def test_a_broken_configuration_is_told_before_anything_is_written(model, saved, tmp_path):
+    as_if_trained(saved, tmp_path / "run", "model: [", "")
     with pytest.raises(ConfigError, match="config.yaml is no YAML"):
         convert(ConvertRun(input=str(tmp_path / "run"), base=model, out=str(tmp_path / "out")))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_converted_checkpoint_in_a_run_directory_is_not_taken_for_the_runs(model, converted, tmp_path):
-    as_if_trained(converted, tmp_path / "run", config_of("of/the-run"), json.dumps({"commit": "abc123"}) + "\n")
-    beside = shutil.copytree(converted, tmp_path / "run/converted/step_00000002")
-    card = (convert(ConvertRun(input=str(beside), out=str(tmp_path / "out"))) / "README.md").read_text()
-    assert f"Converted by frpo-nemo from {Path(model).name}." in card
-    assert "abc123" not in card and "of/the-run" not in card and "Configuration" not in card
-
-
-def test_a_checkpoint_of_one_part_is_converted(converted, tmp_path, monkeypatch):
-    shutil.copytree(converted, tmp_path / "ckpt")
+def test_a_checkpoint_of_one_part_is_converted(model, saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "ckpt")
     monkeypatch.chdir(tmp_path)
-    assert (convert(ConvertRun(input="ckpt", out="out")) / "README.md").is_file()
+    assert (convert(ConvertRun(input="ckpt", base=model, out="out")) / "README.md").is_file()
 
 
-def test_the_model_card_names_no_directory_of_this_machine(model, converted, tmp_path):
+def test_the_model_card_names_no_directory_of_this_machine(model, saved, tmp_path):
     sections = {"run_dir": "/home/me/run", "reward": {"file": "file:///home/me/r.py", "url": "http://host:80/v1/a"}}
     sections |= {"data": ["~/data/rows.jsonl", "runs/probe.jsonl", "cat /home/me/a.txt /home/me/b.txt"]}
-    as_if_trained(converted, tmp_path / "run", config_of(model, **sections), "")
+    as_if_trained(saved, tmp_path / "run", config_of(model, **sections), "")
     card = (convert(ConvertRun(input=str(tmp_path / "run"), out=str(tmp_path / "out"))) / "README.md").read_text()
     assert "/home" not in card and "~/" not in card and str(Path(model).parent) not in card
     assert f"Trained from {Path(model).name} with" in card
@@ -112,7 +101,7 @@ def test_the_model_card_names_no_directory_of_this_machine(model, converted, tmp
 
 
 def test_a_relative_model_path_is_that_of_the_directory_in_which_the_run_was_started(
-    model, converted, tmp_path, monkeypatch
+    model, saved, tmp_path, monkeypatch
 ):
     started, elsewhere = tmp_path / "started", tmp_path / "elsewhere"
     base = shutil.copytree(model, started / "models/base")
@@ -120,7 +109,7 @@ def test_a_relative_model_path_is_that_of_the_directory_in_which_the_run_was_sta
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     start = json.dumps({"directory": str(started)}) + "\n"
-    as_if_trained(converted, tmp_path / "run", config_of("models/base"), start)
+    as_if_trained(saved, tmp_path / "run", config_of("models/base"), start)
     run = ConvertRun(input=str(tmp_path / "run"), out=str(tmp_path / "out"))
     assert (convert(run) / "LICENSE").read_text() == "of the base"
     base.rename(started / "models/renamed")  # now it reads like a hub name, but models/ is there
@@ -128,12 +117,12 @@ def test_a_relative_model_path_is_that_of_the_directory_in_which_the_run_was_sta
         convert(run)
 
 
-def test_of_a_base_on_the_hub_everything_but_weights_is_asked_for(model, converted, tmp_path, monkeypatch):
+def test_of_a_base_on_the_hub_everything_but_weights_is_asked_for(model, saved, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or model
     )
-    inputs.check_conversion(ConvertRun(input=str(converted), base="owner/name", out=str(tmp_path / "out")))
+    inputs.check_conversion(ConvertRun(input=str(saved), base="owner/name", out=str(tmp_path / "out")))
     (name, options), files = (
         asked[0],
         [*WEIGHTLESS, "model-00001-of-00002.safetensors", "pytorch_model.bin", "model.py"],

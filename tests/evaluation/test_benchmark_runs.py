@@ -19,9 +19,11 @@ from scripted_model import IFEVAL, MATH, scripted_model, write_documents
 from frpo_nemo.config.load import load
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmark_checks import check_model
+from frpo_nemo.evaluation.benchmark_commands import command_line
 from frpo_nemo.evaluation.benchmark_runs import read_scores
-from frpo_nemo.evaluation.benchmarks import BENCHMARKS, BOXED, EvaluateRun, command_line
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS, BOXED
 from frpo_nemo.evaluation.evaluate import evaluate
+from frpo_nemo.evaluation.options import EvaluateRun
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "evaluate.py"

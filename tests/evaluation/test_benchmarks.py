@@ -20,8 +20,10 @@ from tiny_models import CHAT_TEMPLATE, make_tiny
 from frpo_nemo.config.load import load
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmark_checks import check_benchmarks, check_model, model_directory
-from frpo_nemo.evaluation.benchmarks import BENCHMARKS, BOXED, GREEDY, EvaluateRun, command_line
+from frpo_nemo.evaluation.benchmark_commands import command_line
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS, BOXED, GREEDY
 from frpo_nemo.evaluation.evaluate import evaluate
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.evaluation.strict_lm_eval import EndAtWarning
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"

@@ -16,9 +16,9 @@ from frpo_nemo.config.options import RewardConfig, SourceConfig
 from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation import reward_probe
-from frpo_nemo.evaluation.benchmarks import EvaluatedModel, EvaluateRun
 from frpo_nemo.evaluation.evaluate import evaluate
-from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_host_memory, check_reward_probe
+from frpo_nemo.evaluation.options import EvaluatedModel, EvaluateRun, RewardProbeConfig
+from frpo_nemo.evaluation.reward_probe import check_host_memory, check_reward_probe
 from frpo_nemo.examples.new_model import new_model
 from frpo_nemo.examples.toy import rows, toy_reward, toy_tokenizer
 

@@ -44,14 +44,14 @@ def check_bitwise_resume(path: str, run_dir: str, **layout) -> dict[str, float]:
 
     resumed = make_actor(path, **layout)
     started = time.monotonic()
-    state = save_load.load(save_load.newest(run_dir), resumed)
+    state = save_load.load(checkpoint_files.newest(run_dir), resumed)
     seconds["load"] = time.monotonic() - started
     assert state == {**STATE, "step": BEFORE, "rng_restored": True}, state
     assert all(torch.equal(a, b) for a, b in zip(draws, _draw(), strict=True)), "random numbers differ after a resume"
     assert optimizer_state.adam_step(resumed.optimizer) == BEFORE
     assert train(resumed, range(BEFORE, STEPS)) == uninterrupted
     _assert_same_bits(_everything(actor), _everything(resumed))
-    assert save_load.newest(run_dir) == saved == Path(run_dir) / "checkpoints" / f"step_{BEFORE:08d}"
+    assert checkpoint_files.newest(run_dir) == saved == Path(run_dir) / "checkpoints" / f"step_{BEFORE:08d}"
     started = time.monotonic()
     save_load.save(run_dir, resumed, STATE, step=STEPS, seed=7)
     seconds["second save"] = time.monotonic() - started
@@ -64,7 +64,7 @@ def check_resume_before_first_update(path: str, run_dir: str, **layout) -> None:
     save_load.save(run_dir, actor, STATE, step=0, seed=7)
     uninterrupted = train(actor, range(2))
     resumed = make_actor(path, **layout)
-    save_load.load(save_load.newest(run_dir), resumed)
+    save_load.load(checkpoint_files.newest(run_dir), resumed)
     assert train(resumed, range(2)) == uninterrupted
 
 
@@ -85,7 +85,7 @@ def check_reshaped_resume(path: str, run_dir: str, *, loss_tolerance: float = 1e
     reference = load_file(Path(run_dir) / "reference.safetensors")
     expected = reference.pop(LOSSES)
     actor = make_actor(path, **layout)
-    source = save_load.newest(run_dir)
+    source = checkpoint_files.newest(run_dir)
     state = save_load.load(source, actor)
     assert state == {**STATE, "step": BEFORE, "rng_restored": False}, state
     _assert_same_bits(reference, dict(actor.stream_hf_weights()))
@@ -104,7 +104,7 @@ def check_weights_alone(path: str, run_dir: str, **layout) -> None:
     reference = load_file(Path(run_dir) / "reference.safetensors")
     del reference[LOSSES]
     actor = make_actor(path, train=False, **layout)
-    save_load.load(save_load.newest(run_dir), actor)
+    save_load.load(checkpoint_files.newest(run_dir), actor)
     _assert_same_bits(reference, dict(actor.stream_hf_weights()))
 
 
@@ -125,7 +125,7 @@ def check_failed_write(path: str, run_dir: str, failing_rank: int, limit: int, *
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
     assert os.listdir(before.parent) == [before.name]
-    save_load.load(save_load.newest(run_dir), actor)
+    save_load.load(checkpoint_files.newest(run_dir), actor)
     save_load.save(run_dir, actor, STATE, step=2, seed=7)
     return sentence
 
@@ -155,7 +155,7 @@ def check_resume_after_death(path: str, run_dir: str, **layout) -> None:
     directory = Path(run_dir) / "checkpoints"
     remains = set(os.listdir(directory)) - {"step_00000001"}
     assert len(remains) == 1, remains
-    assert save_load.load(save_load.newest(run_dir), actor)["step"] == 1
+    assert save_load.load(checkpoint_files.newest(run_dir), actor)["step"] == 1
     save_load.save(run_dir, actor, STATE, step=2, seed=7)
     assert sorted(os.listdir(directory)) == ["step_00000001", "step_00000002"]
 

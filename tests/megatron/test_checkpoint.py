@@ -35,7 +35,7 @@ def test_a_run_without_checkpoints_has_no_newest(tmp_path):
 def test_a_record_that_is_cut_or_something_else_is_told_with_its_path(tmp_path, content):
     damaged = a_checkpoint(tmp_path, 3)
     (damaged / files.RECORD).write_text(content)
-    for look in (lambda: files.read(damaged), lambda: files.best(tmp_path), lambda: files.check_resumable(damaged)):
+    for look in (lambda: files.read(damaged), lambda: files.best(tmp_path)):
         with pytest.raises(ConfigError, match="step_00000003"):
             look()
 

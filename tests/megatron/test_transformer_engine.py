@@ -11,7 +11,7 @@ from frpo_nemo.megatron.model import layer_spec, transformer_config
 from frpo_nemo.stack import uses_transformer_engine
 
 WITHOUT_GPU = pytest.mark.skipif(
-    not uses_transformer_engine(ModelConfig(path="", precision="bf16")),
+    not uses_transformer_engine("bf16"),
     reason="Transformer Engine needs a CUDA device; tests/stack builds its layers without one",
 )
 

@@ -12,7 +12,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import RewardConfig, SourceConfig
 from frpo_nemo.data.columns import prompt_messages
 from frpo_nemo.data.sources import load_rows
-from frpo_nemo.evaluation.benchmarks import EvaluateRun
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.rewards.models.judge import Judge
 from frpo_nemo.rewards.reward_set import build_rewards
 

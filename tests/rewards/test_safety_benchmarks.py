@@ -23,7 +23,8 @@ from frpo_nemo.config.options import RewardConfig, SourceConfig
 from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, check_reward_probe
+from frpo_nemo.evaluation.options import RewardProbeConfig
+from frpo_nemo.evaluation.reward_probe import check_reward_probe
 from frpo_nemo.rewards.models.classifiers import RewardModel
 from frpo_nemo.rewards.models.judge import Judge
 from frpo_nemo.rollout.worker import Rollouts

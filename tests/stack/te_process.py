@@ -10,7 +10,7 @@ def main() -> None:
     te_stand_in.install()
     from frpo_nemo import stack
 
-    stack.uses_transformer_engine = lambda model: True  # as with a GPU; before the modules that import it by name
+    stack.uses_transformer_engine = lambda precision: True  # as with a GPU; before the modules that import it by name
     import te_calls
     import te_fp8
     import te_layers

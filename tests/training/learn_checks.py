@@ -18,6 +18,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.objective import build_objective
 from frpo_nemo.processes import world
@@ -225,7 +226,7 @@ def check_masked(path: str, run_dir: str, updates: int = 1, pp: int = 1) -> None
 def weights_of_checkpoint(path: str, run_dir: str) -> dict[str, torch.Tensor]:
     """The newest checkpoint, as Hugging Face names and tensors."""
     learner = Learner(path)
-    save_load.load(save_load.newest(run_dir), learner.actor)
+    save_load.load(checkpoint_files.newest(run_dir), learner.actor)
     return {name: tensor.clone() for name, tensor in learner.actor.stream_hf_weights()}
 
 

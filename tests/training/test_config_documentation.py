@@ -15,7 +15,7 @@ from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.config.overrides import CONFIGS
 from frpo_nemo.conversion.inputs import ConvertRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.benchmarks import EvaluateRun
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.objective import FRPO, GRPO, DrGRPO, build_objective
 from frpo_nemo.planning.plan import PlanRun
 from frpo_nemo.study.parts import StudyConfig

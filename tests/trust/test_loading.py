@@ -16,7 +16,9 @@ from frpo_nemo.config.options import SourceConfig
 from frpo_nemo.data.sources import check_source, load_rows
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.benchmark_checks import model_directory
-from frpo_nemo.evaluation.benchmarks import BENCHMARKS, EvaluateRun, command_line
+from frpo_nemo.evaluation.benchmark_commands import command_line
+from frpo_nemo.evaluation.benchmarks import BENCHMARKS
+from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.rewards.registry import bind
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,8 @@ from frpo_nemo import redact
 from frpo_nemo.config.option import options_of
 from frpo_nemo.config.options import FRPORun, RewardConfig, SFTRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.reward_probe import RewardProbeConfig, probe_settings
+from frpo_nemo.evaluation.options import RewardProbeConfig
+from frpo_nemo.evaluation.reward_probe import probe_settings
 from frpo_nemo.rewards.registry import Failure, bind, call_batch
 from frpo_nemo.study.parts import PartConfig, StudyConfig
 from frpo_nemo.study.run import ForgettingStudy

@@ -113,9 +113,8 @@ def sync(directory: Path) -> None:
 
 
 def read(checkpoint: str | Path) -> dict[str, Any]:
-    """The record of a checkpoint: step, seed, score, adam_step (None: weights alone), precision, layout (None: of no
-    ranks), architecture, versions, and `state`, which is the caller's. Raises ConfigError when `checkpoint` is not one
-    of ours."""
+    """The record of a checkpoint: step, seed, score, adam_step, precision, layout, architecture, versions, and
+    `state`, which is the caller's. Raises ConfigError when `checkpoint` is not one of ours."""
     file = Path(checkpoint) / RECORD
     if not file.is_file():
         raise ConfigError(f"{checkpoint} is not a checkpoint: it has no {RECORD}.")
@@ -144,15 +143,6 @@ def differences(checkpoint: str | Path, arch: Architecture) -> list[str]:
     """What of the model in `checkpoint` is not as in `arch`: "vocab_size=131 (here 140)"."""
     saved, ours = read(checkpoint)["architecture"], identity(arch)
     return [f"{name}={saved.get(name)} (here {ours[name]})" for name in ours if saved.get(name) != ours[name]]
-
-
-def check_resumable(checkpoint: str | Path) -> None:
-    """Raise ConfigError when training cannot continue from `checkpoint`, because it holds weights alone."""
-    if read(checkpoint)["adam_step"] is None:
-        raise ConfigError(
-            f"{checkpoint} holds weights without an optimizer (it was converted from Hugging Face format), so there is "
-            "no training to resume; start from these weights with model.path=, the directory in Hugging Face format."
-        )
 
 
 def check_matches(checkpoint: str | Path, arch: Architecture) -> None:

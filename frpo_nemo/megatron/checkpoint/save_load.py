@@ -45,7 +45,6 @@ from frpo_nemo import __version__, stack
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron import weight_decay
 from frpo_nemo.megatron.checkpoint import files, optimizer_state, rng
-from frpo_nemo.megatron.checkpoint.files import best, check_matches, newest, prune  # noqa: F401  (the public face)
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 from frpo_nemo.megatron.lora import sharded_adapters
 from frpo_nemo.megatron.weights import adapter_files
@@ -112,8 +111,6 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     record = files.read(checkpoint)
     files.check_matches(checkpoint, actor.arch)
     adapter_files.check(checkpoint, actor.config, actor.adapter_record)
-    if actor.optimizer is not None:
-        files.check_resumable(checkpoint)
     read_metadata(checkpoint)
     model = _model_state(actor)
     wanted = {"model": model, "optimizer": optimizer_state.to_load(actor.optimizer, model)}
@@ -223,14 +220,9 @@ def _write_tensors(directory: Path, actor) -> None:
     state, _ = save_preprocess({"model": model, "optimizer": optimizer_state.to_save(actor.optimizer, model)}, False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(_InProcessSave(), replicas).save(state, directory)
-    if dist.get_rank() == 0:
-        write_for_megatron(directory)
-
-
-def write_for_megatron(directory: Path) -> None:
-    """The files that we have no use for, and with which other Megatron programs can read the directory."""
-    files.write(directory / "metadata.json", json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode())
-    torch.save({}, directory / "common.pt")
+    if dist.get_rank() == 0:  # two files that we have no use for, and with which other Megatron programs can read it
+        files.write(directory / "metadata.json", json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode())
+        torch.save({}, directory / "common.pt")
 
 
 def _read_tensors(directory: Path, wanted: dict) -> dict:

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint one by one and without ranks: read from what any layout has saved, written for any to load.
+"""Read the weights of a checkpoint one by one and without ranks, whatever layout has saved it.
 
 A checkpoint holds each weight as the table has it without tensor parallelism, those of all layers stacked: the key
 decoder.layers.mlp.linear_fc1.weight is [layers, 2 * ffn, hidden], gates above ups. What a rank has saved is a chunk of
@@ -7,34 +7,18 @@ that: an offset in it, and a range of bytes in a .distcp file. Vocabularies may 
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from frpo_nemo.errors import ConfigError
@@ -47,8 +31,6 @@ from frpo_nemo.megatron.weights.export import assemble
 from frpo_nemo.megatron.weights.load import check_checkpoint, read_weight
 from frpo_nemo.megatron.weights.table import Layout, Weight, adapter_weights, weights
 from frpo_nemo.megatron.weights.tensors import check_range
-
-PRECISION = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class StoredWeights:
@@ -174,80 +156,6 @@ class MergedWeights:
     def stream_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """(PEFT's name, new tensor in `dtype`) for every A and B."""
         return self._adapters.stream(dtype)
-
-
-def write_checkpoint(
-    directory: Path,
-    arch: Architecture,
-    source: dict[str, Path],
-    dtype: torch.dtype,
-    *,
-    state: dict,
-    written: Callable[[int], None],
-) -> None:
-    """Write a checkpoint of weights alone into the empty `directory`, one weight in memory at a time.
-
-    source: Hugging Face tensor name -> file, from `hf_weights.check_checkpoint`. state: kept in the record. written: is
-    called with the bytes of every weight. `checkpoint.load` takes it in any layout for an actor without optimizer.
-    Raises ConfigError when a weight does not fit into float16.
-    """
-    planner = _FromHuggingFace(arch, source, dtype, written)
-    writer = checkpoints.Writer(directory, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
-    try:
-        torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:  # torch's, of all ranks; here there is one
-        raise error.failures[0][0] from None
-    checkpoints.write_for_megatron(directory)
-    record = {
-        "format": files.FORMAT,
-        "step": 0,
-        "seed": 1,
-        "score": None,
-        "adam_step": None,
-        "precision": PRECISION[dtype],
-        "layout": None,
-        "architecture": files.identity(arch),
-        "versions": checkpoints.versions(),
-        "state": state,
-    }
-    files.write(directory / files.RECORD, json.dumps(record, indent=1).encode())
-
-
-class _FromHuggingFace(SavePlanner):
-    """Plans one chunk for each weight, and reads it when the writer has come to it."""
-
-    def __init__(self, arch: Architecture, source: dict[str, Path], dtype: torch.dtype, written: Callable[[int], None]):
-        self._arch, self._source, self._dtype, self._written = arch, source, dtype, written
-        self._weights: dict[tuple, Weight] = {}
-        self._written_last: Tensor | None = None
-
-    def set_up_planner(self, state_dict, storage_meta=None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        properties = TensorProperties(dtype=self._dtype)
-        items = []
-        for weight in weights(self._arch, Layout()):
-            chunk, (key, _) = _chunk(weight), _place(weight)
-            self._weights[key, chunk.offsets] = weight
-            data = TensorWriteData(chunk, properties, torch.Size(_stacked_shape(weight, self._arch)))
-            items.append(WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        weight = self._weights[write_item.index.fqn, write_item.index.offset]
-        if self._written_last is not None:  # torch's writer keeps one tensor of every key until it is done
-            self._written_last.untyped_storage().resize_(0)
-        whole = self._written_last = read_weight(weight, self._source, self._dtype)
-        check_range(whole, *(name for name, _ in weight.hugging_face))
-        self._written(sum(math.prod(shape) for _, shape in weight.hugging_face) * whole.itemsize)  # without padding
-        return whole.view(tuple(write_item.tensor_data.chunk.sizes))
 
 
 def _place(weight: Weight) -> tuple[str, int | None]:

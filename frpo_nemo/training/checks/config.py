@@ -138,7 +138,7 @@ def _check_transformer_engine(model: ModelConfig, option: str, without: str) -> 
             f"{option} needs Transformer Engine, which is not installed; install "
             f"transformer-engine[pytorch] on a machine with GPUs, or set {without}."
         )
-    if not resources.on_login_node() and not stack.uses_transformer_engine(model):
+    if not resources.on_login_node() and not stack.uses_transformer_engine(model.precision):
         raise ConfigError(
             f"{option} needs Transformer Engine's layers, and those need a CUDA device: from Hopper on, or with "
             f"flash-attn; set {without}."

@@ -213,7 +213,7 @@ def _has_transformer_engine(model: ModelConfig, gpu: bool) -> bool:
     if not gpu:
         return False
     installed = stack.version("transformer-engine") is not None
-    return stack.uses_transformer_engine(model) if gpu_memory() else installed and model.precision == "bf16"
+    return stack.uses_transformer_engine(model.precision) if gpu_memory() else installed and model.precision == "bf16"
 
 
 def _local_reward_models(cfg: TrainingRun) -> list[LocalWeights]:

@@ -4,7 +4,6 @@ of itself; loads nothing."""
 from __future__ import annotations
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.megatron.weights import adapter_files
 from frpo_nemo.megatron.weights.files import check_replaceable
+from frpo_nemo.records import read_jsonl
 from frpo_nemo.training import start_record
 from frpo_nemo.training.checks.same_files import READ, digests, names_file, same_files
 
@@ -52,13 +52,12 @@ def check_resume(cfg: TrainingRun, arch: Architecture | None) -> None:
             "path of a checkpoint."
         )
     try:
-        checkpoint_files.check_resumable(checkpoint)
+        step = checkpoint_files.read(checkpoint)["step"]
         if arch:
             checkpoint_files.check_matches(checkpoint, arch)
             adapter_files.check(checkpoint, cfg.model, adapter_files.record(cfg.model))
         for each in checkpoint_files.complete(run_dir):
             checkpoint_files.read(each)  # one that cannot be read would end the run at its next save
-        step = checkpoint_files.read(checkpoint)["step"]
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={resume}: {error}") from error
     if step > cfg.trainer.max_steps:
@@ -101,7 +100,7 @@ def is_failed_start(run_dir: Path) -> bool:
     metrics = run_dir / "metrics.jsonl"
     if checkpoint_files.newest(run_dir) or not metrics.is_file():
         return False
-    return not any(json.loads(line)["step"] > 0 for line in metrics.read_text().split("\n")[:-1])
+    return not any(row["step"] > 0 for row in read_jsonl(metrics))
 
 
 def check_same_run(cfg: TrainingRun, saved: Path) -> None:
