@@ -43,7 +43,7 @@ CHECK, PRINT_RUN_DIR = "--check", "--print-run-dir"
 
 def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Callable[[Any, int], list[str]]) -> None:
     """The body of a recipe: compose `config_name` (or --config-name) with the overrides, `check` it against the size of
-    the world that was started, let NeMo's hydra_runner compose it as NeMo's recipes do, and call `run` with it, typed.
+    the world that was started, and let NeMo's hydra_runner call `run` with it, typed.
 
     A ConfigError, whether from composing, `check` or `run`, is one line on stderr, under the watchdog's own if a run has
     begun, and exit code 2. A run that a signal ended before its last step (`run` returns False) has exit code 75: start it
@@ -53,7 +53,6 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
     gc.disable()  # until everything is loaded (Run.attach): to search what imports make for garbage takes a fifth of a start
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback
     _hide_secrets_in_tracebacks()
-    composed: list[DictConfig] = []
     try:
         only_check, only_print = CHECK in sys.argv, PRINT_RUN_DIR in sys.argv
         arguments = _parse_command_line([a for a in sys.argv[1:] if a not in (CHECK, PRINT_RUN_DIR)])
@@ -61,17 +60,21 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
         if arguments.help:
             print(help_text(schema, config_name))
             return
+        if _printing_flags(arguments):
+            _print_with_hydra(arguments, name, directory)
+            return
+        with _quiet():
+            composed = compose(name, arguments.overrides, directory)
         if only_print:
-            with _quiet():
-                print(f"run_dir={_load(schema, compose(name, arguments.overrides, directory)).run_dir}")
+            print(f"run_dir={_load(schema, composed).run_dir}")
             return
         # Tensor-parallel communication and computation are to start in the order in which megatron-core queues them.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         local_rank, world_size = (0, None) if only_check else started_world()
         # One process per node checks. If it ends, the launcher ends the others, which are still importing.
-        if local_rank == 0 and not _printing_flags(arguments):
+        if local_rank == 0:
             with _quiet():
-                cfg = _load(schema, compose(name, arguments.overrides, directory))
+                cfg = _load(schema, composed)
                 if is_hub_name(cfg.model.path):
                     cfg.model.path = local_model(cfg.model.path, download=True)
                 found = check(cfg, world_size or cfg.trainer.num_nodes * cfg.trainer.devices)
@@ -82,15 +85,11 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
             print(*stack.untested_versions(), right, *found, sep="\n")
             print(f"run_dir={cfg.run_dir}")
             return
-        first, overrides = for_hydra(arguments.overrides, directory)
-        sys.argv[1:] = [f"--config-name={name}", *_printing_flags(arguments), *overrides, "hydra.job.chdir=false"]
         with _quiet():
-            hydra_runner = _import_hydra_runner()
-        hydra_runner(config_path=first, config_name=name)(composed.append)()
+            from nemo.core.config import hydra_runner
         warnings.filterwarnings("ignore", message="Apex is not installed")  # megatron-core's, at import, in every rank
-        if composed:  # not after --cfg and its like
-            finished = run(_load(schema, composed[0]))
-            _leave(0 if finished else EXIT_STOPPED)
+        finished = hydra_runner(config_name=name)(lambda composed: run(_load(schema, composed)))(composed)
+        _leave(0 if finished else EXIT_STOPPED)
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         if os.environ.get(REFUSED):
@@ -161,12 +160,16 @@ def _print_without_secrets(kind, error, where) -> None:
     print(redact.text(lines, assignments=False), end="", file=sys.stderr, flush=True)
 
 
-def _import_hydra_runner() -> Callable:
-    from nemo.core.config import hydra_runner
-    from nemo.lightning.callback_group import CallbackGroup
+def _print_with_hydra(arguments, name: str, directory: str | None) -> None:
+    """Answer --cfg and its like, which print something instead of running."""
+    first, overrides = for_hydra(arguments.overrides, directory)
+    sys.argv[1:] = [f"--config-name={name}", *_printing_flags(arguments), *overrides]
+    with _quiet():
+        from nemo.core.config import hydra_runner
+        from nemo.lightning.callback_group import CallbackGroup
 
-    CallbackGroup.get_instance()  # the runner makes it at the end, not quietly
-    return hydra_runner
+        CallbackGroup.get_instance()  # the runner makes it at the end, not quietly
+    hydra_runner(config_path=first, config_name=name)(lambda composed: None)()
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ from frpo_nemo.data.rows import Part, PlainRows, Rows, TableRows
 from frpo_nemo.data.templates import columns_of, is_template, with_line_ends
 from frpo_nemo.errors import ConfigError
 
+_kept: dict[tuple, Part] | None = None  # (file, when it changed, its size, how many rows were wanted) -> its rows
+
 
 def check_source(source: SourceConfig) -> list[str]:
     """Return the names of the columns of `source`, of which `read_to_check` reads the rows."""
@@ -136,9 +138,28 @@ def _from_files(files: Files, source: SourceConfig, stop: int | None) -> Rows:
     return rows
 
 
+def keep_files() -> None:
+    """Keep the rows of each file that is read from now on, until `forget_files`, so that the checks before a run and the run
+    itself read it once."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def forget_files() -> None:
+    """Free what `keep_files` kept, and keep nothing from now on."""
+    global _kept
+    _kept = None
+
+
 def _read_file(file: Path, files: Files, source: SourceConfig, stop: int | None) -> Part:
     try:
-        return read_file(file, stop)
+        if _kept is None:
+            return read_file(file, stop)
+        content = file.stat()
+        key = (file, content.st_mtime_ns, content.st_size, stop)
+        if key not in _kept:
+            _kept[key] = read_file(file, stop)
+        return _kept[key]
     except (OSError, ValueError, RuntimeError) as problem:
         which = "" if file == Path(source.path).expanduser() else f"{files.name(file)}: "
         raise ConfigError(f"data source '{source.path}' cannot be read: {which}{problem}") from problem

@@ -138,7 +138,7 @@ def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
     """The rewards of a run from its name -> RewardConfig mapping (target, weight, tasks, args, timeout,
     isolate, workers). `timeout` holds for isolated rewards: a call inside this process cannot be stopped, so
     a function that may hang must be isolated. Raises ConfigError like `check_rewards`."""
-    check_rewards(configs)
+    checked = check_rewards(configs)
     rewards, pools = [], []
     for name, config in configs.items():
         if _is_isolated(config):
@@ -146,30 +146,35 @@ def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
             pools.append(pool)
             call = pool.call
         else:
-            call = _in_process(name, bind(config.target, _args(config)))
+            call = _in_process(name, checked.get(name) or bind(config.target, _args(config)))
         rewards.append(Reward(name, config.weight, None if config.tasks is None else frozenset(config.tasks), call))
     return RewardSet(rewards, pools)
 
 
-def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) -> None:
-    """Raise ConfigError for a reward that cannot work: not importable, unknown or missing arguments,
-    senseless numbers, or, when the data's `columns` are given, a column that it needs and that is not there.
+def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) -> dict[str, Bound]:
+    """Return the built-in rewards, constructed. Raise ConfigError for a reward that cannot work: not importable, unknown or
+    missing arguments, senseless numbers, or, when the data's `columns` are given, a column that it needs and that is not there.
     """
     if not configs:
         raise ConfigError("there is no reward: name at least one under `reward`")
+    built_in: dict[str, Bound] = {}
     for name, config in configs.items():
         try:
             check_values(config)
-            _check_arguments(config, columns)
+            if bound := _check_arguments(config, columns):
+                built_in[name] = bound
         except ConfigError as problem:
             raise ConfigError(f"reward.{name}: {problem}") from problem
+    return built_in
 
 
 def local_weights(configs: Mapping[str, Any]) -> list[LocalWeights]:
     """Of the models that the rewards load in each process of a run, also those of its reward workers. Only built-in rewards
     tell; others are not even constructed. Raises ConfigError like `check_rewards`."""
     found: list[LocalWeights] = []
-    for config in (config for config in configs.values() if config.target in BUILT_IN):
+    for config in configs.values():
+        if config.target not in BUILT_IN or not hasattr(load_target(config.target), "local_weights"):
+            continue
         copies = config.workers if _is_isolated(config) else 1
         found += copies * bind(config.target, _args(config)).local_weights()
     return found
@@ -205,7 +210,7 @@ def _is_isolated(config: RewardConfig) -> bool:
     return config.isolate or config.target in ALWAYS_ISOLATED
 
 
-def _check_arguments(config: RewardConfig, columns: list[str] | None) -> None:
+def _check_arguments(config: RewardConfig, columns: list[str] | None) -> Bound | None:
     target, args = load_target(config.target), _args(config)
     parameters = _named_parameters(target)
     unknown = [name for name in args if name not in parameters]
@@ -228,12 +233,12 @@ def _check_arguments(config: RewardConfig, columns: list[str] | None) -> None:
     if columns is not None:
         _check_columns(config.target, needed, sorted({*columns, *PROVIDED_COLUMNS}))
     _check_names(config.target, needed, {*ARGUMENTS, *options(config.target, load_target(config.target))})
-    if config.target in BUILT_IN:
-        _try_empty(config.target, args, needed)
+    bound = _try_empty(config.target, args, needed) if config.target in BUILT_IN else None
     if config.target == "code":
         _check_clock(config.timeout, args.get("seconds", parameters["seconds"].default))
     elif _is_isolated(config):
         _check_worker_waits(config)
+    return bound
 
 
 def _check_clock(timeout: float, seconds: float) -> None:
@@ -281,10 +286,12 @@ def _check_names(target: str, needed: list[str], taken: set[str]) -> None:
             )
 
 
-def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> None:
+def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> Bound:
     """A call without responses: a built-in reward checks its own arguments."""
     try:
-        bind(target, args)([], [], {name: [] for name in (*needed, *PROVIDED_COLUMNS)})
+        bound = bind(target, args)
+        bound([], [], {name: [] for name in (*needed, *PROVIDED_COLUMNS)})
+        return bound
     except ConfigError:
         raise
     except Exception as problem:

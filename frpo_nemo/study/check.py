@@ -16,6 +16,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from frpo_nemo.config.hub import is_hub_name, local_model
+from frpo_nemo.data.sources import forget_files
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.evaluation.evaluate import check_options
 from frpo_nemo.study.parts import TRAINING_RECIPES, Part, compose_command, named
@@ -49,6 +50,7 @@ def check_parts(
             if kind not in checked and not finished(part):
                 checked.add(kind)
                 _check(part, out, *started(part))
+    forget_files()  # the parts read theirs in processes of their own
 
 
 def check_same_configuration(part: Part, finished: bool) -> None:

@@ -29,6 +29,7 @@ from frpo_nemo.config.hub import local_model
 from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.data.prompts import PromptSet
 from frpo_nemo.data.sft import SFTSet
+from frpo_nemo.data.sources import forget_files
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor
 from frpo_nemo.megatron.checkpoint import files as checkpoint_files
@@ -101,6 +102,7 @@ class Run(Generic[Config]):
     def attach(self, actor: PolicyActor, **sets: PromptSet | SFTSet | None) -> None:
         """Give the run its actor: loads the checkpoint to resume from. sets: the data sets that there are, which must
         be those that the checkpoint was made with."""
+        forget_files()
         self._actor = actor
         present = {name: examples for name, examples in sets.items() if examples}
         data = self._data = {name: examples.fingerprint for name, examples in present.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core import parallel_state
@@ -29,13 +30,22 @@ class Binding:
         return adapter.merge(self.parameter)
 
 
+# Of each model, with the rank of its adapters: every refit asks, and the table of a large model takes a while to go through.
+_bound: WeakKeyDictionary[torch.nn.Module, tuple[int, list[Binding]]] = WeakKeyDictionary()
+
+
 def bind(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
     """All weights of the whole model but its adapters, in the same order on every rank. `model` is this rank's GPTModel,
     possibly in wrappers that hold it as `.module`. Raises ValueError when model and table disagree."""
-    model, layout, stage = _unwrap(model), layout_of(model), parallel_state.get_pipeline_model_parallel_rank()
+    model, rank = _unwrap(model), _rank(model)
+    if model in _bound and _bound[model][0] == rank:
+        return _bound[model][1]
+    layout, stage = layout_of(model), parallel_state.get_pipeline_model_parallel_rank()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_complete(arch, layout, stage, shapes, _rank(model))
-    return _bind(model, stage, weights(arch, layout))
+    check_complete(arch, layout, stage, shapes, rank)
+    found = _bind(model, stage, weights(arch, layout))
+    _bound[model] = rank, found
+    return found
 
 
 def bind_adapters(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
@@ -70,7 +80,7 @@ def _bind(model: torch.nn.Module, stage: int, table: Iterable[Weight]) -> list[B
 
 def _rank(model: torch.nn.Module) -> int:
     """Of the adapters; 0 without any."""
-    return getattr(model, "lora_rank", 0)
+    return getattr(_unwrap(model), "lora_rank", 0)
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from frpo_nemo.config.hub import is_hub_name
 from frpo_nemo.config.option import shown
 from frpo_nemo.config.options import FRPORun, ModelConfig, SFTRun, TrainingRun
 from frpo_nemo.data.overlap import check_apart
+from frpo_nemo.data.sources import keep_files
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.tensors import check_head
@@ -37,7 +38,8 @@ MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
 
 def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
     """Check a typed run against the number of processes that were started. Returns sentences on its data and its weight
-    decay."""
+    decay. The rows that it reads are kept for the run."""
+    keep_files()
     _check_common(cfg, world_size)
     _check_objective(cfg.objective, cfg.trainer.updates_per_rollout)
     if cfg.model.lora.dropout:
@@ -65,6 +67,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
 
 def validate_sft(cfg: SFTRun, world_size: int) -> list[str]:
     """Check a typed run against the number of processes that were started. Returns what validate_frpo does."""
+    keep_files()
     _check_common(cfg, world_size)
     replicas = world_size // _model_parallel(cfg.model)
     if cfg.data.sequences_per_step < replicas:
