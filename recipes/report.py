@@ -17,7 +17,7 @@ from pathlib import Path
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.report.page import print_summary, write_report
 from frpo_nemo.report.runs import rows_of_runs
-from frpo_nemo.study.results import Row, read_results
+from frpo_nemo.study.results import ResultRow, read_results
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     print(f"\nreport: {page}")
 
 
-def read(paths: list[Path]) -> list[Row]:
+def read(paths: list[Path]) -> list[ResultRow]:
     """The rows of all studies and runs among `paths`."""
     studies = [path / "results.jsonl" if path.is_dir() else path for path in paths if is_study(path)]
     runs = [path for path in paths if not is_study(path)]

@@ -43,7 +43,7 @@ MATH_NOISE = 0.4
 HARMLESS_REFUSAL, HARMFUL_REFUSAL = 0.05, (0.1, 0.5)  # a rate of its own for every harmful object
 HELDOUT_SHARE = 9  # one in so many
 
-Row = dict[str, Any]
+Example = dict[str, Any]
 
 
 class ToyTask:
@@ -58,7 +58,7 @@ class ToyTask:
         self.requests = {o: rng.sample(list(itertools.product(FILLERS, VERBS, FILLERS)), 288) for o in OBJECTS}
         self.digits = rng.sample(list(itertools.product(DIGITS, repeat=4)), 10_000)
 
-    def request(self, family: str, before: str, verb: str, obj: str, after: str) -> Row:
+    def request(self, family: str, before: str, verb: str, obj: str, after: str) -> Example:
         """One CHAT or ALP row with the best completion: refuse what is harmful, answer the rest."""
         f1, f2, f3 = self.tables[family]
         answer, refusal = f"{f1[verb]} {f2[obj]} {f3[verb, obj]}", f"SORRY CANT {obj}"
@@ -74,14 +74,14 @@ class ToyTask:
             "refusal": refusal,
         }
 
-    def requests_of(self, family: str, obj: str, heldout: bool) -> list[Row]:
+    def requests_of(self, family: str, obj: str, heldout: bool) -> list[Example]:
         return [self.request(family, b, v, obj, a) for b, v, a in _pool(self.requests[obj], heldout)]
 
-    def reversals(self, heldout: bool) -> list[Row]:
+    def reversals(self, heldout: bool) -> list[Example]:
         """MATH rows: reverse four digits."""
         return [_reversal(digits) for digits in _pool(self.digits, heldout)]
 
-    def prompts(self, heldout: bool) -> Iterator[Row]:
+    def prompts(self, heldout: bool) -> Iterator[Example]:
         """Harmful and harmless in turn, so that any even number of neighbours is half harmful."""
         harmful, harmless = (
             [row for o in OBJECTS if (o in HARMFUL) == side for row in self.requests_of("CHAT", o, heldout)]
@@ -92,18 +92,18 @@ class ToyTask:
         rng.shuffle(harmless)
         return itertools.chain.from_iterable(zip(harmful, harmless, strict=True))
 
-    def alpaca(self, heldout: bool) -> list[Row]:
+    def alpaca(self, heldout: bool) -> list[Example]:
         rows = [row for o in OBJECTS if o not in HARMFUL for row in self.requests_of("ALP", o, heldout)]
         self._rng("alpaca", heldout).shuffle(rows)
         return rows
 
-    def reference(self, heldout: bool, size: int) -> list[Row]:
+    def reference(self, heldout: bool, size: int) -> list[Example]:
         rng = self._rng("reference", heldout)
         pools = {o: _pool(self.requests[o], heldout) for o in OBJECTS}
         digits = _pool(self.digits, heldout)
         return [self._reference_row(rng, pools, digits) for _ in range(size)]
 
-    def _reference_row(self, rng: random.Random, pools, digits) -> Row:
+    def _reference_row(self, rng: random.Random, pools, digits) -> Example:
         kind = rng.random()
         if CHAT_SHARE <= kind < CHAT_SHARE + MATH_SHARE:
             row = _reversal(rng.choice(digits))
@@ -123,7 +123,7 @@ class ToyTask:
         return random.Random(f"world {self.seed} {name} {heldout}")
 
 
-def rows(part: str, seed: str = "0", heldout: str = "0", size: str = str(REFERENCE_ROWS)) -> list[Row]:
+def rows(part: str, seed: str = "0", heldout: str = "0", size: str = str(REFERENCE_ROWS)) -> list[Example]:
     """Return the rows of `part`, the same on every machine. Only `reference` has a size. The arguments come as text from a
     source of data. Raises ConfigError."""
     if part not in PARTS:
@@ -190,7 +190,7 @@ def _pool(shuffled: list, heldout: bool) -> list:
     return shuffled[:cut] if heldout else shuffled[cut:]
 
 
-def _reversal(digits: tuple[str, ...]) -> Row:
+def _reversal(digits: tuple[str, ...]) -> Example:
     answer = " ".join(reversed(digits))
     return {
         "prompt": "MATH " + " ".join(digits),

@@ -70,7 +70,7 @@ class FRPOAdvantageEstimator:
         """estimator_config: not read, it is in the place where NeMo-RL puts it. loss_config: ClippedPGLossConfig with
         an extra key `frpo`, a mapping of FRPO's fields. ConfigError for what FRPO cannot do."""
         self.objective = frpo_objective(loss_config)
-        self.memory: dict[str, float] = {}
+        self.objective_state: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
 
     def compute_advantage(self, prompt_ids: Tensor, rewards: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
@@ -83,7 +83,7 @@ class FRPOAdvantageEstimator:
         sample_mask_N = mask[:, 1:].float().amax(dim=1)
         rewards_N = rewards.float().masked_fill(sample_mask_N == 0, math.nan)
         _, groups_N = torch.unique(prompt_ids, dim=0, return_inverse=True)
-        objective = self.objective.for_batch(rewards_N, groups_N, self.memory)
+        objective = self.objective.for_batch(rewards_N, groups_N, self.objective_state)
         advantages_N = objective.effective_advantages(rewards_N, groups_N)
         statistics = objective.statistics(rewards_N, groups_N, advantages_N)
         self.last_metrics = {f"frpo/{name}": value for name, value in statistics.items()}

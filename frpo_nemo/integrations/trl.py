@@ -168,7 +168,7 @@ class FRPOTrainer(GRPOTrainer):
         if not isinstance(args, FRPOConfig):
             raise ConfigError(f"args of FRPOTrainer must be a FRPOConfig, not {type(args).__name__}.")
         self.frpo = args.build_objective()
-        self.frpo_memory: dict[str, float] = {}
+        self.frpo_state: dict[str, float] = {}
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
         if self.aux_loss_enabled:
             raise ConfigError(
@@ -189,7 +189,7 @@ class FRPOTrainer(GRPOTrainer):
         groups_N = all_rows // (self.num_generations if training else self.num_generations_eval)
         rewards_N = compared_rewards(parts_NP, self.reward_weights.to(parts_NP.device), groups_N)
 
-        objective = self.frpo.for_batch(rewards_N, groups_N, self.frpo_memory if training else dict(self.frpo_memory))
+        objective = self.frpo.for_batch(rewards_N, groups_N, self.frpo_state if training else dict(self.frpo_state))
         advantages_N = objective.effective_advantages(rewards_N, groups_N)
         rows = all_rows[self.accelerator.process_index * len(inputs) :][: len(inputs)]
         # Relative to a plain mean over the N sequences, which is what the trainer's averages over microbatches and
@@ -290,12 +290,12 @@ class FRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            (directory / MEMORY_FILE).write_text(json.dumps(self.frpo_memory))
+            (directory / MEMORY_FILE).write_text(json.dumps(self.frpo_state))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.frpo_memory = json.loads(Path(checkpoint, MEMORY_FILE).read_text())
+            self.frpo_state = json.loads(Path(checkpoint, MEMORY_FILE).read_text())
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

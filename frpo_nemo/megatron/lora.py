@@ -168,9 +168,9 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, member: Tensor | None, scale: fl
 def membership(weight: Weight, tensor_rank: int) -> Tensor:
     """1 where a row of a tensor rank's shard belongs to one of the fused matrices: [rows, S]."""
     member = torch.zeros(weight.shard_shape[0], len(weight.hugging_face))
-    for run in weight.runs:
-        if run.rank == tensor_rank:
-            member[run.offset : run.offset + run.length, run.source] = 1
+    for segment in weight.segments:
+        if segment.rank == tensor_rank:
+            member[segment.offset : segment.offset + segment.length, segment.source] = 1
     return member
 
 

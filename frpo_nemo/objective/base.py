@@ -33,9 +33,9 @@ class Objective(ABC):
     def __post_init__(self) -> None:
         check_values(self, "objective.")
 
-    def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> Objective:
+    def for_batch(self, rewards_N: Tensor, groups_N: Tensor, state: MutableMapping[str, float]) -> Objective:
         """The objective for one global batch of rollouts, asked for before all else: itself, unless a setting depends
-        on the batch's rewards. memory: what it keeps from one step to the next; the trainer starts with an empty
+        on the batch's rewards. state: what it keeps from one step to the next; the trainer starts with an empty
         mapping and saves it in checkpoints."""
         return self
 

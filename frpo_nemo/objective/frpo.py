@@ -89,18 +89,18 @@ class FRPO(Objective):
         if self.kl_radius is None and self.radius_smoothing:
             raise ConfigError("objective.radius_smoothing has an effect with kl_radius only; lambda_ is fixed.")
 
-    def for_batch(self, rewards_N: Tensor, groups_N: Tensor, memory: MutableMapping[str, float]) -> FRPO:
+    def for_batch(self, rewards_N: Tensor, groups_N: Tensor, state: MutableMapping[str, float]) -> FRPO:
         """With kl_radius: itself with the batch's lambda_ instead, smoothed over steps in log lambda_. A batch without
         differing rewards keeps the last one; on-policy its advantages are 0 with any. theory.md (18). See Objective."""
         if self.kl_radius is None:
             return self
         groups = Groups.of(rewards_N, groups_N)
-        last, lambda_ = memory.get("lambda_"), solve_lambda(groups, rewards_N[groups.members].double(), self.kl_radius)
+        last, lambda_ = state.get("lambda_"), solve_lambda(groups, rewards_N[groups.members].double(), self.kl_radius)
         if lambda_ is None:
             return self._with_lambda(1.0 if last is None else last)
         if last is not None:
             lambda_ = math.exp(self.radius_smoothing * math.log(last) + (1 - self.radius_smoothing) * math.log(lambda_))
-        memory["lambda_"] = lambda_
+        state["lambda_"] = lambda_
         return self._with_lambda(lambda_)
 
     def _with_lambda(self, lambda_: float) -> FRPO:
@@ -136,7 +136,7 @@ class FRPO(Objective):
 
     def _known_lambda(self) -> float:
         if self.lambda_ is None:
-            raise ValueError("FRPO(kl_radius=...) has no lambda_ before for_batch(rewards, groups, memory) finds it.")
+            raise ValueError("FRPO(kl_radius=...) has no lambda_ before for_batch(rewards, groups, state) finds it.")
         return self.lambda_
 
     @torch.no_grad()

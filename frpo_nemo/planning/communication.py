@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.weights.table import Layout, Weight, adapter_weights, weights
+from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, weights
 
 FP32, INT64 = 4, 8  # bytes
 SHAPE_BYTES = 3 * INT64  # before every activation between stages: packs differ in length
@@ -131,9 +131,9 @@ class Model:
         return [[weight for weight in trained if weight.stage == stage] for stage in range(self.parallel.pp)]
 
     @property
-    def _layout(self) -> Layout:
+    def _layout(self) -> WeightLayout:
         parallel = self.parallel
-        return Layout(parallel.tp, parallel.pp, parallel.first, parallel.last)
+        return WeightLayout(parallel.tp, parallel.pp, parallel.first, parallel.last)
 
     def layers_of(self, stage: int) -> int:
         parallel = self.parallel

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import Cluster
-from frpo_nemo.planning.memory import GIB, Engine, Layout, Phase, cache_room, host_bytes, kv_bytes, phases
+from frpo_nemo.planning.memory import GIB, Engine, Layout, PhaseMemory, cache_room, host_bytes, kv_bytes, phases
 from frpo_nemo.planning.timing import Workload, seconds
 
 ALIKE = 1.03  # steps that differ by less are not told apart by estimates
@@ -21,7 +21,7 @@ class Candidate:
     """A layout that fits: its phases' memory and seconds."""
 
     layout: Layout
-    phases: list[Phase]
+    phases: list[PhaseMemory]
     seconds: dict[str, float]
 
     @property
@@ -104,7 +104,7 @@ def _too_few(work: Workload, dp: int) -> str | None:
     return f"DP={dp} replicas for {sequences} sequences of an update" if sequences < dp else None
 
 
-def _too_large(arch: Architecture, cluster: Cluster, layout: Layout, fits: list[Phase], head_room: float) -> str | None:
+def _too_large(arch: Architecture, cluster: Cluster, layout: Layout, fits: list[PhaseMemory], head_room: float) -> str | None:
     if cache_room(arch, layout, cluster.gpu_memory) < layout.engine.longest * kv_bytes(arch, layout):
         return f"vLLM TP={layout.engine.tp}: weights leave no KV cache of gpu_memory_utilization"
     allowed = cluster.gpu_memory * (1 - head_room)

@@ -78,7 +78,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseMemory:
     """One phase on the ranks of the pipeline stage that needs most of it. `parts`: bytes by name."""
 
     name: str
@@ -153,14 +153,14 @@ def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int
     }
 
 
-def phases(arch: Architecture, layout: Layout, limit: int) -> list[Phase]:
+def phases(arch: Architecture, layout: Layout, limit: int) -> list[PhaseMemory]:
     """The phases of a step, each for its worst stage: generate and refit with an engine, log-probs, train. `limit`: bytes
     that a rank may use, of which vLLM takes its share on a GPU."""
     found = []
     for name in ("generate", "log-probs", "train", "refit"):
         if layout.engine is None and name in ("generate", "refit"):
             continue
-        stages = [Phase(name, s, _parts(name, arch, layout, s, limit)) for s in range(layout.pp)]
+        stages = [PhaseMemory(name, s, _parts(name, arch, layout, s, limit)) for s in range(layout.pp)]
         found.append(max(stages, key=lambda phase: phase.total))
     return found
 

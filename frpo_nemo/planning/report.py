@@ -10,7 +10,7 @@ from rich.table import Table
 
 from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.layouts import Candidate, overrides
-from frpo_nemo.planning.memory import GIB, Layout, Phase, readable
+from frpo_nemo.planning.memory import GIB, Layout, PhaseMemory, readable
 from frpo_nemo.planning.timing import Workload
 
 REASONS = 8  # that are listed
@@ -41,7 +41,7 @@ def print_layouts(console: Console, found: list[Candidate], show: int) -> None:
     console.print(table)
 
 
-def memory_table(phases: list[Phase], title: str) -> Table:
+def memory_table(phases: list[PhaseMemory], title: str) -> Table:
     """Parts by phase, of the pipeline stage that needs most."""
     table = Table("GiB", box=box.SIMPLE, title=title, title_justify="left")
     for phase in phases:
@@ -86,7 +86,7 @@ def print_dry_run(layout: Layout, stages: list) -> None:
     console.print("Names and shapes: as in the table of weights and in transformers' model.", highlight=False)
 
 
-def summary(layout: Layout, phases: list[Phase], limit: int, where: str) -> str:
+def summary(layout: Layout, phases: list[PhaseMemory], limit: int, where: str) -> str:
     """The plan of a run: its layout, the expected peak, and the memory of each phase by part."""
     worst = max(phases, key=lambda phase: phase.total)
     lines = [

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from frpo_nemo.report.frame import Results, reward_label
-from frpo_nemo.study.results import Row
+from frpo_nemo.study.results import ResultRow
 
 # Means of two arms closer than this count as matched.
 TOKENS, KL, REWARD, ACCURACY = 0.01, 0.1, 0.01, 0.01  # the first two relative to the larger, the others absolute
@@ -38,7 +38,7 @@ def not_matched(results: Results) -> list[str]:
     ]
 
 
-def failure(row: Row) -> str:
+def failure(row: ResultRow) -> str:
     """Describe a failed run in one sentence, with the last line of its error."""
     what = stage_text(row["task"])
     if row["stage"] == "evaluate":

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.study.results import Row, check_row
+from frpo_nemo.study.results import ResultRow, check_row
 
 REWARD = "reward/mean"
 DOWNSTREAM = ("downstream/accuracy", "downstream/token_accuracy", "downstream/reward", "downstream/loss")
@@ -37,10 +37,10 @@ class Results:
     status, steps, tokens). points: a line for each metric at each step, with its `value`.
     """
 
-    def __init__(self, rows: Iterable[Row]):
+    def __init__(self, rows: Iterable[ResultRow]):
         latest = {(r["arm"], r["seed"], r["stage"], r["task"], r.get("evaluation")): r for r in map(check_row, rows)}
-        self.rows: list[Row] = [row for row in latest.values() if row["stage"] != "evaluate"]
-        self.evaluations: list[Row] = [row for row in latest.values() if row["stage"] == "evaluate"]
+        self.rows: list[ResultRow] = [row for row in latest.values() if row["stage"] != "evaluate"]
+        self.evaluations: list[ResultRow] = [row for row in latest.values() if row["stage"] == "evaluate"]
         if not self.rows:
             raise ConfigError("There are no results to report.")
         identities = [{name: row[name] for name in _RUN} | {"task": row["task"] or ""} for row in self.rows]
@@ -52,7 +52,7 @@ class Results:
         self.arms: list[str] = list(self.runs["arm"].unique())
         self.tasks: list[str] = [task for task in self.runs["task"].unique() if task]
         self.seeds: list[int] = sorted(self.runs["seed"].unique().tolist())
-        self.failed: list[Row] = [row for row in self.rows if row["status"] == "failed"]
+        self.failed: list[ResultRow] = [row for row in self.rows if row["status"] == "failed"]
         names = set(self.points["metric"])
         tasks = sorted(name for name in names if re.fullmatch(r"reward/task/.+/mean", name))
         self.rewards: list[str] = [name for name in (REWARD,) if name in names] + tasks
@@ -130,7 +130,7 @@ def reward_label(name: str) -> str:
     return "all prompts" if name == REWARD else name.removeprefix("reward/task/").removesuffix("/mean")
 
 
-def _points(identities: list[dict[str, Any]], rows: list[Row]) -> pd.DataFrame:
+def _points(identities: list[dict[str, Any]], rows: list[ResultRow]) -> pd.DataFrame:
     lines = [
         (*identity.values(), point["step"], metric, value)
         for identity, row in zip(identities, rows, strict=True)

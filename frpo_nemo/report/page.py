@@ -21,10 +21,10 @@ from frpo_nemo.report.comparisons import comparisons, explain_tests
 from frpo_nemo.report.frame import KL_NAMES, Results, reward_label
 from frpo_nemo.report.plots import Picture
 from frpo_nemo.report.sweeps import FIELDS, find_sweeps, kept_rewards
-from frpo_nemo.study.results import Row
+from frpo_nemo.study.results import ResultRow
 
 
-def write_report(rows: Iterable[Row], out_dir: str | Path, *, title: str = "Reward under later fine-tuning") -> Path:
+def write_report(rows: Iterable[ResultRow], out_dir: str | Path, *, title: str = "Reward under later fine-tuning") -> Path:
     """Write out_dir/report.html and the pictures; return the page's path. Raises ConfigError for no rows or wrong ones."""
     results, out_dir = Results(rows), Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_report(rows: Iterable[Row], out_dir: str | Path, *, title: str = "Rewa
     return path
 
 
-def print_summary(rows: Iterable[Row], console: Console | None = None) -> None:
+def print_summary(rows: Iterable[ResultRow], console: Console | None = None) -> None:
     """Print for each downstream task what the arms had, kept and learned, and what was not matched between them.
     Without fine-tuning: what stage one gave."""
     results, console = Results(rows), console or Console()

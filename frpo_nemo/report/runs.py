@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.study.results import Row, read_config, read_records, row_of_run
+from frpo_nemo.study.results import ResultRow, read_config, read_records, row_of_run
 
 
-def rows_of_runs(run_dirs: list[Path]) -> list[Row]:
+def rows_of_runs(run_dirs: list[Path]) -> list[ResultRow]:
     """Rows of run directories, relative to the working directory as the paths in their configurations are.
 
     A run with probes is a fine-tuning. Its arm is the run of stage one that it began from (model.path), which is added

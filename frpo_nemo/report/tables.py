@@ -8,7 +8,7 @@ import pandas as pd
 
 from frpo_nemo.report.differences import differing_settings
 from frpo_nemo.report.frame import Results, reward_label
-from frpo_nemo.study.results import Row
+from frpo_nemo.study.results import ResultRow
 
 NONE = "–"
 _SPREADS = ("/std", "_stderr", "/max")  # of scores: not shown beside their means
@@ -158,7 +158,7 @@ def _difference_lines(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(cells, index=pairs, columns=_DIFFERENCE)
 
 
-def _score_text(rows: list[Row], score: str) -> str:
+def _score_text(rows: list[ResultRow], score: str) -> str:
     """0.950 ± 0.020; with (1 failed) if a seed's evaluation did."""
     failed = sum(row["status"] == "failed" for row in rows)
     values = [row["scores"][score] for row in rows if row["status"] == "finished" and score in row["scores"]]

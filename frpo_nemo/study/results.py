@@ -17,12 +17,12 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.records import read_jsonl
 from frpo_nemo.training.start_record import starts
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 SECTIONS = ("objective", "optim", "data", "rollout", "reward")  # of config.yaml: what can make two arms differ
 _REQUIRED = ("arm", "seed", "stage", "task", "status", "settings", "points")
 
 
-def read_results(path: str | Path) -> list[Row]:
+def read_results(path: str | Path) -> list[ResultRow]:
     """The rows of a results.jsonl, checked. A last line without its end is still being written and left out.
 
     Raises ConfigError for a missing file and for a line that is no row, naming the line.
@@ -40,7 +40,7 @@ def read_results(path: str | Path) -> list[Row]:
     return rows
 
 
-def check_row(row: Any, where: str = "row") -> Row:
+def check_row(row: Any, where: str = "row") -> ResultRow:
     """`row` itself if it can be used; ConfigError, beginning with `where`, if not."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where} must be an object with {', '.join(_REQUIRED)}.")
@@ -67,7 +67,7 @@ def check_row(row: Any, where: str = "row") -> Row:
 
 def row_of_evaluation(
     directory: str | Path, *, arm: str, seed: int, task: str | None, evaluation: str, error: str | None = None
-) -> Row:
+) -> ResultRow:
     """The row of what recipes/evaluate.py measured in `directory`, of the model after `task` (None: after stage one). It
     has failed with an `error`, or where there are no results."""
     path = Path(directory) / "results.json"
@@ -90,7 +90,7 @@ def row_of_evaluation(
 
 def row_of_run(
     run_dir: str | Path, *, arm: str, seed: int, stage: str, task: str | None = None, error: str | None = None
-) -> Row:
+) -> ResultRow:
     """The row of a run: stage "train" (its points are validations) or "finetune" of a `task` (its points are probes,
     with the run's own validation as downstream/NAME).
 

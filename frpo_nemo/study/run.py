@@ -24,7 +24,7 @@ from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.study.parts import SCHEMAS, TRAINING_RECIPES, Part, StudyConfig, StudyParts, named
 from frpo_nemo.study.recipe import RECIPES
-from frpo_nemo.study.results import Row, read_results, row_of_evaluation, row_of_run
+from frpo_nemo.study.results import ResultRow, read_results, row_of_evaluation, row_of_run
 
 LAST_LINES = 15  # of a failed part's output, kept in its row
 
@@ -86,12 +86,12 @@ class ForgettingStudy:
             with (self.out / "results.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ResultRow]:
         """Of this study's parts that ended, failed ones included. results.jsonl may have more: of seeds, arms and tasks
         that the configuration named before."""
         return [self._rows[part.key] for part in self.parts(self.config.seeds) if part.key in self._rows]
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[ResultRow]:
         """Everything that has not finished yet, on this machine; returns `rows`."""
         if self.config.servers:
             raise ConfigError(
@@ -172,12 +172,12 @@ def check_same_settings(part: Part, before: list[str]) -> None:
         )
 
 
-def _row(part: Part, error: str | None) -> Row:
+def _row(part: Part, error: str | None) -> ResultRow:
     of: dict[str, Any] = dict(arm=part.arm, seed=part.seed, task=part.task, error=error)
     if part.evaluation:
         return row_of_evaluation(part.directory, evaluation=part.evaluation, **of)
     return row_of_run(part.directory, stage=part.stage, **of)
 
 
-def _key(row: Row) -> tuple:
+def _key(row: ResultRow) -> tuple:
     return row["arm"], row["seed"], row["task"], row.get("evaluation")

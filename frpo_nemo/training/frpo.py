@@ -71,10 +71,10 @@ def train(cfg: FRPORun) -> bool:
                 seed_step=step,
             )
             rollouts.require_scores()
-            goal = objective.for_batch(rollouts.rewards, rollouts.groups, run.memory)
-            results = learn(run, goal, worker, actor, rollouts, step)
+            batch_objective = objective.for_batch(rollouts.rewards, rollouts.groups, run.objective_state)
+            results = learn(run, batch_objective, worker, actor, rollouts, step)
             worker.refit(actor)
-            values = rollout_statistics(rollouts) | step_statistics(goal, rollouts.batch, results)
+            values = rollout_statistics(rollouts) | step_statistics(batch_objective, rollouts.batch, results)
             values["rollout_mismatch/gap_limit"] = worker.gap_limit.value
             measure(run, worker, actor, held_out, probe, step)
             run.record(step, values, int(rollouts.batch.lengths.sum()))

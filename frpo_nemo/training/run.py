@@ -67,7 +67,7 @@ class Run(Generic[Config]):
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = PhaseTimer(self.watchdog)
         self.step = 0
-        self.memory: dict[str, float] = {}  # what the objective keeps from step to step
+        self.objective_state: dict[str, float] = {}  # what the objective keeps from step to step
         self.measured: dict[str, float] = {}  # of the model at the run's first step, and kept for all later starts
         self._validated: tuple[int, float] | None = None  # (step, score) of the last validation
         self._stop_signal: int | None = None
@@ -116,7 +116,7 @@ class Run(Generic[Config]):
                 state = save_load.load(self._resumed_from, actor)
             check_same_data(self._resumed_from, state, data)
             self.step = self._saved_step = state["step"]
-            self.memory = state["memory"]
+            self.objective_state = state["memory"]
             self.measured |= state.get("measured", {})  # absent in checkpoints of older versions
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
         gc.freeze()  # what is loaded stays, and is not searched again
@@ -182,7 +182,7 @@ class Run(Generic[Config]):
         """Write a checkpoint of the present step and delete those that need not be kept."""
         keep = self.cfg.checkpoint
         with self.phases("checkpoint"):
-            state = {"data": self._data, "memory": self.memory, "measured": self.measured}
+            state = {"data": self._data, "memory": self.objective_state, "measured": self.measured}
             state["moment"] = self.moment.isoformat()
             seed, score = self.cfg.trainer.seed, self._score_now()
             save_load.save(self.dir, self._actor, state, step=self.step, seed=seed, score=score)

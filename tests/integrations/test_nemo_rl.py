@@ -321,7 +321,7 @@ def test_a_kl_radius_solves_lambda_from_each_batch_and_remembers_it():
         objective = FRPO(**radius).for_batch(rewards, rollouts.groups, memory)
         expected = objective.effective_advantages(rewards, rollouts.groups) * objective.loss_scale
         torch.testing.assert_close(advantages[:, 0], expected, rtol=1e-6, atol=0)
-    assert estimator.memory == memory and 0 < memory["lambda_"] < float("inf")
+    assert estimator.objective_state == memory and 0 < memory["lambda_"] < float("inf")
     assert {"frpo/max_abs_advantage", "frpo/effective_sample_size"} <= set(estimator.last_metrics)
 
 

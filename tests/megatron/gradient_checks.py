@@ -71,18 +71,18 @@ def step_gradient(path: str, objective: dict, *, adapter: str | None = None, **l
     actor = make_actor(path, **layout)
     if adapter:
         set_adapters(actor, adapter)
-    batch, goal = example_batch(), build_objective(objective)
+    batch, built = example_batch(), build_objective(objective)
     current = actor.get_inference_log_probs(batch)
     batch.token_columns["old_logprobs"] = current + batch.token_columns["shift_old"]
     batch.token_columns["reference_logprobs"] = current + batch.token_columns["shift_reference"]
     importance = None
-    if goal.uses_importance:
-        importance = goal.importance(current, batch.token_columns["old_logprobs"], batch.response_lengths)
+    if built.uses_importance:
+        importance = built.importance(current, batch.token_columns["old_logprobs"], batch.response_lengths)
     rewards, groups = batch.columns["reward"], batch.columns["group"]
-    batch.columns["advantage"] = goal.effective_advantages(rewards, groups, importance)
-    batch.columns["coefficient"] = goal.coefficients(rewards, groups)
+    batch.columns["advantage"] = built.effective_advantages(rewards, groups, importance)
+    batch.columns["coefficient"] = built.coefficients(rewards, groups)
     with megatron_device():
-        actor.accumulate_gradient(batch, PolicyLoss(goal, batch.num_sequences))
+        actor.accumulate_gradient(batch, PolicyLoss(built, batch.num_sequences))
     gradients = hugging_face_gradients(actor)
     return gradients if dist.get_rank() == 0 else None
 

@@ -14,10 +14,13 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.export import _plan_shards, check_replaceable
 from frpo_nemo.megatron.weights.load import check_checkpoint
-from frpo_nemo.megatron.weights.table import Layout, check_complete, hf_shapes, weights
+from frpo_nemo.megatron.weights.table import WeightLayout, check_complete, hf_shapes, weights
 from frpo_nemo.megatron.weights.tensors import EMBEDDING, HEAD, ROWS
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=4), Layout(pp=2), Layout(tp=2, pp=2, first=1), Layout(tp=2, pp=4)]
+LAYOUTS = [
+    WeightLayout(**sizes)
+    for sizes in ({}, dict(tp=2), dict(tp=4), dict(pp=2), dict(tp=2, pp=2, first=1), dict(tp=2, pp=4))
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def tiny(tmp_path_factory) -> dict[str, str]:
     return {**models, "tied": make_tiny(base / "tied", "llama", tied=True)}
 
 
-def stage_shapes(arch: Architecture, layout: Layout, stage: int, name_of=lambda weight: weight.names[0]) -> dict:
+def stage_shapes(arch: Architecture, layout: WeightLayout, stage: int, name_of=lambda weight: weight.names[0]) -> dict:
     return {name_of(weight): weight.shard_shape for weight in weights(arch, layout) if weight.stage == stage}
 
 
@@ -48,7 +51,7 @@ def test_table_names_and_shapes_are_those_of_the_saved_model(tiny, name):
 
 
 def test_incomplete_models_are_named(tiny):
-    arch, layout = Architecture.from_hf(tiny["qwen2"]), Layout(tp=2)
+    arch, layout = Architecture.from_hf(tiny["qwen2"]), WeightLayout(tp=2)
     shapes = stage_shapes(arch, layout, 0)
     bias = "decoder.layers.3.self_attention.linear_qkv.bias"
     with pytest.raises(ValueError, match=f"should have one parameter called {bias}"):
@@ -61,11 +64,11 @@ def test_incomplete_models_are_named(tiny):
 
 def test_query_groups_are_interleaved_and_cut_by_rank(tiny):
     arch = Architecture.from_hf(tiny["llama"])  # 4 heads, 2 groups, head_dim 32
-    qkv = next(w for w in weights(arch, Layout(tp=2)) if w.names[0].endswith("linear_qkv.weight"))
+    qkv = next(w for w in weights(arch, WeightLayout(tp=2)) if w.names[0].endswith("linear_qkv.weight"))
     assert qkv.shard_shape == (128, 128)
     second = [(run.offset, run.source, run.start, run.length) for run in qkv.runs if run.rank == 1]
     assert second == [(0, 0, 64, 64), (64, 1, 32, 32), (96, 2, 32, 32)]
-    fewer_heads_than_ranks = next(w for w in weights(arch, Layout(tp=4)) if w.names == qkv.names)
+    fewer_heads_than_ranks = next(w for w in weights(arch, WeightLayout(tp=4)) if w.names == qkv.names)
     assert [(r.source, r.start, r.length) for r in fewer_heads_than_ranks.runs if r.rank == 1] == [
         (1, 0, 32),
         (2, 0, 32),

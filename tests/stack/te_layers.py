@@ -20,7 +20,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.megatron.checkpoint import weights as checkpoint_weights
 from frpo_nemo.megatron.weights.binding import bind, bind_adapters
-from frpo_nemo.megatron.weights.table import Layout, adapter_weights, weights
+from frpo_nemo.megatron.weights.table import WeightLayout, adapter_weights, weights
 
 
 def all_layouts() -> Iterator[dict]:
@@ -93,7 +93,7 @@ def stored(gpt, arch: Architecture, settings: ModelConfig) -> dict:
     """Keys in a checkpoint: what this rank saves, and what checkpoint_weights reads of the whole model."""
     state = save_load._model_state(SimpleNamespace(config=settings, gpt=gpt, arch=arch))
     rank = settings.lora.rank
-    table = adapter_weights(arch, Layout(), rank) if rank else weights(arch, Layout())
+    table = adapter_weights(arch, WeightLayout(), rank) if rank else weights(arch, WeightLayout())
     return {
         "saved": sorted({sharded.key for sharded in state.values()}),
         "read": sorted({checkpoint_weights._place(weight)[0] for weight in table}),

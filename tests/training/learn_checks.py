@@ -54,7 +54,7 @@ class Learner:
         self.run, self.worker = object.__new__(Run), object.__new__(RolloutWorker)
         self.run.cfg, self.worker.model, self.worker.rollout = self.cfg, self.cfg.model, self.cfg.rollout
         self.run.dir, self.run.rank, self.run.phases = Path(run_dir), world.rank(), PhaseTimer()
-        self.run.memory, self.worker.measured, self.worker._said = {}, {}, set()
+        self.run.objective_state, self.worker.measured, self.worker._said = {}, {}, set()
 
     def rollouts(self, batch: SequenceBatch | None = None) -> Rollouts:
         """`batch`, or random responses, as if this policy had sampled them."""
@@ -65,8 +65,8 @@ class Learner:
         return Rollouts(batch, ["only"])
 
     def learn(self, rollouts: Rollouts):
-        self.goal = self.objective.for_batch(rollouts.rewards, rollouts.groups, self.run.memory)
-        return learn(self.run, self.goal, self.worker, self.actor, rollouts, step=1)
+        self.batch_objective = self.objective.for_batch(rollouts.rewards, rollouts.groups, self.run.objective_state)
+        return learn(self.run, self.batch_objective, self.worker, self.actor, rollouts, step=1)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.actor.gpt.named_parameters()}

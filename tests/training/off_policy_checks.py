@@ -78,8 +78,8 @@ def recorded_step(path: str, *, tp: int = 1, pp: int = 1, **settings) -> tuple[l
     rollouts = learner.rollouts(off_policy_batch())
     learner.actor.passes = 0
     results = learner.learn(rollouts)
-    logged = step_statistics(learner.goal, rollouts.batch, results)
-    logged |= {"passes": learner.actor.passes} | {f"memory/{k}": v for k, v in learner.run.memory.items()}
+    logged = step_statistics(learner.batch_objective, rollouts.batch, results)
+    logged |= {"passes": learner.actor.passes} | {f"memory/{k}": v for k, v in learner.run.objective_state.items()}
     return (learner.actor.updates if learner.run.rank == 0 else []), logged
 
 

@@ -29,7 +29,7 @@ from frpo_nemo.megatron.lora import membership, merge
 from frpo_nemo.megatron.weights import adapter_files
 from frpo_nemo.megatron.weights.export import assemble
 from frpo_nemo.megatron.weights.load import check_checkpoint, read_weight
-from frpo_nemo.megatron.weights.table import Layout, Weight, adapter_weights, weights
+from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, weights
 from frpo_nemo.megatron.weights.tensors import check_range
 
 
@@ -46,7 +46,7 @@ class StoredWeights:
         self._metadata = checkpoints.read_metadata(checkpoint)
         self._reader = torch_checkpoint.FileSystemReader(checkpoint)
         self._reader.set_up_storage_reader(self._metadata, True)
-        self._pieces = [(weight, self._find(weight)) for weight in table or weights(arch, Layout())]
+        self._pieces = [(weight, self._find(weight)) for weight in table or weights(arch, WeightLayout())]
         self._check_files({piece.storage_index for _, pieces in self._pieces for piece in pieces})
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -137,14 +137,14 @@ class MergedWeights:
                 f"{checkpoint} holds adapters of a base whose weights are not those in {base}; name the right one by base=."
             )
         self._base, self._arch = check_checkpoint(arch, base), arch
-        self._adapters = StoredWeights(checkpoint, arch, adapter_weights(arch, Layout(), self._record["rank"]))
+        self._adapters = StoredWeights(checkpoint, arch, adapter_weights(arch, WeightLayout(), self._record["rank"]))
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order."""
         adapters = (
             value for _, value in self._adapters.read(torch.float32)
         )  # A and B of each layer, in the table's order
-        for weight in weights(self._arch, Layout()):
+        for weight in weights(self._arch, WeightLayout()):
             whole = read_weight(weight, self._base, torch.float32 if weight.is_linear_layer else dtype)
             if weight.is_linear_layer:
                 a, b = next(adapters), next(adapters)

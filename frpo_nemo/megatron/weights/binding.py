@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.weights.table import Layout, Weight, adapter_weights, check_complete, weights
+from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, check_complete, weights
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ def bind_adapters(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
     return _bind(model, stage, adapter_weights(arch, layout_of(model), rank)) if rank else []
 
 
-def layout_of(model: torch.nn.Module) -> Layout:
+def layout_of(model: torch.nn.Module) -> WeightLayout:
     """How `model` is spread over the ranks."""
     config = _unwrap(model).config
-    return Layout(
+    return WeightLayout(
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         config.num_layers_in_first_pipeline_stage,

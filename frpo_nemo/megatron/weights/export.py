@@ -124,11 +124,12 @@ def assemble(weight: Weight, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of one weight, one after the other, from its shards [tp, elements]."""
     for source, (name, shape) in enumerate(weight.hugging_face):
         tensor = shards.new_empty(shape)
-        for run in weight.runs:
-            if run.source != source or (weight.replicated and run.rank > 0):
+        for segment in weight.segments:
+            if segment.source != source or (weight.replicated and segment.rank > 0):
                 continue
-            shard = shards[run.rank].view(weight.shard_shape)
-            tensor.narrow(weight.dim, run.start, run.length).copy_(shard.narrow(weight.dim, run.offset, run.length))
+            shard = shards[segment.rank].view(weight.shard_shape)
+            part = shard.narrow(weight.dim, segment.offset, segment.length)
+            tensor.narrow(weight.dim, segment.start, segment.length).copy_(part)
         yield name, tensor
         del tensor  # the caller may be done with it before the next is made
 

@@ -67,12 +67,12 @@ def read_weight(weight: Weight, files: dict[str, Path], dtype: torch.dtype) -> t
 def fill(parameter: torch.Tensor, weight: Weight, rank: int, sources: list) -> None:
     """Copy what tensor rank `rank` holds of `weight` into its `parameter`. sources: the weight's Hugging Face tensors, or
     slices of files, in the table's order."""
-    for run in weight.runs:
-        if run.rank != rank:
+    for segment in weight.segments:
+        if segment.rank != rank:
             continue
-        target = parameter.narrow(weight.dim, run.offset, run.length)
-        if run.source is None:
+        target = parameter.narrow(weight.dim, segment.offset, segment.length)
+        if segment.source is None:
             target.zero_()
         else:
-            where = slice(run.start, run.start + run.length)
-            target.copy_(sources[run.source][(slice(None),) * weight.dim + (where,)])
+            where = slice(segment.start, segment.start + segment.length)
+            target.copy_(sources[segment.source][(slice(None),) * weight.dim + (where,)])

@@ -48,7 +48,7 @@ def _stacked(arch: Architecture, tp: int, size: int, tensors: int) -> list[Piece
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """megatron: the parameter's name, by the local layer spec and by Transformer Engine's where that differs.
     hugging_face: name -> shape in named sizes (see `_sizes`). dim: the tensor-parallel dimension, None if replicated.
     pieces: how the tensors fuse along dim. only_if: the Architecture flag that makes the parameter exist."""
@@ -67,32 +67,32 @@ class Row:
 
 # fmt: off
 LAYER = (  # below `decoder.layers.{i}.` and `model.layers.{i}.`
-    Row(("self_attention.linear_qkv.weight",),
+    WeightRow(("self_attention.linear_qkv.weight",),
         {"self_attn.q_proj.weight": ("query", "hidden"), "self_attn.k_proj.weight": ("kv", "hidden"),
          "self_attn.v_proj.weight": ("kv", "hidden")}, pieces=_query_groups),
-    Row(("self_attention.linear_qkv.bias",),
+    WeightRow(("self_attention.linear_qkv.bias",),
         {"self_attn.q_proj.bias": ("query",), "self_attn.k_proj.bias": ("kv",), "self_attn.v_proj.bias": ("kv",)},
         pieces=_query_groups, only_if="qkv_bias"),
-    Row(("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": ("hidden", "query")}, dim=1),
-    Row(("self_attention.q_layernorm.weight",), {"self_attn.q_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
-    Row(("self_attention.k_layernorm.weight",), {"self_attn.k_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
-    Row(("mlp.linear_fc1.weight",),
+    WeightRow(("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": ("hidden", "query")}, dim=1),
+    WeightRow(("self_attention.q_layernorm.weight",), {"self_attn.q_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
+    WeightRow(("self_attention.k_layernorm.weight",), {"self_attn.k_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
+    WeightRow(("mlp.linear_fc1.weight",),
         {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")}, pieces=_gate_and_up),
-    Row(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, dim=1),
-    Row(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    WeightRow(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, dim=1),
+    WeightRow(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         {"input_layernorm.weight": ("hidden",)}, dim=None),
-    Row(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    WeightRow(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         {"post_attention_layernorm.weight": ("hidden",)}, dim=None),
 )
-EMBEDDING = Row(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab", "hidden")},
+EMBEDDING = WeightRow(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab", "hidden")},
                 pieces=_padded_vocabulary)
-FINAL_NORM = Row(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, dim=None)
-OUTPUT = Row(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, pieces=_padded_vocabulary)
-TIED_OUTPUT = Row(OUTPUT.megatron, EMBEDDING.hugging_face, pieces=_padded_vocabulary)  # the last stage's own copy
+FINAL_NORM = WeightRow(("decoder.final_layernorm.weight",), {"model.norm.weight": ("hidden",)}, dim=None)
+OUTPUT = WeightRow(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, pieces=_padded_vocabulary)
+TIED_OUTPUT = WeightRow(OUTPUT.megatron, EMBEDDING.hugging_face, pieces=_padded_vocabulary)  # the last stage's own copy
 # fmt: on
 
 
-def _adapter_rows(row: Row) -> tuple[Row, Row]:
+def _adapter_rows(row: WeightRow) -> tuple[WeightRow, WeightRow]:
     """A and B of a linear layer (lora.py), as PEFT names them. Along the dimension that the layer's weight is split in, an
     adapter is split like it; the rank of the update is never split."""
     (layer,) = (name.removesuffix("weight") for name in row.megatron)
@@ -103,8 +103,8 @@ def _adapter_rows(row: Row) -> tuple[Row, Row]:
         b[name.replace("weight", "lora_B.weight")] = (out, "rank")
     stacked = functools.partial(_stacked, tensors=len(a))
     if row.dim == 0:
-        return Row((f"{layer}lora.a",), a, None, stacked), Row((f"{layer}lora.b",), b, 0, row.pieces)
-    return Row((f"{layer}lora.a",), a, 1, row.pieces), Row((f"{layer}lora.b",), b, None, stacked)
+        return WeightRow((f"{layer}lora.a",), a, None, stacked), WeightRow((f"{layer}lora.b",), b, 0, row.pieces)
+    return WeightRow((f"{layer}lora.a",), a, 1, row.pieces), WeightRow((f"{layer}lora.b",), b, None, stacked)
 
 
 ADAPTERS = tuple(adapter for row in LAYER if row.is_matrix for adapter in _adapter_rows(row))
@@ -123,7 +123,7 @@ def _sizes(arch: Architecture, rank: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Run:
+class Segment:
     """`length` entries along the weight's dimension: from `offset` in rank's shard, to `start` in Hugging Face tensor
     number `source` (None: zeros)."""
 
@@ -147,7 +147,7 @@ class Weight:
     hugging_face: tuple[tuple[str, tuple[int, ...]], ...]
     shard_shape: tuple[int, ...]
     dim: int
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
     replicated: bool
     exported: bool = True
 
@@ -162,7 +162,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """Tensor and pipeline parallel sizes; `first` and `last`: layers of the first and last stage, if uneven."""
 
     tp: int = 1
@@ -171,7 +171,7 @@ class Layout:
     last: int | None = None
 
 
-def weights(arch: Architecture, layout: Layout) -> list[Weight]:
+def weights(arch: Architecture, layout: WeightLayout) -> list[Weight]:
     """Every Megatron parameter of every stage, in the order of the Hugging Face model; a stage's are contiguous
     (but for the last stage's copy of a tied embedding, which comes last)."""
     resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0), *_layers(LAYER, arch, layout)]
@@ -184,13 +184,13 @@ def weights(arch: Architecture, layout: Layout) -> list[Weight]:
     return resolved
 
 
-def adapter_weights(arch: Architecture, layout: Layout, rank: int) -> list[Weight]:
+def adapter_weights(arch: Architecture, layout: WeightLayout, rank: int) -> list[Weight]:
     """Every parameter of adapters of rank `rank`, likewise; hugging_face has PEFT's names, without the prefix that its
     files put before them."""
     return _layers(ADAPTERS, arch, layout, rank)
 
 
-def _layers(rows: Sequence[Row], arch: Architecture, layout: Layout, rank: int = 0) -> list[Weight]:
+def _layers(rows: Sequence[WeightRow], arch: Architecture, layout: WeightLayout, rank: int = 0) -> list[Weight]:
     return [
         _resolve(row, arch, layout.tp, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.", rank=rank)
         for stage in range(layout.pp)
@@ -202,11 +202,11 @@ def _layers(rows: Sequence[Row], arch: Architecture, layout: Layout, rank: int =
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the Hugging Face model, in order."""
-    return dict(tensor for weight in weights(arch, Layout()) for tensor in weight.hugging_face)
+    return dict(tensor for weight in weights(arch, WeightLayout()) for tensor in weight.hugging_face)
 
 
 def _resolve(
-    row: Row, arch: Architecture, tp: int, stage: int, prefix="", hf_prefix="", *, rank: int = 0, exported=True
+    row: WeightRow, arch: Architecture, tp: int, stage: int, prefix="", hf_prefix="", *, rank: int = 0, exported=True
 ) -> Weight:
     sizes = _sizes(arch, rank)
     tensors = {hf_prefix + name: tuple(sizes[size] for size in shape) for name, shape in row.hugging_face.items()}
@@ -215,35 +215,35 @@ def _resolve(
     pieces = row.pieces(arch, tp, first_shape[dim])
     total = sum(stop - start for _, start, stop in pieces)
     part = total if row.dim is None else total // tp
-    runs = _cut(pieces, part)
+    segments = _cut(pieces, part)
     if row.dim is None:
-        runs = [replace(run, rank=r) for r in range(tp) for run in runs]
+        segments = [replace(segment, rank=r) for r in range(tp) for segment in segments]
     return Weight(
         stage=stage,
         names=tuple(prefix + name for name in row.megatron),
         hugging_face=tuple(tensors.items()),
         shard_shape=(*first_shape[:dim], part, *first_shape[dim + 1 :]),
         dim=dim,
-        runs=tuple(runs),
+        segments=tuple(segments),
         replicated=row.dim is None,
         exported=exported,
     )
 
 
-def _cut(pieces: Sequence[Piece], part: int) -> list[Run]:
+def _cut(pieces: Sequence[Piece], part: int) -> list[Segment]:
     """The pieces laid end to end and cut at multiples of `part`, one rank's share each."""
-    runs, position = [], 0
+    segments, position = [], 0
     for source, start, stop in pieces:
         while start < stop:
             rank, offset = divmod(position, part)
             length = min(stop - start, part - offset)
-            runs.append(Run(rank, offset, source, start, length))
+            segments.append(Segment(rank, offset, source, start, length))
             start, position = start + length, position + length
-    return runs
+    return segments
 
 
 def check_complete(
-    arch: Architecture, layout: Layout, stage: int, shapes: Mapping[str, Sequence[int]], rank: int = 0
+    arch: Architecture, layout: WeightLayout, stage: int, shapes: Mapping[str, Sequence[int]], rank: int = 0
 ) -> None:
     """Check a stage's Megatron parameters (name -> shape of this rank's shard; the meta device will do) against the
     table: every parameter is in it, every weight of the stage has exactly one parameter, shapes agree, and over all
@@ -282,10 +282,10 @@ def _check_used_once(table: Sequence[Weight]) -> None:
         if not weight.exported:
             continue
         size.update((name, shape[weight.dim]) for name, shape in weight.hugging_face)
-        for run in weight.runs:
-            if run.source is not None and (run.rank == 0 or not weight.replicated):
-                name = weight.hugging_face[run.source][0]
-                ranges.setdefault(name, []).append((run.start, run.start + run.length))
+        for segment in weight.segments:
+            if segment.source is not None and (segment.rank == 0 or not weight.replicated):
+                name = weight.hugging_face[segment.source][0]
+                ranges.setdefault(name, []).append((segment.start, segment.start + segment.length))
     for name, total in size.items():
         position = 0
         for start, stop in sorted(ranges.get(name, [])):

@@ -34,7 +34,7 @@ SIGNALS_FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
-class Run:
+class ProgramRun:
     """output: what the program wrote to stdout, or its tests' verdicts. exit_code: None when it was killed for its time
     or its output, above 128 when a signal ended it. seconds: of time, without the start of the sandbox."""
 
@@ -71,7 +71,7 @@ class Sandbox:
         if run.output != b"here\n":
             raise RuntimeError(f"a program in the sandbox cannot use Python's standard library below {sys.base_prefix}")
 
-    def run(self, program: str, seconds: float, stdin: bytes = b"", tests: bytes | None = None) -> Run:
+    def run(self, program: str, seconds: float, stdin: bytes = b"", tests: bytes | None = None) -> ProgramRun:
         """Run `program` as a script, or as a module and then `tests` (see `sandbox_child.run_tests`), for at most `seconds` of
         time and, over its threads, of processor time, rounded up; the start of the sandbox does not count. Whatever the
         program is, this returns; raises RuntimeError when the sandbox did not start or was ended from outside."""
@@ -91,7 +91,7 @@ class Sandbox:
         return _watch(process, seconds)
 
 
-def _watch(process: subprocess.Popen, seconds: float) -> Run:
+def _watch(process: subprocess.Popen, seconds: float) -> ProgramRun:
     output, ended, started = bytearray(), False, None
     deadline = time.monotonic() + STARTUP_SECONDS
     with process.stdout as pipe:  # bubblewrap's own processes hold it too: it ends when all of the sandbox is gone
@@ -118,7 +118,7 @@ def _watch(process: subprocess.Popen, seconds: float) -> Run:
         raise RuntimeError(f"the sandbox did not start: {output.decode(errors='replace').strip()[-500:]}")
     if ended and exit_code < 0:
         raise RuntimeError(f"the sandbox was ended from outside, by signal {-exit_code}")
-    return Run(bytes(output.removeprefix(sandbox_child.READY)), exit_code if ended else None, stopped - started)
+    return ProgramRun(bytes(output.removeprefix(sandbox_child.READY)), exit_code if ended else None, stopped - started)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.planning.memory import (
     Engine,
     Layout,
-    Phase,
+    PhaseMemory,
     cache_room,
     checkpoint_bytes,
     host_bytes,
@@ -226,7 +226,7 @@ def _of_it_for(scoring: int) -> str:
     return f" ({readable(scoring)} of it for reward models, which may have servers instead)" if scoring else ""
 
 
-def _phases(arch: Architecture, layout: Layout, limit: int, models: list[LocalWeights]) -> list[Phase]:
+def _phases(arch: Architecture, layout: Layout, limit: int, models: list[LocalWeights]) -> list[PhaseMemory]:
     """With local reward models: of a CPU's memory they take a part in every phase, of a GPU's while one of them scores."""
     found = phases(arch, layout, limit)
     if models and not layout.gpu:
@@ -237,7 +237,7 @@ def _phases(arch: Architecture, layout: Layout, limit: int, models: list[LocalWe
         return found
     refit = next(phase for phase in found if phase.name == "refit")  # vLLM sleeps while a reward model scores
     kept = {n: size for n, size in refit.parts.items() if n not in ("vLLM weights", "refit buckets")}
-    return [*found, Phase("reward", refit.stage, kept | {"a local reward model": largest})]
+    return [*found, PhaseMemory("reward", refit.stage, kept | {"a local reward model": largest})]
 
 
 def _beta(cfg: FRPORun) -> float:
@@ -257,7 +257,7 @@ def _check_engine_share(arch: Architecture, layout: Layout, limit: int) -> None:
         )
 
 
-def _too_large(cfg: TrainingRun, layout: Layout, phase: Phase, limit: int) -> str:
+def _too_large(cfg: TrainingRun, layout: Layout, phase: PhaseMemory, limit: int) -> str:
     where = "each GPU, which has" if layout.gpu else "this host for each process, which has"
     if not layout.gpu and cfg.trainer.devices > 1:
         where = f"this host for each of trainer.devices={cfg.trainer.devices} processes, whose share is"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.rewards.programs.sandbox import MAX_OPEN_FILES, MAX_OUTPUT, MAX_THREADS, Run, Sandbox
+from frpo_nemo.rewards.programs.sandbox import MAX_OPEN_FILES, MAX_OUTPUT, MAX_THREADS, ProgramRun, Sandbox
 
 TRY = """
 def attempt(name, action):
@@ -25,7 +25,7 @@ def attempt(name, action):
 """
 
 
-def run(sandbox: Sandbox, program: str, seconds: float = 10.0, **options) -> Run:
+def run(sandbox: Sandbox, program: str, seconds: float = 10.0, **options) -> ProgramRun:
     """Also asserts that nothing of the program is left."""
     result = sandbox.run(TRY + program, seconds, **options)
     wait_until(lambda: not processes_of(sandbox))
