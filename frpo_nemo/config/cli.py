@@ -1,5 +1,6 @@
 """From the command line to a run: Hydra composes plain YAML, load.py types it, the recipe's checks look at it, and
-only then NeMo (whose import takes seconds) and everything heavier is imported. A mistake is one sentence, exit code 2.
+only then NeMo (whose import takes seconds) and everything heavier is imported. A mistake ends in one sentence and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.processes.launcher import started_world
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL, as for a rank that was lost (watchdog.py)
-# What a job script (slurm/lib.sh) has in the environment: the run_dir of a configuration that names none, and a file that a
-# ConfigError makes, because srun's own exit code is that of the ranks that it ended for it.
+# Set by a job script (slurm/lib.sh): the run_dir of a configuration that names none, and a file that a ConfigError creates,
+# because srun's own exit code is that of the other ranks, which it ends then.
 DEFAULT_RUN_DIR, REFUSED = "FRPO_DEFAULT_RUN_DIR", "FRPO_REFUSED"
 CHECK, PRINT_RUN_DIR = "--check", "--print-run-dir"
 
 
 def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Callable[[Any, int], list[str]]) -> None:
-    """The body of a recipe: compose `config_name` (or --config-name) with the overrides, `check` it against the size of
-    the world that was started, and let NeMo's hydra_runner call `run` with it, typed.
+    """Run a recipe: compose `config_name` (or --config-name) with the overrides, `check` it against the number of processes
+    that were started, and let NeMo's hydra_runner call `run` with it, typed.
 
-    A ConfigError, whether from composing, `check` or `run`, is one line on stderr, under the watchdog's own if a run has
-    begun, and exit code 2. A run that a signal ended before its last step (`run` returns False) has exit code 75: start it
-    again to continue. With --check the configuration is checked for the world that it names, in this one process, the
-    sentences that `check` returns are printed, and nothing runs; with --print-run-dir it is composed, and its run_dir printed.
+    A ConfigError from composing, `check` or `run` prints one line on stderr (after the watchdog's line, if a run has begun)
+    and gives exit code 2. A run that a signal ended before its last step (`run` returns False) has exit code 75: start it
+    again to continue. --check checks the configuration for the number of processes that it names, in this one process,
+    prints the sentences that `check` returns, and runs nothing; --print-run-dir composes it and prints its run_dir.
     """
-    gc.disable()  # until everything is loaded (Run.attach): to search what imports make for garbage takes a fifth of a start
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a part of the traceback
+    gc.disable()  # until everything is loaded (Run.attach): collecting garbage during imports takes a fifth of a start
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing a part of the traceback
     _hide_secrets_in_tracebacks()
     try:
         only_check, only_print = CHECK in sys.argv, PRINT_RUN_DIR in sys.argv
@@ -68,7 +69,7 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
         if only_print:
             print(f"run_dir={_load(schema, composed).run_dir}")
             return
-        # Tensor-parallel communication and computation are to start in the order in which megatron-core queues them.
+        # Tensor-parallel communication and computation must start in the order in which megatron-core queues them.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         local_rank, world_size = (0, None) if only_check else started_world()
         # One process per node checks. If it ends, the launcher ends the others, which are still importing.
@@ -81,13 +82,13 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
             if not only_check:
                 stack.check_gpus(cfg.trainer.devices)
         if only_check:
-            right = f"the configuration is right for {cfg.trainer.num_nodes} x {cfg.trainer.devices} processes"
+            right = f"configuration OK for {cfg.trainer.num_nodes} x {cfg.trainer.devices} processes"
             print(*stack.untested_versions(), right, *found, sep="\n")
             print(f"run_dir={cfg.run_dir}")
             return
         with _quiet():
             from nemo.core.config import hydra_runner
-        warnings.filterwarnings("ignore", message="Apex is not installed")  # megatron-core's, at import, in every rank
+        warnings.filterwarnings("ignore", message="Apex is not installed")  # on every rank
         finished = hydra_runner(config_name=name)(lambda composed: run(_load(schema, composed)))(composed)
         _leave(0 if finished else EXIT_STOPPED)
     except ConfigError as error:
@@ -99,8 +100,8 @@ def main(run: Callable[[Any], bool], schema: type, config_name: str, check: Call
 
 
 def from_command_line(schema: type | Callable[[DictConfig], type], config_name: str) -> Any:
-    """The typed configuration of a recipe that starts no training itself; `schema`: a dataclass, or a function that finds
-    it for what was composed. --help prints its options. Raises ConfigError."""
+    """Return the typed configuration of a recipe that starts no training itself. `schema`: a dataclass, or a function that
+    chooses one by the composed values. --help prints its options. Raises ConfigError."""
     arguments = _parse_command_line(sys.argv[1:])
     if arguments.help:
         print(help_text(schema if isinstance(schema, type) else schema(compose(config_name)), config_name))
@@ -113,8 +114,8 @@ def from_command_line(schema: type | Callable[[DictConfig], type], config_name: 
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
-    """What the YAML files and the overrides say, without the schema's defaults. Files in `config_dir` come before
-    those in configs/. Raises ConfigError."""
+    """Compose the YAML files and the overrides, without the schema's defaults. Files in `config_dir` come before those in
+    configs/. Raises ConfigError."""
     first, hydra_overrides = for_hydra(overrides, config_dir)
     try:
         with hydra.initialize_config_dir(first, version_base=None):
@@ -124,9 +125,8 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: str | N
 
 
 def _leave(code: int) -> NoReturn:
-    """End this process as the interpreter does, but for its last search of all that is loaded for garbage, which takes
-    three seconds."""
-    atexit._run_exitfuncs()  # temporary directories, processes that were started, logs
+    """End this process as the interpreter does, skipping the final garbage collection, which takes three seconds."""
+    atexit._run_exitfuncs()  # removes temporary directories, ends child processes, flushes logs
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -142,7 +142,7 @@ def _load(schema: type, composed: DictConfig) -> Any:
 
 
 def _hide_secrets_in_tracebacks() -> None:
-    """Of exceptions that nobody caught, in any thread."""
+    """Redact secrets in tracebacks of uncaught exceptions, in every thread."""
     sys.excepthook = _print_without_secrets
     threading.excepthook = _print_without_secrets_of_thread
 
@@ -155,26 +155,27 @@ def _print_without_secrets_of_thread(uncaught: threading.ExceptHookArgs) -> None
 
 
 def _print_without_secrets(kind, error, where) -> None:
-    """An exception that nobody caught, as Python prints it."""
+    """Print an uncaught exception as Python does, without secrets."""
     lines = "".join(traceback.format_exception(kind, error, where))
     print(redact.text(lines, assignments=False), end="", file=sys.stderr, flush=True)
 
 
 def _print_with_hydra(arguments, name: str, directory: str | None) -> None:
-    """Answer --cfg and its like, which print something instead of running."""
+    """Answer --cfg and Hydra's other options that print something instead of running."""
     first, overrides = for_hydra(arguments.overrides, directory)
     sys.argv[1:] = [f"--config-name={name}", *_printing_flags(arguments), *overrides]
     with _quiet():
         from nemo.core.config import hydra_runner
         from nemo.lightning.callback_group import CallbackGroup
 
-        CallbackGroup.get_instance()  # the runner makes it at the end, not quietly
+        CallbackGroup.get_instance()  # the runner would create it at the end, not quietly
     hydra_runner(config_path=first, config_name=name)(lambda composed: None)()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries warn, in many lines per process, of packages that we do not use, and log what a ConfigError says."""
+    """Silence libraries, which warn in many lines per process about packages that aren't used, and log what a ConfigError
+    reports."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -196,7 +197,7 @@ def _parse_command_line(argv: list[str]):
 
 
 def _printing_flags(arguments) -> list[str]:
-    """Hydra's options that print something instead of running."""
+    """Return those of Hydra's options that print something instead of running."""
     switches = [name for name in ("hydra_help", "resolve", "shell_completion") if getattr(arguments, name)]
     values = [name for name in ("cfg", "info", "package") if getattr(arguments, name)]
     return [f"--{n.replace('_', '-')}" for n in switches] + [f"--{n}={getattr(arguments, n)}" for n in values]

@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, or a hub name whose files lie in the Hugging Face cache."""
+"""Find a model's files: in a directory, or, for a hub name, in the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ CONFIG_ONLY = ["config.json"]
 
 
 def is_hub_name(path: str, directory: str | Path = ".") -> bool:
-    """Whether `path` reads owner/name and is no path in `directory`: a mistyped directory below an existing one is not
-    asked for."""
+    """Return whether `path` reads owner/name and isn't a path in `directory`. A mistyped directory below an existing one
+    isn't a hub name, so the hub is not asked for it."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(directory, Path(path).parts[0]).exists()
 
 
 def local_model(path: str, *, download: bool, files: list[str] = FILES) -> str:
-    """The directory of model `path`. download: fetch a hub name's `files` that are not in the cache yet.
+    """Return the directory of model `path`. download: fetch a hub name's `files` that are not in the cache yet.
 
-    Raises ConfigError when there is no such directory and the hub cannot give it.
+    Raises ConfigError when there is no such directory and the hub cannot provide it.
     """
     if Path(path).is_dir():
         return path
@@ -38,6 +38,6 @@ def local_model(path: str, *, download: bool, files: list[str] = FILES) -> str:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"model.path={path} is no directory here (working directory: {Path.cwd()}) and could not be had from the "
-            f"hub: {reason} Give a directory in Hugging Face format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."
+            f"model.path={path} isn't a directory here (working directory: {Path.cwd()}) and couldn't be downloaded from "
+            f"the hub: {reason} Give a directory in Hugging Face format, or a hub name such as Qwen/Qwen2.5-7B-Instruct."
         ) from error

@@ -1,6 +1,6 @@
-"""Plain composed YAML and a dataclass of options.py -> a typed configuration.
+"""Turn plain composed YAML into a typed configuration, an instance of a dataclass of options.py.
 
-What YAML may get wrong (unknown keys, types, missing values) is said in one sentence with the full path, also inside
+An error in YAML (an unknown key, a type, a missing value) is reported in one sentence with the full path, also inside
 lists, where OmegaConf's own messages have none.
 """
 
@@ -20,9 +20,9 @@ from frpo_nemo.errors import ConfigError
 
 
 def load(schema: type, cfg: DictConfig | dict) -> Any:
-    """`cfg` as an instance of the dataclass `schema`: defaults filled in, interpolations and ~ resolved. Raises ConfigError
-    for an unknown key (naming the nearest), a wrong type, a missing mandatory value, a bad interpolation, or a value that its
-    option does not allow."""
+    """Return `cfg` as an instance of the dataclass `schema`: defaults filled in, interpolations and ~ resolved. Raises
+    ConfigError for an unknown key (naming the nearest), a wrong type, a missing mandatory value, a bad interpolation, or a
+    value that its option does not allow."""
     cfg = OmegaConf.create(cfg)
     _check_keys_and_types(OmegaConf.to_container(cfg), schema, schema)
     try:
@@ -33,16 +33,16 @@ def load(schema: type, cfg: DictConfig | dict) -> Any:
         text = one_line(error.msg or str(error))
         if found := re.match(r"Interpolation key '(.*)' not found", text):
             name = found[1]
-            text = f"${{{name}}} stands for the option {name}, and there is none"
+            text = f"${{{name}}} stands for the option {name}, which does not exist"
             if "." not in name:
-                text += f"; a template has a column as {{{name}}}, and a dollar sign before it as \\${{{name}}}"
+                text += f"; in a template write a column as {{{name}}}, and a dollar sign before it as \\${{{name}}}"
         raise ConfigError(f"{error.full_key}: {text}.") from error
     check_values(typed)
     return typed
 
 
 def one_line(text: str) -> str:
-    """OmegaConf's messages go on with lines of internals."""
+    """Return an OmegaConf message on one line, without its last lines, which show internals."""
     return " ".join(text.split("\n    full_key")[0].split()).rstrip(".")
 
 
@@ -54,7 +54,7 @@ def _check_missing(merged: DictConfig, schema: type) -> None:
     for key in missing:
         plain = re.sub(r"\[(\d+)\]", r".\1", key)  # data.train[0].path
         known = (each.rule.example for each in options_of(schema) if fnmatch.fnmatchcase(plain, each.key))
-        example = next(known, None)  # none in what is free, as args
+        example = next(known, None)  # none in a free mapping, such as args
         hints.append(f"{key} (for example {key}={example})" if example else key)
     raise ConfigError(f"No value for {', '.join(hints)}.")
 
@@ -84,7 +84,7 @@ def _check_keys_and_types(values: Any, schema: type, root: type, path: str = "")
 
 
 def _items(hint: Any, value: Any, path: str) -> list[tuple[str, Any]]:
-    """(path, value) of each dataclass that a field of type `hint` holds: itself, in a list or in a dict."""
+    """Return (path, value) of each dataclass that a field of type `hint` holds: itself, in a list or in a dict."""
     if get_origin(hint) is list:
         if not isinstance(value, list):
             raise ConfigError(f"{path}={shown(value)} must be a list, such as [{{path: prompts.jsonl}}].")
@@ -97,11 +97,11 @@ def _items(hint: Any, value: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def _nearest(key: str, full: str, siblings: list[str], root: type) -> str:
-    """The key that was meant: of the same name elsewhere, or of a similar name here."""
+    """Return a clause on the key that was meant: of the same name elsewhere, or of a similar name here."""
     elsewhere = [each.key for each in options_of(root) if _leaf(each.key) == key]
     here = [full[: -len(key)] + name for name in difflib.get_close_matches(key, siblings, n=1)]
     found = elsewhere or here
-    return f"the nearest valid key is {found[0]}" if found else f"valid here are {', '.join(siblings)}"
+    return f"the nearest valid key is {found[0]}" if found else f"valid keys here are {', '.join(siblings)}"
 
 
 def _leaf(key: str) -> str:

@@ -1,8 +1,8 @@
-"""One option of a configuration: a field of a dataclass that says its default, its meaning and the values that it may have.
+"""Define one option of a configuration: a field of a dataclass with its default, its meaning and the values that it may have.
 
-What is known of an option is written at its field, and nowhere else. load.py and the objectives check values by it,
-training/checks/resume.py asks it what a resumed run may change, and reference.py makes --help and docs/options.md of it.
-This file imports only the error, because objective/ is used without OmegaConf.
+An option is described at its field and nowhere else. load.py and the objectives check values by it,
+training/checks/resume.py reads from it what a resumed run may change, and reference.py makes --help and docs/options.md of
+it. This file imports only the error, because objective/ is used without OmegaConf.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from frpo_nemo.errors import ConfigError
 
-MISSING = "???"  # OmegaConf's mark of a value that the user has to give
+MISSING = "???"  # OmegaConf's mark for a value that the user must give
 _NOUNS = {
     int: "a whole number",
     float: "a number",
@@ -32,22 +32,22 @@ _NOUNS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field says of its option, besides type and default."""
+    """Describe the option of a field, in addition to the field's type and default."""
 
     sentence: str = ""
-    example: str | None = None  # a value, for the message that there is none
+    example: str | None = None  # a value for the message that none was given
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
     at_most: float | None = None
     choices: tuple[str, ...] = ()
     also: float | None = None  # a value outside of the bounds that is allowed
-    may_change: bool = False  # between the parts of one run: where, how fast and how long it computes, what it reports
+    may_change: bool = False  # when a run resumes: where, how fast and how long it computes, what it reports
 
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a dataclass. key: where it is; * stands for an entry of a list (a number, from 0) or its name."""
+    """One field of a dataclass. key: its path; * stands for an entry's number in a list (from 0), or its name."""
 
     key: str
     hint: Any
@@ -68,7 +68,7 @@ class Option:
         return not rule.choices or value in rule.choices
 
     def wanted(self) -> str:
-        """The values that it may have: "a whole number at least 1, or null"."""
+        """Return the values that it may have: "a whole number at least 1, or null"."""
         rule = self.rule
         others = [str(rule.also)] if rule.also is not None else []
         if rule.choices:
@@ -82,8 +82,8 @@ class Option:
 
 
 def option(sentence: str, default: Any = MISSING, **rule: Any) -> Any:
-    """A dataclass field. sentence: what the option means, for the user. default: a value, or what makes one each time (list,
-    dict, a dataclass); left out: the user has to give one. rule: fields of Rule."""
+    """Return a dataclass field. sentence: what the option means, for the user. default: a value, or a factory (list, dict,
+    a dataclass); left out: the user must give a value. rule: fields of Rule."""
     metadata = {"rule": Rule(sentence, **rule)}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -91,8 +91,8 @@ def option(sentence: str, default: Any = MISSING, **rule: Any) -> Any:
 
 
 def options_of(schema: type, path: str = "", described: set[type] | None = None) -> Iterator[Option]:
-    """Every option of a dataclass, those of nested ones after the option that holds them. described: the dataclasses whose
-    options are left out in further lists and mappings; grows."""
+    """Yield every option of a dataclass, those of nested ones after the option that holds them. described: the dataclasses
+    whose options are left out in further lists and mappings; grows."""
     for own in own_options(schema):
         each = replace(own, key=path + own.key)
         yield each
@@ -108,7 +108,7 @@ def options_of(schema: type, path: str = "", described: set[type] | None = None)
 
 
 def given_options(values: Any, path: str = "") -> Iterator[tuple[str, Any, Option]]:
-    """(key, value, option) of every field in an instance of a dataclass, and in those that it holds, which have none."""
+    """Yield (key, value, option) of every field in an instance of a dataclass, and in the dataclasses that it holds."""
     schema: Any = type(values)
     for each in own_options(schema):
         value, key = getattr(values, each.key), path + each.key
@@ -120,7 +120,7 @@ def given_options(values: Any, path: str = "") -> Iterator[tuple[str, Any, Optio
 
 
 def check_values(values: Any, path: str = "") -> None:
-    """Raise ConfigError for the first field of `values`, an instance of a dataclass, whose option does not allow its value."""
+    """Raise ConfigError for the first field of `values`, an instance of a dataclass, whose value its option doesn't allow."""
     for key, value, each in given_options(values, path):
         if not each.allows(value):
             is_text = isinstance(value, str) and not each.rule.choices
@@ -128,7 +128,7 @@ def check_values(values: Any, path: str = "") -> None:
 
 
 def bad_value(key: str, value: str, each: Option) -> ConfigError:
-    """The error about a value that `each` does not allow: what it is, what it may be, and what the option means."""
+    """Return the error about a value that `each` does not allow: the value, what it may be, and what the option means."""
     wanted = each.wanted().replace("a number", "a finite number" if value in ("inf", "-inf", "nan") else "a number")
     meaning = f" ({each.rule.sentence.rstrip('.')})" if each.rule.sentence else ""
     near = difflib.get_close_matches(value, each.rule.choices, n=1)
@@ -136,19 +136,19 @@ def bad_value(key: str, value: str, each: Option) -> ConfigError:
 
 
 def shown(value: Any) -> str:
-    """`value` as it is written in YAML, the end of a long one left out."""
+    """Return `value` as it is written in YAML, a long one without its end."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def dataclass_in(hint: Any) -> Any:
-    """The dataclass that a field of type `hint` holds: itself, in a list or in a mapping."""
+    """Return the dataclass that a field of type `hint` holds: itself, in a list or in a mapping."""
     return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 @functools.cache
 def own_options(schema: type) -> list[Option]:
-    """The options of a dataclass, those of nested ones left out; their keys are the names of the fields."""
+    """Return the options of a dataclass without those of nested ones; their keys are the names of the fields."""
     hints = get_type_hints(schema)
     return [
         Option(each.name, hints[each.name], _default(each), each.metadata.get("rule", Rule()))
@@ -180,6 +180,6 @@ def _is_optional(hint: Any) -> bool:
 
 
 def _plain(hint: Any) -> Any:
-    """The type without null, and without what a list or a mapping holds."""
+    """Return the type without null, and without what a list or a mapping holds."""
     kind = get_args(hint)[0] if _is_optional(hint) else hint
     return get_origin(kind) or kind

@@ -1,4 +1,4 @@
-"""Every option of a training run, described once (option.py). cli.py composes a run; training/checks/config.py checks how
+"""Define every option of a training run, once (option.py). cli.py composes a run; training/checks/config.py checks that
 options fit each other, the model, the data and the machine. `make options` writes docs/options.md from this file."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LoRAConfig:
 
     @classmethod
     def of_record(cls, lora: dict[str, Any] | None) -> LoRAConfig:
-        """For the weights of a checkpoint whose record has `lora`."""
+        """Return the options for the weights of a checkpoint whose record has `lora`."""
         return cls(rank=lora["rank"], alpha=lora["alpha"]) if lora else cls()
 
 
@@ -59,7 +59,7 @@ class ModelConfig:
         may_change=True,
     )
     recompute: str = option(
-        "Layers whose activations are computed again in the backward pass: none, or all (full).",
+        "Layers whose activations are recomputed in the backward pass: none, or all (full).",
         "none",
         choices=("none", "full"),
         may_change=True,
@@ -68,7 +68,7 @@ class ModelConfig:
         "Format of FP8 matrix products, which need Transformer Engine; null: no FP8.", None, choices=("hybrid", "e4m3")
     )
     fp8_recipe: str = option(
-        "How the scales of FP8 are found.", "delayed", choices=("delayed", "tensorwise", "blockwise")
+        "How the scales of FP8 are computed.", "delayed", choices=("delayed", "tensorwise", "blockwise")
     )
     fp32_logits: bool = option("Multiply by the output layer in fp32, in the trainer and in vLLM.", False)
     logprob_chunk_tokens: int = option(
@@ -86,15 +86,17 @@ class OptimizerConfig:
     min_lr: float = option(
         "Learning rate that the cosine would reach one update after the last; at most lr.", 0.0, at_least=0
     )
-    schedule: str = option("Course of the learning rate after the warm-up.", "constant", choices=("constant", "cosine"))
+    schedule: str = option(
+        "Schedule of the learning rate after the warm-up.", "constant", choices=("constant", "cosine")
+    )
     warmup_ratio: float = option(
-        "Share of the updates that warm up; of W such updates, the nth has n / W of lr.", 0.0, at_least=0, below=1
+        "Share of the updates that warm up; of W such updates, the nth uses n / W of lr.", 0.0, at_least=0, below=1
     )
     adam_beta1: float = option("Decay per update of the mean of gradients.", 0.9, at_least=0, below=1)
     adam_beta2: float = option("Decay per update of the mean of squared gradients.", 0.95, at_least=0, below=1)
     adam_eps: float = option("Added to the root of the mean of squared gradients.", 1e-8, above=0)
     weight_decay: float = option(
-        "Share of a matrix, times the learning rate, taken away per update; norms and biases are not decayed.",
+        "Share of a matrix, times the learning rate, subtracted per update; norms and biases are not decayed.",
         0.0,
         at_least=0,
     )
@@ -119,35 +121,36 @@ class SourceConfig:
     completion: str | None = option(
         "Column or template of the answer to learn; if it is the column of prompt, the last assistant turn there.", None
     )
-    completion_until: str | None = option('Text before which answers end, such as "####"; null: whole answers.', None)
-    task: str | None = option("Task of all rows, by which rewards choose their rows.", None)
+    completion_until: str | None = option('Cut answers before this text, such as "####"; null: whole answers.', None)
+    task: str | None = option("Task of all rows; rewards choose their rows by it.", None)
     task_column: str | None = option("Column with the task of each row, instead of task.", None)
     system_prompt: str | None = option("System message put before every prompt.", None)
     limit: int | None = option("Number of rows to read; null: all.", None, at_least=1)
-    start: int = option("Number of rows to skip before, so that one file gives training and validation.", 0, at_least=0)
+    start: int = option("Number of rows to skip first, so that one file gives training and validation.", 0, at_least=0)
     at_least: dict[str, float] | None = option(
-        "Keep rows with such values or higher, such as {average_test_score: 1}, of those read; null: all.", None
+        "Keep the rows read whose values are at least these, such as {average_test_score: 1}; null: all.", None
     )
     where: dict[str, str] | None = option(
-        "Keep rows with exactly these values, such as {FunctionalCategory: standard}, of those; null: all.", None
+        "Then keep rows with exactly these values, such as {FunctionalCategory: standard}; null: all.", None
     )
     holdout: float = option(
-        "Share of the rows left that is held out, so that one file gives training and validation.",
+        "Share of the remaining rows that is held out, so that one file gives training and validation.",
         0.0,
         at_least=0,
         below=1,
     )
     holdout_by: str | None = option(
-        "Column of which every value gives that share of its rows; null: drawn from all rows at random.", None
+        "Column that stratifies the holdout: of each value's rows that share is held out; null: of all rows, at random.",
+        None,
     )
     holdout_seed: int = option(
         "Which rows are held out; give both sides the same holdout, holdout_by and holdout_seed.", 1, at_least=0
     )
-    held_out: bool = option("Take the rows that are held out, instead of the others.", False)
-    sample: int | None = option("Number of rows to draw at random of those that are left; null: all.", None, at_least=1)
+    held_out: bool = option("Take the rows that are held out instead of the others.", False)
+    sample: int | None = option("Number of rows to draw at random from those that remain; null: all.", None, at_least=1)
     sample_seed: int = option("Seed of that draw, which is the same in every process and run.", 1)
     streaming: bool = option(
-        "Download no more than limit needs; every process downloads for itself, and keeps no copy on disk.", False
+        "Download no more than limit needs; every process downloads its own rows and keeps no copy on disk.", False
     )
 
 
@@ -169,33 +172,31 @@ class SFTDataConfig(DataConfig):
 
 @dataclass
 class EngineConfig:
-    """The colocated vLLM engines, and how they sample."""
+    """Configure the colocated vLLM engines, and how they sample."""
 
     temperature: float = option(
-        "Temperature of sampling, and of the log-probs in training; vLLM samples at 0.01 where it is lower.",
+        "Temperature of sampling, and of the log-probs in training; below 0.01, vLLM samples at 0.01.",
         1.0,
         at_least=0.01,
     )
     top_p: float = option(
-        "Sample from the likeliest tokens of this total probability; 1: from all.", 1.0, above=0, at_most=1
+        "Sample from the likeliest tokens with this total probability; 1: from all.", 1.0, above=0, at_most=1
     )
     top_k: int = option("Sample from this many likeliest tokens; -1: from all.", -1, at_least=1, also=-1)
     stop_tokens: list[str] = option(
-        "Tokens that end a response, such as [<|eom_id|>], besides EOS and those of the template and of "
+        "Tokens that end a response, such as [<|eom_id|>], in addition to EOS and those of the template and of "
         "generation_config.json.",
         list,
     )
     tensor_model_parallel_size: int = option(
-        "Ranks of each vLLM engine; the world is divided into engines.", 1, at_least=1, may_change=True
+        "Ranks of each vLLM engine; all ranks are divided into engines.", 1, at_least=1, may_change=True
     )
     gpu_memory_utilization: float = option(
         "Share of GPU memory that vLLM may use while it generates.", 0.6, above=0, at_most=1, may_change=True
     )
-    max_num_seqs: int = option("Sequences that one engine decodes together.", 256, at_least=1, may_change=True)
-    enforce_eager: bool = option(
-        "Do without CUDA graphs: starts sooner, generates more slowly.", False, may_change=True
-    )
-    refit_bucket_mb: int = option("MiB of weights on their way to vLLM at one time.", 512, at_least=1, may_change=True)
+    max_num_seqs: int = option("Most sequences that one engine decodes together.", 256, at_least=1, may_change=True)
+    enforce_eager: bool = option("Don't use CUDA graphs: starts sooner, generates more slowly.", False, may_change=True)
+    refit_bucket_mb: int = option("MiB of weights in transfer to vLLM at one time.", 512, at_least=1, may_change=True)
     logprob_gap_threshold: float | None = option(
         "Largest mean |log-prob of the trainer - log-prob of vLLM|, in nats; null: set by the first rollout.",
         None,
@@ -213,7 +214,7 @@ class RolloutConfig(EngineConfig):
         "Longest response in tokens; longer ones are cut and counted.", at_least=1, example="2048"
     )
     token_gap_limit: float | None = option(
-        "A token on whose log-prob the trainer and vLLM differ by more nats leaves the loss; null: none does.",
+        "Leave tokens out of the loss whose log-probs of trainer and vLLM differ by more nats than this; null: none.",
         4.0,
         above=0,
     )
@@ -236,9 +237,9 @@ class RewardConfig:
     tasks: list[str] | None = option("List of the tasks that it scores; null: all.", None)
     args: dict[str, Any] = option("Keyword arguments of the function.", dict)
     timeout: float = option(
-        "Seconds per response, when isolated, until it counts as unscored.", 10.0, above=0, may_change=True
+        "Seconds per response, when isolated, after which it counts as unscored.", 10.0, above=0, may_change=True
     )
-    isolate: bool = option("Run in processes of its own, which may hang or die.", False, may_change=True)
+    isolate: bool = option("Run in separate processes, which may hang or die.", False, may_change=True)
     workers: int = option("Number of those processes on each rank.", 2, at_least=1, may_change=True)
 
 
@@ -274,7 +275,7 @@ class TrainerConfig:
     )
     save_interval: int = option("Steps between checkpoints; 0: only at the end.", 0, at_least=0, may_change=True)
     phase_timeout: float = option(
-        "Seconds that one phase of a step may take before the job is ended.", 1800.0, above=0, may_change=True
+        "Seconds that one phase of a step may take before the job is stopped.", 1800.0, above=0, may_change=True
     )
 
 
@@ -307,7 +308,7 @@ class LoggingConfig:
     wandb_name: str | None = option("Weights & Biases name of the run; null: W&B makes one.", None, may_change=True)
 
 
-# Fields of both recipes, which have them in the order in which a user meets them.
+# Fields of both recipes, in the order in which a user meets them.
 _run_dir = partial(
     option,
     "Directory for checkpoints, metrics and the model; continued if it exists. In paths, ~ is home.",
@@ -316,10 +317,10 @@ _run_dir = partial(
 )
 _optim = partial(option, "AdamW.", OptimizerConfig)
 _probe = partial(
-    option, "Measures the skill of an earlier stage during this one, without changing the training.", ProbeConfig
+    option, "Measure the skill of an earlier stage during this one, without changing the training.", ProbeConfig
 )
-_checkpoint = partial(option, "Which checkpoints are kept, and where a run begins.", CheckpointConfig)
-_logging = partial(option, "Where metrics go, besides run_dir/metrics.jsonl.", LoggingConfig)
+_checkpoint = partial(option, "Which checkpoints to keep, and where a run begins.", CheckpointConfig)
+_logging = partial(option, "Where metrics go, in addition to run_dir/metrics.jsonl.", LoggingConfig)
 
 
 @dataclass
@@ -327,7 +328,7 @@ class FRPORun:
     """recipes/frpo.py"""
 
     run_dir: str = _run_dir()
-    model: ModelConfig = option("The policy, and how it is spread over ranks.", ModelConfig)
+    model: ModelConfig = option("The policy, and how it is split over ranks.", ModelConfig)
     objective: Any = option(
         "What is optimized: name (frpo, grpo, dr_grpo) or _target_ (package.Class), and its own options (docs/options.md).",
         example="frpo",
@@ -347,7 +348,7 @@ class SFTRun:
     """recipes/sft.py"""
 
     run_dir: str = _run_dir()
-    model: ModelConfig = option("The model, and how it is spread over ranks.", ModelConfig)
+    model: ModelConfig = option("The model, and how it is split over ranks.", ModelConfig)
     optim: OptimizerConfig = _optim()
     data: SFTDataConfig = option("Prompts and completions.", SFTDataConfig)
     rollout: EngineConfig = option("How the responses of probes are sampled.", EngineConfig)

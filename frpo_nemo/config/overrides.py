@@ -1,5 +1,5 @@
-"""Overrides of the command line as Hydra has to be given them, and paths with `~`. What a shell passed on is meant as it
-stands: Hydra's own grammar reads `=`, `(` or `,` in a text as syntax of its own.
+"""Prepare overrides of the command line for Hydra, and expand paths with `~`. A text from the shell is taken literally,
+whereas Hydra's own grammar reads `=`, `(` or `,` in it as syntax.
 """
 
 from __future__ import annotations
@@ -17,33 +17,31 @@ from hydra.errors import HydraException
 from frpo_nemo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# The last parts of keys whose value is a path, or begins with one. A model may also be a hub name.
+# Last parts of the keys whose value is a path, or begins with one. A model may also be a hub name.
 PATHS = {"run_dir", "path", "out", "input", "base", "resume", "source", "model", "target", "url"}
 PATHS |= {"include_path", "antlr_path"}
-TEMPLATES = {"prompt", "completion", "system_prompt"}  # `{question}` is no mapping
+TEMPLATES = {"prompt", "completion", "system_prompt"}  # `{question}` isn't a mapping there
 TEXTS = PATHS | TEMPLATES | {"wandb_project", "wandb_name"}  # never a number, a list or a choice
 
 
 def for_hydra(overrides: Sequence[str], config_dir: str | None) -> tuple[str, list[str]]:
-    """(the directory that Hydra searches first, overrides as Hydra needs them).
+    """Return (the directory that Hydra searches first, overrides as Hydra needs them).
 
     Value overrides get Hydra's `++` (set, whether or not a YAML file has the key), because the defaults are not in
-    the YAML. Choices of a group (parallel=tp2) and what the user prefixed keep their prefix. Raises ConfigError.
+    the YAML. Choices of a group (parallel=tp2) and overrides with a prefix stay as they are. Raises ConfigError.
     """
     if config_dir is None:
         return str(CONFIGS), [_set_or_choose(override, [CONFIGS]) for override in overrides]
     first = Path(expand_home("--config-dir", config_dir)).resolve()
     if not first.is_dir():
-        raise ConfigError(
-            f"The directory of configurations {config_dir} does not exist (working directory: {Path.cwd()})."
-        )
+        raise ConfigError(f"The configuration directory {config_dir} does not exist (working directory: {Path.cwd()}).")
     ours = f"hydra.searchpath=['file://{CONFIGS}']"
     return str(first), [*(_set_or_choose(override, [first, CONFIGS]) for override in overrides), ours]
 
 
 def expand_homes(values: Any, path: str = "") -> Any:
-    """Nested dataclasses, mappings and lists, changed in place: paths that begin with ~ begin with that home directory.
-    Raises ConfigError where there is no such user."""
+    """Expand ~ at the beginning of paths in nested dataclasses, mappings and lists, in place. Raises ConfigError when there
+    is no such user."""
     items = values if isinstance(values, dict) else vars(values) if is_dataclass(values) else None
     if isinstance(values, list):
         items = dict(enumerate(values))
@@ -61,14 +59,14 @@ def expand_homes(values: Any, path: str = "") -> Any:
 
 
 def expand_home(key: str, value: str) -> str:
-    """`value` with a home directory in the place of ~ or ~user at its beginning."""
+    """Return `value` with ~ or ~user at its beginning replaced by the home directory."""
     if not value.startswith("~"):
         return value
     try:
         return str(Path(value).expanduser())
     except RuntimeError as error:
         raise ConfigError(
-            f"{key}={value} begins with the home directory of a user whom this machine does not know; write the path in "
+            f"{key}={value} begins with the home directory of a user that this machine does not have; write the path in "
             f"full, or ./{value} for a name that begins with ~."
         ) from error
 
@@ -92,17 +90,17 @@ def _set_or_choose(override: str, directories: list[Path]) -> str:
 
 
 def _with_value(override: str) -> str:
-    """The nearest override that has a value: of `optim.lr: 1`, `optim.lr 1`, `objective/frpo`."""
+    """Return the nearest override that has a value, for texts such as `optim.lr: 1`, `optim.lr 1`, `objective/frpo`."""
     found = re.fullmatch(r"([+\w.]+)(?::\s*|\s+|/)(.+)", override)
     return f"{found[1]}={found[2]}" if found else f"{override}=VALUE"
 
 
 def _check_choice(key: str, value: str, groups: list[Path]) -> None:
-    """A group takes names of files; Hydra has tracebacks for null, numbers and lists of other things."""
+    """Raise ConfigError unless a group gets names of files; Hydra prints tracebacks for null, numbers and lists of others."""
     try:
         read = OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
-        return  # Hydra says which character it cannot read
+        return  # Hydra reports which character it cannot read
     if read.is_sweep_override():
         return
     chosen = read.value()
@@ -116,7 +114,7 @@ def _check_choice(key: str, value: str, groups: list[Path]) -> None:
 
 
 def _as_text_if_needed(key: str, value: str) -> str:
-    """A value that Hydra cannot read is quoted as the text that it is; so is an option's of TEXTS that Hydra would read as
+    """Quote a value that Hydra cannot read, as text. Also quote the value of an option in TEXTS that Hydra would read as
     something else (a,b as a choice, 1e-6 as a number)."""
     last = key.rpartition(".")[2].lstrip("+")
     quoted = QuotedString(value, Quote.single).with_quotes()
@@ -124,7 +122,7 @@ def _as_text_if_needed(key: str, value: str) -> str:
         read = OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
         begun = ("'", '"') if last in TEMPLATES else ("'", '"', "[", "{")
-        return value if value.startswith(begun) else quoted  # begun as what Hydra knows: a mistake in it
+        return value if value.startswith(begun) else quoted  # begun in Hydra's syntax: an error in it is reported
     if last not in TEXTS or value in ("", "null"):
         return value
     return quoted if read.is_sweep_override() or not isinstance(read.value(), str) else value

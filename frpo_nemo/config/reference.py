@@ -1,4 +1,4 @@
-"""What options mean, for their users: --help, and the tables of docs/options.md (docs/make_options.py)."""
+"""Describe options to users: --help, and the tables of docs/options.md (docs/make_options.py)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import yaml
 from frpo_nemo.config.option import MISSING, Option, options_of, shown
 from frpo_nemo.config.overrides import CONFIGS
 
-_WIDTH, _COLUMN = 132, 50  # of a line of --help, and where sentences begin in it
+_WIDTH, _COLUMN = 132, 50  # width of a line of --help, and the column where sentences begin
 _HEADER = """\
-Options of recipes/{name}.py and their defaults. ??? is yours to set; * is a number (in a list, from 0) or a name (in a
+Options of recipes/{name}.py and their defaults. ??? must be set; * is a number (in a list, from 0) or a name (in a
 mapping). Give them here (optim.lr=1e-6), or in a YAML file of your own (--config-dir DIR --config-name FILE).
 """
 
 
 def help_text(schema: type, config_name: str) -> str:
-    """The groups that `config_name` chooses from, and every option of `schema`."""
+    """Return the text of --help: the groups that `config_name` chooses from, and every option of `schema`."""
     lines = [_HEADER.format(name=config_name), *_choices(config_name)]
     for group in grouped(options_of(schema, described=set())):
         lines += ["", *(_help_line(each) for each in group)]
@@ -28,7 +28,7 @@ def help_text(schema: type, config_name: str) -> str:
 
 
 def table(options: Sequence[Option]) -> str:
-    """A table in Markdown, one row for each option."""
+    """Return a table in Markdown, one row for each option."""
     heads = ["option", "default", "values", "meaning"]
     rows = [
         [f"`{each.key}`", _default(each) and f"`{_default(each)}`", each.wanted(), each.rule.sentence]
@@ -42,12 +42,12 @@ def table(options: Sequence[Option]) -> str:
 
 
 def grouped(options: Iterable[Option]) -> list[list[Option]]:
-    """Neighbours whose keys begin with the same name, together."""
+    """Group neighbours whose keys begin with the same name."""
     return [list(group) for _, group in groupby(options, lambda each: each.key.partition(".")[0])]
 
 
 def _choices(config_name: str) -> Iterator[str]:
-    """A line for each group of files in configs/ that `config_name` takes one of."""
+    """Yield a line for each group of files in configs/ from which `config_name` takes one."""
     defaults = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]
     for name in (key for entry in defaults if isinstance(entry, dict) for key in entry):
         files = ", ".join(sorted(file.stem for file in (CONFIGS / name).glob("*.yaml")))

@@ -234,7 +234,7 @@ def test_the_login_node_checks_before_it_submits(cluster, model, tmp_path):
     assert cluster.slurm("squeue", "-h") == ""
     right = [*command, "--config-name=experiment/demo_sft", "model.tensor_model_parallel_size=1"]
     submitted = subprocess.run(right, cwd=ROOT, capture_output=True, text=True)
-    assert "the configuration is right for 1 x 8 processes" in submitted.stdout
+    assert "configuration OK for 1 x 8 processes" in submitted.stdout
     number = re.search(r"Submitted batch job (\d+)", submitted.stdout)[1]
     assert number in cluster.slurm("squeue", "-h")
     cluster.slurm("scancel", number)

@@ -137,11 +137,11 @@ BAD_INPUT = [
     (["model.lora.dropout=1.0"], ["model.lora.dropout=1.0", "at least 0 and below 1"], "good_sft"),
     (["model.lora.rank=-1"], ["model.lora.rank=-1", "at least 0"]),
     (["model.lora.rank=8", "model.lora.alpha=0"], ["model.lora.alpha=0", "above 0"]),
-    (["model.lora.r=8"], ["model.lora.r=8", "valid here are rank, alpha, dropout"]),
+    (["model.lora.r=8"], ["model.lora.r=8", "valid keys here are rank, alpha, dropout"]),
     # the command line
     (["optim.lrr=1"], ["optim.lrr=1", "nearest valid key is optim.lr"]),
     (["tensor_model_parallel_size=2"], ["tensor_model_parallel_size=2", "model.tensor_model_parallel_size"]),
-    (["+trainer.zzz=1"], ["trainer.zzz=1", "valid here are num_nodes"]),
+    (["+trainer.zzz=1"], ["trainer.zzz=1", "valid keys here are num_nodes"]),
     (["data.train.0.lmit=3"], ["data.train.0.lmit=3", "data.train.0.limit"]),
     (["data.train.3.limit=3"], ["data.train.3.limit"]),
     (["data.train.first.limit=3"], ["'first'", "numbered from 0"]),
@@ -290,7 +290,7 @@ BAD_INPUT = [
     (["data.train.0.completion=reply"], ["data.train.0", "reply"], "good_sft"),
     (["data.max_tokens=32"], ["data.max_tokens=32", "data.max_prompt_tokens=64"], "good_sft"),
     (["trainer.devices=8"], ["data.sequences_per_step=4", "at least 8"], "good_sft", 8),
-    (["rollout.group_size=8"], ["rollout", "valid here are"], "good_sft"),
+    (["rollout.group_size=8"], ["rollout", "valid keys here are"], "good_sft"),
     (["trainer.updates_per_rollout=2"], ["Unknown key trainer.updates_per_rollout=2"], "good_sft"),
     (["trainer.microbatch_tokens=100"], ["trainer.microbatch_tokens=100", "at least 128"], "good_sft"),
 ]  # fmt: skip

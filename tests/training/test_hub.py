@@ -111,7 +111,7 @@ def start_again(monkeypatch, capsys, path: str) -> str:
     return "".join(capsys.readouterr())
 
 
-RIGHT = "the configuration is right"
+RIGHT = "configuration OK for"
 
 
 def test_a_run_by_hub_name_can_be_resumed(a_run, monkeypatch, capsys):

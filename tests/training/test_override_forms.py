@@ -87,7 +87,7 @@ REFUSED = [
     ("optim=null", "must be a mapping with keys among lr, "),
     ("rollout.temperature=range(1,3)", "one run takes one value; start one command per value"),
     ("trainer.seed=choice(1,2)", "one run takes one value; start one command per value"),
-    ("run_dir=${trainer.nothing}", "the option trainer.nothing, and there is none."),
+    ("run_dir=${trainer.nothing}", "the option trainer.nothing, which does not exist."),
 ]
 
 

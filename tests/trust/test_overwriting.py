@@ -133,7 +133,7 @@ def test_a_configuration_is_replaced_whole_or_not_at_all(a_run, monkeypatch):
 
 def test_a_model_without_its_checkpoints_is_not_overwritten(a_run):
     (a_run / "hf").mkdir()
-    with pytest.raises(ConfigError, match=r"holds a model \(hf/\) and no checkpoint to continue from"):
+    with pytest.raises(ConfigError, match=r"holds a model \(hf/\) but no checkpoint to continue from"):
         check_resume(configuration(a_run), None)
 
 

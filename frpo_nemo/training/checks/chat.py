@@ -1,5 +1,5 @@
-"""What config.py checks of conversations: all rows through the chat template, as the run will read them, so that no
-run ends on a row that --check has accepted. Raises ConfigError."""
+"""Check conversations: render all rows with the chat template, as the run will read them, so that no run fails on a row
+that --check has accepted. Raises ConfigError."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from frpo_nemo.training.checks.data import named_sources
 
 
 def check_conversations(cfg: TrainingRun, arch: Architecture | None) -> None:
-    """Check the tokenizer of `cfg` and every row of its data. arch: None where the model is not on disk, of
-    which nothing is known. Streams from the hub are left out: their rows are read once, by the run."""
+    """Check the tokenizer of `cfg` and every row of its data. arch: None where the model is not on disk, because
+    nothing is known of it then. Streams from the hub are left out: their rows are read once, by the run."""
     if arch is None:
         return
     from frpo_nemo.rollout.chat import load_chat, stop_token_ids  # transformers: seconds

@@ -1,4 +1,4 @@
-"""Everything about a configuration that can be checked before a model loads, each mistake in one sentence: what is
+"""Check everything about a configuration that can be checked before a model loads. Each mistake is one sentence: what is
 wrong, at which key and value, and what would be right. Raises ConfigError; writes nothing, and imports neither
 megatron-core nor vLLM.
 """
@@ -33,7 +33,7 @@ from frpo_nemo.training.checks.data import (
 from frpo_nemo.training.checks.logging import check_logging
 from frpo_nemo.training.checks.resume import check_resume, describe_weight_decay
 
-MIN_CPU_HEAD_DIM = 32  # of vLLM's CPU attention
+MIN_CPU_HEAD_DIM = 32  # smallest head that vLLM's CPU attention supports
 
 
 def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
@@ -66,7 +66,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
 
 
 def validate_sft(cfg: SFTRun, world_size: int) -> list[str]:
-    """Check a typed run against the number of processes that were started. Returns what validate_frpo does."""
+    """Check a typed run against the number of processes that were started. Returns the same sentences as validate_frpo."""
     keep_files()
     _check_common(cfg, world_size)
     replicas = world_size // _model_parallel(cfg.model)
@@ -133,7 +133,8 @@ def _check_layout(cfg: TrainingRun, world_size: int) -> None:
 
 
 def _check_transformer_engine(model: ModelConfig, option: str, without: str) -> None:
-    """`option` needs Transformer Engine's layers; `without` is how to do without."""
+    """Raise ConfigError unless Transformer Engine's layers, which `option` needs, can be used. `without`: the setting that
+    avoids them."""
     if model.precision != "bf16":
         raise ConfigError(f"{option} needs model.precision=bf16, not {model.precision}; set that, or {without}.")
     if stack.version("transformer-engine") is None:
@@ -143,8 +144,8 @@ def _check_transformer_engine(model: ModelConfig, option: str, without: str) -> 
         )
     if not resources.on_login_node() and not stack.uses_transformer_engine(model.precision):
         raise ConfigError(
-            f"{option} needs Transformer Engine's layers, and those need a CUDA device: from Hopper on, or with "
-            f"flash-attn; set {without}."
+            f"{option} needs Transformer Engine's layers, which need a CUDA device: Hopper or newer, or "
+            f"flash-attn installed; set {without}."
         )
 
 
@@ -203,7 +204,7 @@ def _check_longest(cfg: TrainingRun, longest: int, keys: str) -> None:
 
 
 def _check_model(model: ModelConfig, longest: int) -> Architecture | None:
-    """The architecture of a model on disk; None for a hub name, of which nothing is known offline."""
+    """Return the architecture of a model on disk; None for a hub name, because nothing is known of it offline."""
     path = Path(model.path)
     if not path.is_dir():
         if is_hub_name(model.path):
@@ -271,11 +272,11 @@ def _check_engine(cfg: TrainingRun, arch: Architecture) -> None:
 
 
 def _check_probe(cfg: TrainingRun, arch: Architecture | None) -> None:
-    """What a probe needs; nothing if there is none."""
+    """Check the options of the probe, if there is one."""
     probe = cfg.probe
     if not probe.interval:
         if probe.prompts:
-            raise ConfigError("probe.prompts is given, but probe.interval=0 never looks at them; set probe.interval.")
+            raise ConfigError("probe.prompts is given, but probe.interval=0 turns probes off; set probe.interval.")
         return
     for key, value in (("prompts", probe.prompts), ("reward", probe.reward)):
         if not value:

@@ -1,4 +1,4 @@
-"""What config.py checks of data sources, and of the rewards that their rows call for. Raises ConfigError."""
+"""Check data sources, and the rewards that their rows call for. Raises ConfigError."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from frpo_nemo.data.templates import columns_of
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.reward_set import Reward, RewardSet
 
-_read: dict[str, str] = {}  # key -> what this process's check read of the source
-_overlaps: list[str] = []  # what it found of the rewards' tasks
+_read: dict[str, str] = {}  # key -> sentence on what this process's check read of the source
+_overlaps: list[str] = []  # sentences on rewards whose tasks overlap in part
 
 
 def describe_data() -> list[str]:
@@ -22,20 +22,20 @@ def describe_data() -> list[str]:
 
 
 def named_sources(data: DataConfig) -> list[tuple[str, SourceConfig]]:
-    """(key, source) of all of `data`."""
+    """Return (key, source) of every source in `data`."""
     named = [(f"data.train.{i}", source) for i, source in enumerate(data.train)]
     return named + [(f"data.validation.{i}", source) for i, source in enumerate(data.validation)]
 
 
 def check_sources(data: DataConfig) -> list[str]:
-    """The columns of all sources of `data` together, but for the prompt."""
+    """Check all sources of `data`. Returns the columns of all of them together, except the prompt."""
     if not data.train:
         raise ConfigError("data.train is empty; give at least one source, such as [{path: prompts.jsonl}].")
     return check_source_list(named_sources(data))
 
 
 def check_source_list(named: list[tuple[str, SourceConfig]]) -> list[str]:
-    """The same of (key, source) pairs."""
+    """Do the same for (key, source) pairs."""
     columns: dict[str, None] = {}
     for key, source in named:
         if source.streaming and source.limit is None:
@@ -54,8 +54,8 @@ def check_source_list(named: list[tuple[str, SourceConfig]]) -> list[str]:
 def check_reward_tasks(
     rewards: dict[str, RewardConfig], sources: Iterable[SourceConfig], *, all_rewards: bool = True
 ) -> None:
-    """Every task has a reward and, with `all_rewards`, every reward finds its tasks; no prompt shows an answer. Reads the
-    rows, where tasks decide which reward scores them."""
+    """Check that every task has a reward, that every reward finds its tasks (with `all_rewards`), and that no prompt shows
+    an answer. Reads the rows where tasks decide which reward scores them."""
     sources = list(sources)
     if all_rewards:
         _overlaps.clear()
@@ -76,7 +76,7 @@ def check_reward_tasks(
 
 
 def _check_answers_are_hidden(rewards: dict[str, RewardConfig], sources: Iterable[SourceConfig]) -> None:
-    """No prompt has a place for the column that holds the right answer, such as in \\boxed{answer}."""
+    """Raise ConfigError when a prompt has a place for the column with the right answer, as \\boxed{answer} does."""
     golds = {r.args.get("column", "answer"): name for name, r in rewards.items() if r.target in ("math", "exact")}
     for source in sources:
         for column in columns_of(source.prompt):

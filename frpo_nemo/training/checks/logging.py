@@ -1,4 +1,4 @@
-"""Can a run log where it is asked to? Found out before anything loads; asks no server."""
+"""Check that a run can log where its configuration asks, before anything loads. Asks no server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import importlib.util
 from frpo_nemo.config.options import LoggingConfig
 from frpo_nemo.errors import ConfigError
 
-WANDB = "https://api.wandb.ai"  # whose entry in ~/.netrc counts for W&B's other addresses too
+WANDB = "https://api.wandb.ai"  # the entry in ~/.netrc for it also serves W&B's other addresses
 
 
 def check_logging(logging: LoggingConfig) -> None:
-    """Raise ConfigError where the tool is not installed or, of W&B, has no key."""
+    """Raise ConfigError when the tool is not installed, or when W&B has no key."""
     if logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "logging.tensorboard=true needs TensorBoard, which is not installed: pip install tensorboard, or set it to false."
@@ -29,8 +29,8 @@ def check_logging(logging: LoggingConfig) -> None:
 
 
 def _wandb_can_begin() -> bool:
-    """Whether W&B needs no key, or finds one in the environment, in its settings or in ~/.netrc. Its own login asks the
-    server whether the key is right, and a server that is away for a while is no mistake of the configuration."""
+    """Return whether W&B needs no key, or finds one in the environment, in its settings or in ~/.netrc. W&B's own login
+    isn't used: it asks the server, and a server that is down for a while isn't an error in the configuration."""
     import wandb
     from requests.utils import get_netrc_auth
 

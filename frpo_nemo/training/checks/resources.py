@@ -1,5 +1,5 @@
-"""Will the disk, the GPUs or the host's memory be large enough? Asked before anything is loaded, with the arithmetic of
-planning/memory.py; megatron-core is not imported."""
+"""Check that the disk, the GPUs and the host's memory are large enough, before anything loads. Uses the arithmetic of
+planning/memory.py; does not import megatron-core."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from frpo_nemo.planning.timing import Workload
 from frpo_nemo.rewards.models.local import LocalWeights
 from frpo_nemo.rewards.reward_set import local_weights
 
-# What to change when most of a phase's memory is the key.
+# Part that takes most of a phase's memory -> the setting to change.
 _REMEDIES = {
     "activations": "lower trainer.microbatch_tokens={tokens}, or set model.recompute=full",
     "logits": "lower model.logprob_chunk_tokens={chunk}",
@@ -46,8 +46,8 @@ _SPREAD = (
 
 
 def check_disk(cfg: TrainingRun, arch: Architecture, directory: Path) -> None:
-    """Raise ConfigError when the checkpoints to keep, and one being written, do not fit on the disk of run_dir, of which
-    `directory` exists. Those that an earlier part of the run has left are on it already."""
+    """Raise ConfigError when the checkpoints to keep, and one being written, do not fit on the disk of run_dir.
+    `directory`: its nearest parent that exists. Checkpoints of an earlier part of the run are on that disk already."""
     keep, checkpoints = cfg.checkpoint, Path(cfg.run_dir, "checkpoints")
     kept = 1 if cfg.trainer.save_interval == 0 else keep.keep_last + keep.keep_best
     missing = kept + 1 - min(len(checkpoint_files.complete(cfg.run_dir)), kept)
@@ -66,8 +66,8 @@ def check_disk(cfg: TrainingRun, arch: Architecture, directory: Path) -> None:
 
 
 def check_memory(cfg: TrainingRun, arch: Architecture, world_size: int) -> None:
-    """Raise ConfigError when a phase of a step cannot fit a GPU, or a CPU's process its share of the host's memory, or
-    when what GPUs leave there between phases exceeds the host's memory. A login node tells nothing of either."""
+    """Raise ConfigError when a phase of a step cannot fit a GPU (on CPUs: a process's share of the host's memory), or when
+    what moves from GPUs to the host between phases exceeds the host's memory. On a login node neither can be known."""
     if on_login_node():
         return
     layout = layout_of(cfg, world_size, gpu=gpu_memory() is not None)
@@ -84,13 +84,13 @@ def check_memory(cfg: TrainingRun, arch: Architecture, world_size: int) -> None:
         raise ConfigError(
             "The weights of the sleeping vLLM, the offloaded optimizer, the reference and local reward models need "
             f"{readable(devices * each)} of each node's host memory, {readable(each)} for each of trainer.devices={devices} "
-            f"processes{_of_it_for(scoring)}, but {readable(host)} are there; give the job more (sbatch --mem), or raise "
+            f"processes{_of_it_for(scoring)}, but it has {readable(host)}; give the job more (sbatch --mem), or raise "
             f"trainer.num_nodes={cfg.trainer.num_nodes}."
         )
 
 
 def describe_plan(cfg: TrainingRun, world_size: int) -> str:
-    """The plan that a run prints before it loads anything: layout, memory by part, expected peak."""
+    """Return the plan that a run prints before it loads anything: layout, memory by part, expected peak."""
     gpu = gpu_memory() is not None
     arch, layout, limit = Architecture.from_hf(cfg.model.path), layout_of(cfg, world_size, gpu=gpu), memory_limit(cfg)
     found = _phases(arch, layout, limit, _local_reward_models(cfg))
@@ -98,7 +98,7 @@ def describe_plan(cfg: TrainingRun, world_size: int) -> str:
 
 
 def layout_of(cfg: TrainingRun, world_size: int, *, gpu: bool) -> Layout:
-    """What of a run, started in `world_size` processes, decides its memory."""
+    """Return what decides the memory of a run that is started in `world_size` processes."""
     model = cfg.model
     ranks = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     replicas, rest = divmod(world_size, ranks)
@@ -150,15 +150,15 @@ def layout_of(cfg: TrainingRun, world_size: int, *, gpu: bool) -> Layout:
 
 
 def step_of(cfg: TrainingRun, means: Workload) -> tuple[Layout, Workload]:
-    """Layout and work of one step of a run on GPUs, to estimate its seconds. `means`: its
-    prompt_tokens and response_tokens (of a completion, in supervised training) are what no configuration tells."""
+    """Return layout and work of one step of a run on GPUs, to estimate its seconds. `means`: supplies prompt_tokens and
+    response_tokens (of a completion, in supervised training), which no configuration states."""
     layout = layout_of(cfg, cfg.trainer.num_nodes * cfg.trainer.devices, gpu=True)
     if isinstance(cfg, FRPORun):
         batch = dict(prompts_per_step=cfg.rollout.prompts_per_step, group_size=cfg.rollout.group_size)
         longest, updates = cfg.rollout.max_response_tokens, cfg.trainer.updates_per_rollout
         passes = (_beta(cfg) > 0) + (updates > 1)
     else:
-        layout = replace(layout, engine=None)  # it is there for probes alone
+        layout = replace(layout, engine=None)  # only probes use it
         batch = dict(prompts_per_step=cfg.data.sequences_per_step, group_size=1)
         longest, updates, passes = cfg.data.max_tokens, 1, 0
     lengths = dict(
@@ -171,25 +171,25 @@ def step_of(cfg: TrainingRun, means: Workload) -> tuple[Layout, Workload]:
 
 
 def memory_limit(cfg: TrainingRun) -> int:
-    """Bytes of a GPU, or a process's share of the host's memory."""
+    """Return the bytes of a GPU, or of a process's share of the host's memory."""
     return gpu_memory() or host_memory() // cfg.trainer.devices
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this process's GPU; None without one."""
+    """Return the bytes of this process's GPU; None without one."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def on_login_node() -> bool:
-    """Whether slurm/lib.sh checks a configuration where it will not run: this machine's memory is not the cluster's."""
+    """Return whether slurm/lib.sh checks a configuration where it will not run, on a machine with other memory."""
     return os.environ.get("FRPO_LOGIN_NODE") == "1" and gpu_memory() is None
 
 
 def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of this machine's memory, or the least that a control group of this process (a container, a Slurm job and
-    its step, one inside the other) allows of it."""
+    """Return the bytes of this machine's memory, or the lowest limit that a control group of this process (a container, a
+    Slurm job and its step, nested) sets on it."""
     total = int((proc / "meminfo").read_text().split()[1]) * 1024
     groups = [("", "/"), ("memory", "/")]  # (controllers, path); a container may not see its own path
     if (proc / "self/cgroup").is_file():
@@ -209,7 +209,7 @@ def host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
 
 
 def _has_transformer_engine(model: ModelConfig, gpu: bool) -> bool:
-    """Whether its layers will be used: on this machine's GPU, or on one like those that the tests of docs/gpu.md name."""
+    """Return whether its layers will be used: on this machine's GPU, or on one like those that docs/gpu.md names."""
     if not gpu:
         return False
     installed = stack.version("transformer-engine") is not None
@@ -217,17 +217,18 @@ def _has_transformer_engine(model: ModelConfig, gpu: bool) -> bool:
 
 
 def _local_reward_models(cfg: TrainingRun) -> list[LocalWeights]:
-    """Of a run, its probe's included."""
+    """Return the local reward models of a run, including its probe's."""
     return local_weights(getattr(cfg, "reward", {})) + (local_weights(cfg.probe.reward) if cfg.probe.interval else [])
 
 
 def _of_it_for(scoring: int) -> str:
-    """Of host memory, what reward models take, which is the easiest to free."""
+    """Return a clause on the host memory of reward models, which is the easiest to free."""
     return f" ({readable(scoring)} of it for reward models, which may have servers instead)" if scoring else ""
 
 
 def _phases(arch: Architecture, layout: Layout, limit: int, models: list[LocalWeights]) -> list[PhaseMemory]:
-    """With local reward models: of a CPU's memory they take a part in every phase, of a GPU's while one of them scores."""
+    """Return the phases of a step with local reward models. On a CPU these take memory in every phase; on a GPU, while
+    one of them scores."""
     found = phases(arch, layout, limit)
     if models and not layout.gpu:
         part = {"local reward models": sum(model.bytes for model in models)}

@@ -1,5 +1,5 @@
-"""May this configuration continue that run? Looks at the configuration saved in run_dir and at what the checkpoint says
-of itself; loads nothing."""
+"""Check whether a configuration may continue a run. Reads the configuration saved in run_dir and the checkpoint's own
+record; loads nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from frpo_nemo.training.checks.same_files import READ, digests, names_file, same
 
 
 def check_resume(cfg: TrainingRun, arch: Architecture | None) -> None:
-    """Raise ConfigError when `cfg` (a typed run) asks to continue what it cannot. arch: None where it is not known."""
+    """Raise ConfigError when `cfg` (a typed run) asks to continue a run that it cannot. arch: None where unknown."""
     resume, run_dir = cfg.checkpoint.resume, Path(cfg.run_dir)
     own = checkpoint_files.newest(run_dir)
     if resume == "never" and own:
@@ -39,7 +39,7 @@ def check_resume(cfg: TrainingRun, arch: Architecture | None) -> None:
         check_same_run(cfg, saved)
     if not own and (run_dir / "hf").exists():
         raise ConfigError(
-            f"run_dir={cfg.run_dir} holds a model (hf/) and no checkpoint to continue from; a new run would overwrite it: "
+            f"run_dir={cfg.run_dir} holds a model (hf/) but no checkpoint to continue from; a new run would overwrite it: "
             "take another run_dir, or move hf/ away."
         )
     check_replaceable(Path(cfg.model.path), run_dir / "hf")  # the export at the end would refuse as well
@@ -68,35 +68,35 @@ def check_resume(cfg: TrainingRun, arch: Architecture | None) -> None:
 
 
 def describe_weight_decay(cfg: TrainingRun) -> str:
-    """Return a sentence on what the run of a checked `cfg` decays: by the rule of the checkpoint that it continues from, or
-    by that of new runs."""
+    """Return a sentence on which weights the run of a checked `cfg` decays: by the rule of the checkpoint that it continues
+    from, or by the rule of new runs."""
     checkpoint = _checkpoint_to_resume(cfg)
     rule = weight_decay.rule_of(checkpoint_files.read(checkpoint)) if checkpoint else weight_decay.MATRICES
     return weight_decay.describe(cfg.optim.weight_decay, rule, adapters=cfg.model.lora.rank > 0)
 
 
 def _checkpoint_to_resume(cfg: TrainingRun) -> Path | None:
-    """The newest of run_dir, or for a new run what the configuration names."""
+    """Return the newest checkpoint of run_dir; for a new run, the one that the configuration names."""
     resume = cfg.checkpoint.resume
     return checkpoint_files.newest(cfg.run_dir) or (None if resume in ("auto", "never") else Path(resume))
 
 
 def check_same_data(checkpoint: Path, state: dict[str, Any], data: dict[str, str]) -> None:
-    """Raise ConfigError unless the fingerprints `data`, by the name of the set, are those in the checkpoint's state."""
+    """Raise ConfigError unless the fingerprints `data`, {name of the set: fingerprint}, equal those in the checkpoint."""
     changed = [name for name in data if state["data"].get(name) != data[name]]
     if not changed:
         return
     hint = "give it the same"
-    if "moment" not in state:  # of a version that did not record it yet
+    if "moment" not in state:  # written by a version that did not record it yet
         hint += " (an older version guessed the types of data files, read directories in part and rendered some conversations "
-        hint += "otherwise: a run that began with it and read such data ends with it)"
+        hint += "differently: a run that began with it and read such data can only be continued with it)"
     raise ConfigError(
         f"{checkpoint} was made with other {', '.join(changed)} data than this run has; {hint}, or take another run_dir."
     )
 
 
 def is_failed_start(run_dir: Path) -> bool:
-    """Whether a run began here and ended before its first step: another may take its place."""
+    """Return whether a run began here and ended before its first step, so that another may take its place."""
     metrics = run_dir / "metrics.jsonl"
     if checkpoint_files.newest(run_dir) or not metrics.is_file():
         return False
@@ -109,7 +109,7 @@ def check_same_run(cfg: TrainingRun, saved: Path) -> None:
     before = defaults | _flat(_read(saved))  # options may be newer than the run
     now = _flat(redact.values(OmegaConf.to_container(OmegaConf.structured(cfg))))  # as it was saved; secrets rotate
     name = before.get("model.path")
-    if _is_snapshot_of(now["model.path"], name):  # cli.py has put the directory in the place of the hub name
+    if _is_snapshot_of(now["model.path"], name):  # cli.py has replaced the hub name by the directory
         _check_same_snapshot(cfg, name)
         now["model.path"] = name
     free = [each.key for each in options_of(type(cfg)) if each.rule.may_change]
@@ -138,12 +138,12 @@ def _read(saved: Path) -> dict[str, Any]:
 
 
 def source_digests(cfg: TrainingRun) -> dict[str, str]:
-    """{key: digest} of the files that a typed run reads: a run may go on when they lie elsewhere."""
+    """Return {key: digest} of the files that a typed run reads; a run may continue when they have moved."""
     return digests(_flat(OmegaConf.to_container(OmegaConf.structured(cfg))))
 
 
 def _has_moved(run_dir: Path, key: str, old: Any, new: Any) -> bool:
-    """Whether two values of an option are names of the same files. Another name on the hub is another model."""
+    """Return whether two values of an option name the same files. Another name on the hub is another model."""
     if not names_file(key, old) or not names_file(key, new):
         return False
     if is_hub_name(old) and Path(new).parts[-2:-1] == ("snapshots",):
@@ -153,12 +153,13 @@ def _has_moved(run_dir: Path, key: str, old: Any, new: Any) -> bool:
 
 
 def _is_snapshot_of(path: str, name: str | None) -> bool:
-    """Whether `path` is where the Hugging Face cache keeps a commit of the hub's model `name`."""
+    """Return whether `path` is where the Hugging Face cache keeps a commit of the hub's model `name`."""
     return is_hub_name(name or "") and Path(path).parts[-3:-1] == ("models--" + name.replace("/", "--"), "snapshots")
 
 
 def _check_same_snapshot(cfg: TrainingRun, name: str) -> None:
-    """The weights come from the checkpoint, but the reference policy, the tokenizer and the template from model.path."""
+    """Raise ConfigError when the hub's model `name` has changed since the run began. The weights come from the checkpoint,
+    but the reference policy, the tokenizer and the template come from model.path."""
     starts, new = start_record.starts(Path(cfg.run_dir)), Path(cfg.model.path)
     old = (
         new.with_name(Path(starts[-1].get("model", new)).name) if starts else new
@@ -173,14 +174,14 @@ def _check_same_snapshot(cfg: TrainingRun, name: str) -> None:
 
 
 def _blobs(snapshot: Path) -> set[tuple[str, Path]]:
-    """(name, what the cache stores under it) of each file that a model is read from: commits that differ in others, of
-    which the cache may have some or none, share theirs."""
+    """Return (name, what the cache stores under it) of each file that a model is read from. Commits that differ only in
+    other files, which may be missing from the cache, share these."""
     files = [file for file in snapshot.rglob("*") if file.suffix in READ and file.is_file()]
     return {(str(file.relative_to(snapshot)), file.resolve()) for file in files}
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    """{"data.train.0.path": "a", ...} of nested dicts and lists."""
+    """Return nested dicts and lists as {"data.train.0.path": "a", ...}."""
     if not isinstance(values, (dict, list)):
         return {path: values}
     items = enumerate(values) if isinstance(values, list) else values.items()

@@ -1,5 +1,5 @@
-"""Are the files under one path those under another? A model or a data set may have moved since a run began, or be spelled
-otherwise. Loads nothing."""
+"""Compare the files under two paths: a model or a data set may have moved since a run began, or its path may be spelled
+differently. Loads nothing."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ KINDS = {
     "model",
     "base",
     "template_file",
-}  # last parts of the keys of what a run reads; not of what it writes, or asks
-READ = (".jinja", ".json", ".model", ".safetensors", ".txt")  # of a model's files
+}  # last parts of the keys of files that a run reads; not of files that it writes, or servers that it asks
+READ = (".jinja", ".json", ".model", ".safetensors", ".txt")  # suffixes of a model's files
 
-MOST_BYTES = 8 << 30  # that a start reads for a digest: some seconds
+MOST_BYTES = 8 << 30  # most that a digest reads when a run starts: some seconds
 
 
 def digests(options: Mapping[str, Any]) -> dict[str, str]:
-    """{key: digest} of the options {"data.train.0.path": "a.jsonl", ...} that name files here."""
+    """Return {key: digest} of the options {"data.train.0.path": "a.jsonl", ...} that name files on this machine."""
     found = {key: digest(Path(value)) for key, value in options.items() if names_file(key, value)}
     return {key: value for key, value in found.items() if value}
 
 
 def names_file(key: str, value: Any) -> bool:
-    """Whether the value of an option may name a file. A reward's target does before its colon."""
+    """Return whether the value of an option may name a file. A reward's target names one before its colon."""
     return isinstance(value, str) and key.rpartition(".")[2] in KINDS and "://" not in value
 
 
 def same_files(old: Path, new: Path, recorded: str | None) -> bool:
-    """Whether `new` holds what `old` does, or, where that has gone, what it held by its `recorded` digest."""
+    """Return whether `new` holds what `old` does; if `old` has gone, what it held by its `recorded` digest."""
     (old_file, old_name), (new_file, new_name) = _split(old), _split(new)
     if old_name != new_name:
         return False
@@ -47,8 +47,8 @@ def same_files(old: Path, new: Path, recorded: str | None) -> bool:
 
 
 def digest(path: Path) -> str | None:
-    """Return a digest of a file, a directory of data, the files of a pattern, or what is read of a model's directory: of
-    weights by samples, of all else by every byte. None where there is nothing, or more than MOST_BYTES."""
+    """Return a digest of a file, a directory of data, the files of a pattern, or the files that are read from a model's
+    directory: samples of weights, every byte of all else. None where there is nothing, or more than MOST_BYTES."""
     path, is_model = _split(path)[0], (path / "config.json").is_file()
     listed = [path] if path.is_file() else path.glob("[!.]*") if is_model else path.rglob("[!.]*")
     if glob.has_magic(str(path)) and not path.exists():
@@ -69,6 +69,6 @@ def digest(path: Path) -> str | None:
 
 
 def _split(path: Path) -> tuple[Path, str]:
-    """(the file, the name in it) of a reward's target, rewards.py:score, or a configuration of a data set, DIR:main."""
+    """Split a reward's target, rewards.py:score, or a configuration of a data set, DIR:main, into path and name."""
     file, colon, name = str(path).rpartition(":")
     return (Path(file), name) if colon and "/" not in name and not path.exists() else (path, "")
