@@ -1,1 +1,1 @@
-"""Rows, prompts and supervised examples."""
+"""Read rows, and make prompts and supervised examples of them."""

@@ -1,4 +1,4 @@
-"""The one data format: sequences are ragged and stay ragged. Nothing here pads.
+"""Hold sequences in the one data format: they are ragged and stay ragged. Nothing here pads.
 
 A batch is flat token ids plus lengths plus columns; a column holds one value per sequence, a token column one
 value per *response* token. Prompt tokens never carry a loss, so they have no column.
@@ -52,7 +52,7 @@ class SequenceBatch:
         return self.lengths - self.prompt_lengths
 
     def select(self, indices: Sequence[int] | Tensor) -> SequenceBatch:
-        """The sequences at `indices`, in that order."""
+        """Return the sequences at `indices`, in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         return SequenceBatch(
             self.tokens[ragged_positions(self.lengths, indices)],
@@ -69,7 +69,7 @@ class SequenceBatch:
         return {name: column[positions] for name, column in self.token_columns.items()}
 
     def unpack(self) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, response ids) of every sequence, as Python lists."""
+        """Return (prompt ids, response ids) of every sequence, as Python lists."""
         out, start = [], 0
         flat = self.tokens.tolist()
         for length, prompt_length in zip(self.lengths.tolist(), self.prompt_lengths.tolist(), strict=True):
@@ -79,24 +79,24 @@ class SequenceBatch:
 
 
 def segment_ids(lengths: Tensor) -> Tensor:
-    """For every element of a ragged layout, the index of the segment it belongs to. int64 [sum(lengths)]."""
+    """Return the index of the segment to which every element of a ragged layout belongs. int64 [sum(lengths)]."""
     return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
 
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sum of each segment's values: [sum(lengths)] -> [N]. Differentiable."""
+    """Sum each segment's values: [sum(lengths)] -> [N]. Differentiable."""
     return torch.zeros(lengths.numel(), dtype=values.dtype, device=values.device).index_add(
         0, segment_ids(lengths), values
     )
 
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of each segment's values: [sum(lengths)] -> [N]; 0 for an empty segment. Differentiable."""
+    """Average each segment's values: [sum(lengths)] -> [N]; 0 for an empty segment. Differentiable."""
     return segment_sum(values, lengths) / lengths.clamp(min=1)
 
 
 def ragged_positions(lengths: Tensor, indices: Tensor) -> Tensor:
-    """Flat positions of the chosen segments, segment after segment."""
+    """Return the flat positions of the chosen segments, segment after segment."""
     starts = torch.cumsum(lengths, 0) - lengths
     chosen = lengths[indices]
     offsets = torch.arange(int(chosen.sum())) - torch.repeat_interleave(torch.cumsum(chosen, 0) - chosen, chosen)

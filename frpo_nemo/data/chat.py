@@ -1,8 +1,8 @@
-"""Conversations through a model's chat template: prompts up to where the answer begins, and answers as the template
+"""Render conversations with a model's chat template: prompts up to where the answer begins, and answers as the template
 writes them, up to the token that ends a turn.
 
-What is learned must be what is sampled later, so the template alone decides: it may trim an answer, put an empty
-thought before it, or open a thought in the prompt. A conversation that it cannot show whole is a sentence.
+Training must see what is sampled later, so the template alone decides: it may trim an answer, put an empty thought before
+it, or open a thought in the prompt. A conversation that it cannot show whole raises ConfigError.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from frpo_nemo.errors import ConfigError
 Tools = list[dict[str, Any]] | None
 
 _ANSWER = "frpo-answer"  # stands for an answer where only what the template writes around it matters
-_ID = "frpo00000"  # of a call of tools, where only its form matters; some templates ask for nine characters
+_ID = "frpo00000"  # stands for the id of a tool call, where only its form matters; some templates want nine characters
 _LAST_TAG = re.compile(r"[<\[][^<>\[\]]+[>\]]\s*\Z")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer, and what its chat template is rendered with. template_args: variables of the template, such as
-    enable_thinking. moment: what the template's clock shows; None: the present. vocab_size: rows of the model's
-    embedding; None: not known, nothing is checked."""
+    """Render and tokenize with a tokenizer's chat template. template_args: variables of the template, such as
+    enable_thinking. moment: the time on the template's clock; None: now. vocab_size: rows of the model's embedding;
+    None: unknown, so ids are not checked."""
 
     tokenizer: Any
     template_args: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Chat:
 
     @classmethod
     def of(cls, tokenizer) -> Chat:
-        """`tokenizer` if it is a Chat already, else one without more."""
+        """Return `tokenizer` if it is a Chat already, else a Chat of it with the defaults."""
         return tokenizer if isinstance(tokenizer, Chat) else cls(tokenizer)
 
     def check(self) -> None:
@@ -51,7 +51,7 @@ class Chat:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"the tokenizer of '{tokenizer.name_or_path}' has no chat template: take an "
-                "instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer files"
+                "instruction-tuned checkpoint, or put a chat_template.jinja into the folder of its tokenizer files"
             )
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -65,8 +65,8 @@ class Chat:
                 )
 
     def render(self, messages: list[dict], where: str, *, prompt: bool, tools: Tools = None) -> str:
-        """A conversation as the template writes it. Templates differ in whether the arguments of a call of tools are objects,
-        which some write as JSON, or their JSON text, which some write as it is. Raises ConfigError where the template refuses
+        """Return a conversation as the template writes it. Some templates want the arguments of a tool call as objects, which
+        they write as JSON; others want JSON text, which they write as it is. Raises ConfigError when the template refuses
         a message, or leaves one out."""
         if tools and not re.search(r"\btools\b", str(self.tokenizer.chat_template)):
             raise ConfigError(
@@ -94,8 +94,8 @@ class Chat:
     def prompt_ids(
         self, conversations: Sequence[list[dict]], where: str, tools: Iterable[Tools] = repeat(None)
     ) -> list[list[int]]:
-        """Token ids of every conversation up to the place where the assistant's answer begins. tools: the definitions of
-        those that each may call. Raises ConfigError."""
+        """Return the token ids of every conversation up to the place where the assistant's answer begins. tools: the
+        definitions of those that each may call. Raises ConfigError."""
         pairs = zip(conversations, tools, strict=False)
         texts = [self.render(c, _named(where, c), prompt=True, tools=t) for c, t in pairs]
         return self._checked(self._tokenize(texts), where)
@@ -103,8 +103,8 @@ class Chat:
     def examples(
         self, conversations: Sequence[tuple[list[dict], dict]], where: str, tools: Iterable[Tools] = repeat(None)
     ) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, answer ids) of (messages, the assistant's answer) pairs: prompts as `prompt_ids` gives them,
-        answers with the token that ends a turn. Raises ConfigError."""
+        """Return (prompt ids, answer ids) of (messages, the assistant's answer) pairs: prompts as `prompt_ids` gives
+        them, answers with the token that ends a turn. Raises ConfigError."""
         pairs = zip(conversations, tools, strict=False)
         rows = [self._prompt_and_answer(m, a, _named(where, m), t) for (m, a), t in pairs]
         prompt_ids = self._tokenize([prompt for prompt, _, _ in rows])
@@ -119,34 +119,34 @@ class Chat:
 
     @functools.cached_property
     def end_tokens(self) -> set[int]:
-        """The tokens that end a turn: EOS, and the first special token that the template writes after an answer."""
+        """Return the tokens that end a turn: EOS, and the first special token that the template writes after an answer."""
         return {self.tokenizer.eos_token_id, *(self._tokenize([self._end])[0][-1:] if self._end else [])}
 
     @functools.cached_property
     def _tail(self) -> str:
-        """What the template writes after an answer; "" where it does not show one."""
+        """Return what the template writes after an answer; "" if it does not show one."""
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = self.render(conversation, "a conversation", prompt=False)
         except ConfigError:
-            return ""  # it wants more than a question and an answer
+            return ""  # it needs more than a question and an answer
         return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        """Any special token's text."""
+        """Return a pattern that matches any special token's text."""
         special = [re.escape(t.content) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         return re.compile("|".join(special or [re.escape(self.tokenizer.eos_token)]))
 
     @functools.cached_property
     def _end(self) -> str:
-        """`_tail` up to its first special token; "" if it has none."""
+        """Return `_tail` up to its first special token; "" if it has none."""
         found = self._special.search(self._tail)
         return self._tail[: found.end()] if found else ""
 
     def _prompt_and_answer(self, messages: list[dict], answer: dict, where: str, tools: Tools) -> tuple[str, str, bool]:
-        """(prompt, answer, whether the answer ends in the token that ends a turn). Prompt and answer together are how
-        the whole conversation's rendering begins."""
+        """Return (prompt, answer, whether the answer ends in the token that ends a turn). Prompt and answer together are
+        the beginning of the whole conversation's rendering."""
         answer = self._without_end(answer)
         prompt = self.render(messages, where, prompt=True, tools=tools)
         whole = self.render([*messages, answer], where, prompt=False, tools=tools)
@@ -164,22 +164,22 @@ class Chat:
                 return prompt, text + end, ended
         elif not opener or not whole.startswith(prompt[: opener.start()]):
             raise ConfigError(
-                f"{where}: the chat template of '{self.tokenizer.name_or_path}' writes a conversation otherwise when its "
+                f"{where}: the chat template of '{self.tokenizer.name_or_path}' writes a conversation differently when its "
                 "answer follows, so no answer can be learned after the prompt; use a template whose prompts are the "
                 "beginning of conversations"
             )
         return prompt, self._after_opener(answer, opener[0], where) + end, ended
 
     def _parted(self, whole: str) -> tuple[str, str, bool]:
-        """(a conversation without what ends its last turn, that end, whether it ends in a special token)."""
+        """Return (a conversation without what ends its last turn, that end, whether it ends in a special token)."""
         if whole.endswith(self._tail):
             return whole.removesuffix(self._tail), self._end or self._tail.rstrip(), bool(self._end)
-        whole = whole.rstrip()  # a call of tools may end otherwise than an answer
+        whole = whole.rstrip()  # a tool call may end differently from an answer
         last = [found for found in self._special.finditer(whole) if found.end() == len(whole)]
         return whole, "", bool(last)
 
     def _after_opener(self, answer: dict, opener: str, where: str) -> str:
-        """An answer with its thoughts, for a template that opens thoughts in the prompt and leaves them out of
+        """Return an answer with its thoughts, for a template that opens thoughts in the prompt and leaves them out of
         conversations."""
         tag, content = opener.strip(), answer["content"] or ""
         thought = thoughts(answer)
@@ -205,8 +205,8 @@ class Chat:
                 )
 
     def _without_end(self, answer: dict) -> dict:
-        """Data may bring the end of a turn with it, which the template writes as well. Templates differ in the key under
-        which they look for thoughts, and get all of them."""
+        """Return the answer without the end of a turn, which data may contain and the template writes as well. Templates
+        look for thoughts under different keys, so the answer has all of these keys."""
         content, ends = answer["content"], {self.tokenizer.eos_token, self._end.strip()} - {""}
         while content and (end := next((e for e in ends if content.rstrip().endswith(e)), None)):
             content = content.rstrip().removesuffix(end)
@@ -214,25 +214,26 @@ class Chat:
         return {**(dict.fromkeys(THOUGHTS, thought) if thought else {}), **answer, "content": content}
 
     def _left_out(self, messages: list[dict], prompt: bool) -> str:
-        """Which part of a conversation the template shows nothing of; "" if none. That depends on roles and their order, and
-        not on what the messages say."""
+        """Return the part of a conversation of which the template shows nothing; "" if none. That depends on roles and their
+        order, not on the text of the messages."""
         marked, marks = _marked(messages)
         shape = json.dumps([prompt, marked])
         if shape not in self._shapes:
             try:
                 text = self._apply_to_nulls(marked, "", prompt)
-            except ConfigError:  # the template looks into the texts
+            except ConfigError:  # the template reads the texts
                 text = "".join(marks)
             self._shapes[shape] = next((what for mark, what in marks.items() if mark not in text), "")
         return self._shapes[shape]
 
     @functools.cached_property
     def _shapes(self) -> dict[str, str]:
-        """What `_left_out` found: shape of a conversation -> part."""
+        """Return the results of `_left_out` so far: shape of a conversation -> part."""
         return {}
 
     def _apply_to_nulls(self, messages: list[dict], where: str, prompt: bool, tools: Tools = None) -> str:
-        """Null content is a call of tools: many templates ask for null there, the others would print "None"."""
+        """Render messages of which some have null content, which marks a tool call: many templates ask for null there, the
+        others would print "None"."""
         nothing = [m | {"content": m["content"] or ""} for m in messages]
         empty = self._apply(nothing, where, prompt, tools)
         if all(m["content"] is not None for m in messages):
@@ -255,7 +256,7 @@ class Chat:
             ) from problem
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """A template writes its own BOS, so the tokenizer must not add another."""
+        """Return the token ids of rendered texts. A template writes its own BOS, so the tokenizer must not add another."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def _checked(self, sequences: list[list[int]], where: str) -> list[list[int]]:
@@ -265,12 +266,12 @@ class Chat:
 
 
 def _named(where: str, messages: list[dict]) -> str:
-    """`where` and how the conversation's last message begins: rows have no number of their own once some are left out."""
+    """Return `where` and the beginning of the conversation's last message: rows have no number once some are left out."""
     return f"{where}, {str(messages[-1]['content'])[:40]!r}"
 
 
 def _with_arguments(messages: list[dict], convert: Callable[[Any], Any]) -> list[dict]:
-    """Messages with the arguments of calls of tools converted."""
+    """Return messages with the arguments of tool calls converted."""
 
     def converted(call: dict) -> dict:
         if "function" in call:
@@ -293,7 +294,7 @@ def _as_text(arguments: Any) -> str:
 
 
 def _marked(messages: list[dict]) -> tuple[list[dict], dict[str, str]]:
-    """(messages of the same shape that say marks, {mark: the part that says it})."""
+    """Return (messages of the same shape whose texts are marks, {mark: the part whose text it is})."""
     marks: dict[str, str] = {}
 
     def mark(part: str) -> str:
@@ -309,7 +310,7 @@ def _marked(messages: list[dict]) -> tuple[list[dict], dict[str, str]]:
     for i, message in enumerate(messages):
         copy: dict[str, Any] = {key: _ID for key in ("name", "tool_call_id") if key in message}
         calls = message.get("tool_calls")
-        if calls:  # templates may leave out what is said beside them
+        if calls:  # templates may leave out text next to them
             copy |= {"content": message["content"] and "", "tool_calls": [marked_call(call, i) for call in calls]}
         else:
             copy["content"] = mark(f"message {i} (role {message['role']!r})")

@@ -1,7 +1,7 @@
-"""What a row says: its prompt as chat messages, its completion as text.
+"""Interpret a row: its prompt as chat messages, its completion as text.
 
 `source.prompt` and `source.completion` each name a column or are a template of several; if both name the same
-column, it holds conversations. Token ids are the business of prompts.py and sft.py.
+column, it holds conversations. prompts.py and sft.py make token ids.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from frpo_nemo.errors import ConfigError
 
 
 def prompt_messages(row: dict[str, Any], source: SourceConfig) -> list[dict[str, Any]]:
-    """The chat messages that the answer follows: a string is one user message, a conversation goes up to its last
-    assistant turn; the source's system prompt goes before. Raises ConfigError on anything else."""
+    """Return the chat messages before the answer: a string is one user message, a conversation ends before its last
+    assistant turn; the source's system prompt comes first. Raises ConfigError on anything else."""
     prompt = _conversation(row, source.prompt, source)
     if source.prompt == source.completion:
         prompt = prompt[: _last_answer(prompt, source)]
@@ -30,7 +30,7 @@ def prompt_messages(row: dict[str, Any], source: SourceConfig) -> list[dict[str,
     if messages[-1]["role"] == "assistant" and source.prompt != source.completion:
         raise ConfigError(
             f"data source '{source.path}', column '{source.prompt}': a prompt ends in the assistant's answer, "
-            f"{str(messages[-1]['content'])[:80]!r}; set completion={source.prompt} to part the answer from it, or end "
+            f"{str(messages[-1]['content'])[:80]!r}; set completion={source.prompt} to separate the answer, or end "
             "prompts before it"
         )
     if source.system_prompt is None:
@@ -43,7 +43,7 @@ def prompt_messages(row: dict[str, Any], source: SourceConfig) -> list[dict[str,
 
 
 def completion_message(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """The assistant's message that answers `prompt_messages`. Raises ConfigError if there is none."""
+    """Return the assistant's message that answers `prompt_messages`. Raises ConfigError if there is none."""
     value = _conversation(row, source.completion, source)
     if source.prompt == source.completion:
         return value[_last_answer(value, source)]
@@ -58,21 +58,21 @@ def completion_message(row: dict[str, Any], source: SourceConfig) -> dict[str, A
 
 
 def completion_text(row: dict[str, Any], source: SourceConfig) -> str:
-    """The answer to `prompt_messages` as text, with its thoughts before it if it has any."""
+    """Return the answer to `prompt_messages` as text, with its thoughts before it if it has any."""
     message = completion_message(row, source)
     thought, content = thoughts(message), message["content"] or ""
     return f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
 
 
 def _value(row: dict[str, Any], name: str, source: SourceConfig) -> Any:
-    """A column as it is, or a template filled in: text, without the space that empty columns leave at its ends."""
+    """Return a column as it is, or a template filled in: text, without the white space that empty columns leave at its ends."""
     if not is_template(name):
         return row[name]
     return fill(name, lambda column: _text(row[column], column, source)).strip()
 
 
 def _text(value: Any, column: str, source: SourceConfig) -> str:
-    if value is None or value != value:  # NaN, which pandas writes where there is nothing
+    if value is None or value != value:  # NaN, which pandas writes for a missing value
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         raise ConfigError(
@@ -86,7 +86,7 @@ def _conversation(row: dict[str, Any], name: str, source: SourceConfig) -> Any:
 
 
 def _last_answer(conversation: Any, source: SourceConfig) -> int:
-    """The place of the last assistant turn, which is not the first message."""
+    """Return the place of the last assistant turn, which must not be the first message."""
     if are_messages(conversation):
         turns = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
         if turns and turns[-1] > 0:

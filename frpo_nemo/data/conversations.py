@@ -1,7 +1,7 @@
-"""Chat messages as data sets hold them, brought to one form: a list of {role, content, ...} with text as content.
+"""Bring chat messages of data sets to one form: a list of {role, content, ...} with text as content.
 
-Sets keep conversations as lists, as JSON text, in ShareGPT's form, with content in parts, and in Parquet with every key of
-every message, null where it has none. What has no one reading is a sentence.
+Data sets keep conversations as lists, as JSON text, in ShareGPT's form, with content in parts, and in Parquet with every key
+of every message, null where a message lacks it. A form that has no single reading raises ConfigError.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys for what an assistant thought before its content
-TOOLS = "tools"  # the column of a set with the tools that its conversations may call, as in OpenAI's and TRL's
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of an assistant's thoughts before its content
+TOOLS = "tools"  # column with the tools that a conversation may call, as in OpenAI's and TRL's data sets
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SHAREGPT = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant", "tool")}
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value)'\s*:")  # str() of messages, in CSV
 
 
 def are_messages(value: Any) -> bool:
-    """Whether `value` is a list of messages. One that calls tools needs no content."""
+    """Return whether `value` is a list of messages. One that calls tools needs no content."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -29,8 +29,8 @@ def are_messages(value: Any) -> bool:
 
 
 def as_conversation(value: Any, where: str) -> Any:
-    """Return messages, or their JSON text, in the one form; anything else as it came. Raises ConfigError for content
-    that is no text, and for messages as Python writes them. where: source and column, for messages."""
+    """Return messages, or their JSON text, in the one form; anything else unchanged. Raises ConfigError for content that
+    isn't text, and for messages as Python prints them. where: source and column, for error messages."""
     if isinstance(value, str):
         value = _parsed(value, where)
     if _is_sharegpt(value):
@@ -39,13 +39,13 @@ def as_conversation(value: Any, where: str) -> Any:
 
 
 def thoughts(message: dict[str, Any]) -> str:
-    """What an assistant's message says it thought, "" if nothing."""
+    """Return the thoughts of an assistant's message, "" if it has none."""
     return next((message[key] for key in THOUGHTS if message.get(key)), "")
 
 
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The definitions of tools that a row has in its column `tools`, as objects or as JSON text. None: none, or the column
-    has something else."""
+    """Return the definitions of tools that a row has in its column `tools`, as objects or as JSON text. None: none, or the
+    column has something else."""
     value = row.get(TOOLS)
     if isinstance(value, str):
         try:
@@ -61,7 +61,7 @@ def _is_tool(value: Any) -> bool:
 
 
 def _parsed(text: str, where: str) -> Any:
-    """The messages that `text` is as JSON; else the text."""
+    """Return the messages that `text` holds as JSON; else the text."""
     if _PYTHON.match(text):
         raise ConfigError(
             f"{where} has messages as Python prints them, {text[:40]!r}; write them as JSON, with json.dumps"
@@ -85,13 +85,14 @@ def _is_sharegpt(value: Any) -> bool:
 
 def _from_sharegpt(message: dict[str, Any], where: str) -> dict[str, Any]:
     if message["from"] not in _SHAREGPT:
-        raise ConfigError(f"{where} is from {message['from']!r}; known are {', '.join(_SHAREGPT)}")
+        raise ConfigError(f"{where} is from {message['from']!r}; known names are {', '.join(_SHAREGPT)}")
     others = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": _SHAREGPT[message["from"]], "content": message["value"], **others}
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """Keys without a value are left out; `content` stays null in a call of tools, where templates ask for that."""
+    """Return a message without the keys that have no value. `content` stays null in a tool call, because templates ask for
+    that."""
     clean = {key: _without_nulls(value) for key, value in message.items() if value not in (None, [])}
     content = _text(message.get("content"), where)
     if content is None and not clean.get("tool_calls"):
@@ -103,11 +104,11 @@ _OWN = ("role", "content")
 
 
 def _text(content: Any, where: str) -> str | None:
-    """Content that is text, or a list of parts of text."""
+    """Return content as text; it is text, or a list of parts of text."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ConfigError(f"{where} has a content that is no text: {str(content)[:80]!r}")
+        raise ConfigError(f"{where} has a content that isn't text: {str(content)[:80]!r}")
     return "".join(_part(part, where) for part in content)
 
 
@@ -116,11 +117,11 @@ def _part(part: Any, where: str) -> str:
         return part["text"]
     if isinstance(part, str):
         return part
-    raise ConfigError(f"{where} has a part that is no text, and only text is supported: {str(part)[:80]!r}")
+    raise ConfigError(f"{where} has a part that isn't text, and only text is supported: {str(part)[:80]!r}")
 
 
 def _without_nulls(value: Any) -> Any:
-    """A set in Parquet has all keys of all rows, null where a row has none."""
+    """Return a value without null keys: a data set in Parquet has all keys of all rows, null where a row lacks one."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""Which files a path means: one file, a pattern, or a directory and of it the files of one split.
+"""Find the files that a path means: one file, a pattern, or the files of one split in a directory.
 
 A directory is read whole: a file belongs to the split that its name or a folder names (train, validation, test or a
-synonym), and to train when they name none. `datasets` would take the files called train alone if there is one, of these the
-commonest format, and *.bak too. It does resolve the card of a data set that was copied from the hub.
+synonym), and to train when they name none. `datasets` would take only the files called train if there are any, and only the
+commonest format of these, and *.bak too. It does resolve the card of a data set that was copied from the hub.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Of a split that was written in parts, such as train_sft-00000-of-00003; the hub added a hash for a while.
+# Name of a part of a split, such as train_sft-00000-of-00003; the hub added a hash for a while.
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
-# Of a data set; without rows.
+# Files that describe a data set and hold no rows.
 DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 FORMATS = f"{', '.join(READERS)}, also {' and '.join(COMPRESSIONS)} of them"
 
 
 @dataclass
 class Files:
-    """The data files of every split, in the order of their names, and the files that are none. `root`: what names in
-    messages are relative to."""
+    """The data files of every split, in the order of their names, and the files that aren't data. `root`: the folder to
+    which names in messages are relative."""
 
     root: Path
     splits: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
@@ -47,7 +47,7 @@ class Files:
 
     def left_out(self, splits: Iterable[str]) -> str:
         """Return a clause on the files that are not of `splits`, empty if there is none."""
-        read = {file for name in splits for file in self.splits[name]}  # a file may be of several
+        read = {file for name in splits for file in self.splits[name]}  # a file may belong to several
         reasons = {f"split {name}": files for name, files in self.splits.items()} | {"no data": self.others}
         unread = {reason: [file for file in files if file not in read] for reason, files in reasons.items()}
         clauses = [f"{self._listed(files)} ({reason})" for reason, files in unread.items() if files]
@@ -58,7 +58,7 @@ class Files:
 
 
 def listed(names: list[str], most: int = 8) -> str:
-    """Return `names` with commas between them, of many the first."""
+    """Return `names` separated by commas, only the first `most` of them."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -69,8 +69,8 @@ def split_names(split: str) -> list[str]:
 
 
 def find_files(path: str, split: str = "train") -> Files | None:
-    """Return the data files that `path` means; None: it is the hub's or for `datasets` to read. `split` is what is asked of
-    them. Raises ConfigError: there is none, or it is not certain which."""
+    """Return the data files that `path` means; None: `datasets` must read it, from disk or the hub. `split`: the one wanted.
+    Raises ConfigError when there is no file, or when it is unclear which is meant."""
     place = Path(path).expanduser()
     if place.is_dir():
         return _of_card(place, None) if _has_card(place) else _of_directory(place)
@@ -91,11 +91,11 @@ def find_files(path: str, split: str = "train") -> Files | None:
 
 
 def _of_file(file: Path, asked: list[str]) -> Files:
-    """A file is train, and the split that its name says if that is another: also as train_prefs, but not as test."""
+    """Return one file as train, and also as the split in its name if that is another, as train_prefs but not as test."""
     if not file.is_file():
         raise ConfigError(f"data file '{file}' does not exist (working directory: {Path.cwd()})")
     if format_of(file) is None:
-        raise ConfigError(f"data file '{file}' has no format that is read by its name: {FORMATS}")
+        raise ConfigError(f"data file '{file}' has a name without a known format: {FORMATS}")
     if file.stat().st_size == 0:
         raise ConfigError(f"data file '{file}' has no rows: it is empty")
     own = _splits_of(Path(file.name)) or {"train"}
@@ -123,7 +123,7 @@ def _of_directory(root: Path) -> Files:
 
 
 def _of_pattern(pattern: Path) -> Files:
-    """A pattern chooses files by itself: whatever their names say, they are one split."""
+    """Return the files of a pattern as one split, whatever splits their names mention."""
     found = Files(Path(*takewhile(lambda part: not glob.has_magic(part), pattern.parts)))
     for file in _sorted(glob.glob(str(pattern), recursive=True)):
         (found.splits["train"] if format_of(file) else found.others).append(file)
@@ -131,7 +131,7 @@ def _of_pattern(pattern: Path) -> Files:
 
 
 def _of_card(root: Path, configuration: str | None) -> Files | None:
-    """The files that the README.md of a copied data set names; None if they are not all in formats that are read here."""
+    """Return the files that the README.md of a copied data set names; None if a format isn't one that is read here."""
     found = datasets.load_dataset_builder(str(root), configuration).config.data_files
     splits = {str(split): [Path(file) for file in files] for split, files in found.items()}
     if not all(format_of(file) for files in splits.values() for file in files):
@@ -149,7 +149,7 @@ def _sorted(names: Iterable[str]) -> list[Path]:
 
 
 def _splits_of(file: Path) -> set[str]:
-    """Return the splits that the words of a relative path name. The parts of train_sft-00000-of-00003 are of train_sft."""
+    """Return the splits that the words of a relative path name. train_sft-00000-of-00003 belongs to train_sft."""
     stem = _without_suffixes(file)
     shard = SHARD.fullmatch(stem.name)
     splits = _words(str(stem))
@@ -169,10 +169,10 @@ def _without_suffixes(file: Path) -> Path:
 
 
 def _checked(found: Files, where: str) -> Files:
-    """Raise ConfigError when there is nothing, or a file twice: by a link, or beside the same in another format."""
+    """Raise ConfigError when there is no file, or one twice: by a link, or with the same rows in another format."""
     if not found.splits:
         raise ConfigError(f"{where} has no data file ({FORMATS}; working directory: {Path.cwd()}){found.left_out(())}")
-    by_link, by_format = "are one file, by a link", "seem to be the same rows in two formats"
+    by_link, by_format = "are one file (a link)", "seem to hold the same rows in two formats"
     for split, files in found.splits.items():
         seen: dict[Path, Path] = {}
         for file in files:

@@ -1,4 +1,4 @@
-"""Rows that a Python function makes: the source `python:package.module.function?name=value&...`."""
+"""Read rows from a Python function: the source `python:package.module.function?name=value&...`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_function(path: str) -> bool:
 
 def function_rows(path: str) -> list[dict[str, Any]]:
     """Return the rows that the function of `path` returns. Its arguments are given by name, as text. Every process calls it,
-    so it must return the same rows each time. Raises ConfigError, also for what the function raises."""
+    so it must return the same rows each time. Raises ConfigError, also when the function raises."""
     url = urlsplit(path)
     module, _, name = url.path.rpartition(".")
     try:
@@ -34,5 +34,5 @@ def function_rows(path: str) -> list[dict[str, Any]]:
             "python:package.module.function?name=value&name=value"
         ) from problem
     if not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"data source '{path}' must return a list of dicts, one a row")
+        raise ConfigError(f"data source '{path}' must return a list of dicts, one per row")
     return rows

@@ -1,6 +1,6 @@
-"""Do two sets of prompts overlap? A probe must not ask what the fine-tuning trains on.
+"""Check whether two sets of prompts overlap: a probe must not ask prompts on which the fine-tuning trains.
 
-Prompts are compared as text, not as token ids: ids differ as soon as one source has a system prompt, another space or
+Prompts are compared as text, not as token ids: ids differ as soon as one source has a system prompt, other white space or
 another template, and the check comes before a tokenizer loads.
 """
 
@@ -19,15 +19,15 @@ Messages = list[dict[str, str]]
 
 
 def overlapping_prompts(prompts: Iterable[Messages], others: Iterable[Messages]) -> list[Messages]:
-    """Those of `prompts` that `others` has too, in order: equal but for system messages, case, white space and the
-    way that Unicode writes a character."""
+    """Return those of `prompts` that `others` has too, in order: equal except for system messages, case, white space and
+    Unicode's way of writing a character."""
     known = {_key(messages) for messages in others}
     return [messages for messages in prompts if _key(messages) in known]
 
 
 def check_apart(probe: Sequence[Any], training: Sequence[Any]) -> None:
-    """Raise ConfigError when a prompt of the sources `probe` is also one of the sources `training`. Reads all their
-    rows, whatever their length in tokens."""
+    """Raise ConfigError when a prompt of the sources `probe` is also in the sources `training`. Reads all their rows,
+    whatever their length in tokens."""
     prompts = _prompts(probe)
     shared = overlapping_prompts(prompts, _prompts(training))
     if shared:

@@ -1,8 +1,7 @@
-"""Prompts for reinforcement learning: rows -> chat messages -> token ids, and the order in which steps draw
-them.
+"""Load prompts for reinforcement learning (rows -> chat messages -> token ids), and choose the prompts of each step.
 
-Nothing here keeps a position: which prompts a step uses follows from the step's number alone, so a resumed
-run continues with the right ones.
+Nothing here keeps a position: the step's number alone determines its prompts, so a resumed run continues with the right
+ones.
 """
 
 from __future__ import annotations
@@ -26,18 +25,17 @@ from frpo_nemo.errors import ConfigError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: chat messages, their token ids up to where the answer begins, and what rewards may want to
-    know."""
+    """One prompt: chat messages, their token ids up to where the answer begins, and what rewards may need."""
 
     prompt_ids: list[int]
     messages: list[dict[str, str]]
     task: str | None
-    columns: dict[str, Any]  # the row's other columns, as they came
+    columns: dict[str, Any]  # the row's other columns, unchanged
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """`dropped`: how many prompts were left out for being longer than max_prompt_tokens."""
+    """All prompts of a run. `dropped`: how many were left out because they are longer than max_prompt_tokens."""
 
     examples: list[Prompt]
     dropped: int
@@ -47,7 +45,7 @@ class PromptSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all examples in order: equal on all ranks, and equal when a run resumes."""
+        """Return a hash of all examples in order: equal on all ranks, and equal when a run resumes."""
         return fingerprint((e.prompt_ids, e.task, e.columns) for e in self.examples)
 
     @functools.cached_property
@@ -55,7 +53,7 @@ class PromptSet:
         return {e.task for e in self.examples}
 
     def columns(self, indices: Sequence[int], repeat: int = 1) -> dict[str, list]:
-        """The raw columns of the examples at `indices`, each `repeat` times (responses of one prompt are
+        """Return the raw columns of the examples at `indices`, each `repeat` times (responses of one prompt are
         neighbours). A column that an example's source does not have is None there."""
         rows = [self.examples[i].columns for i in indices for _ in range(repeat)]
         names = dict.fromkeys(name for row in rows for name in row)
@@ -64,7 +62,7 @@ class PromptSet:
 
 def load_prompts(sources: Sequence[SourceConfig], tokenizer, *, max_prompt_tokens: int) -> PromptSet:
     """Read all `sources`, render their prompts with the chat template of `tokenizer` (or of a Chat), generation prompt
-    added, and tokenize. Raises ConfigError: whatever `check_source` and Chat find, a source of which nothing is left.
+    added, and tokenize. Raises ConfigError: all that `check_source` and Chat report, and a source of which nothing is left.
     """
     chat = Chat.of(tokenizer)
     chat.check()
@@ -90,13 +88,13 @@ def load_prompts(sources: Sequence[SourceConfig], tokenizer, *, max_prompt_token
 
 
 def row_task(row: dict[str, Any], source: SourceConfig) -> str | None:
-    """The task of a row: the source's own, or what its task column says."""
+    """Return the task of a row: the source's own, or the value of its task column."""
     task = source.task if source.task_column is None else row[source.task_column]
     return None if task is None else str(task)
 
 
 def fingerprint(rows) -> str:
-    """sha256 of rows of plain values, in order; 16 hex digits."""
+    """Return the sha256 of rows of plain values, in order; 16 hex digits."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -105,9 +103,8 @@ def fingerprint(rows) -> str:
 
 @dataclass(frozen=True)
 class PromptSampler:
-    """Which examples each step draws. Epoch after epoch, each in its own order, laid end to end and cut into
-    steps: nothing repeats within an epoch, and a step may hold the end of one epoch and the beginning of the
-    next."""
+    """Choose the examples of each step. Epochs, each in its own order, are laid end to end and cut into steps: nothing
+    repeats within an epoch, and a step may hold the end of one epoch and the beginning of the next."""
 
     num_examples: int
     prompts_per_step: int
@@ -115,7 +112,7 @@ class PromptSampler:
     shuffle: bool = True
 
     def indices(self, step: int) -> list[int]:
-        """The examples of step 0, 1, ...; a pure function of the step."""
+        """Return the examples of step 0, 1, ...; a pure function of the step."""
         first = step * self.prompts_per_step
         positions = range(first, first + self.prompts_per_step)
         return [self._order(p // self.num_examples)[p % self.num_examples] for p in positions]

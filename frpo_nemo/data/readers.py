@@ -1,6 +1,6 @@
-"""Readers of files: JSON (an object a line, or an array), CSV, TSV, Parquet, and gz and zst of them.
+"""Read files: JSON (one object per line, or an array), CSV, TSV, Parquet, and gz and zst of them.
 
-No type is guessed: JSON and Parquet have their own, CSV and TSV have text alone. `datasets` settles a column's type by its
+No type is guessed: JSON and Parquet have their own, CSV and TSV have only text. `datasets` settles a column's type by its
 first rows and parses what looks like a date or a number, so files aren't read with it.
 """
 
@@ -31,15 +31,15 @@ csv.field_size_limit(BLOCK)
 
 
 def format_of(path: Path) -> tuple[str, str | None] | None:
-    """Return the suffix of the format that the file's name says, and of its compression. None: not a data file."""
+    """Return the suffixes of a file's format and of its compression, by its name. None: not a data file."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
     return (suffixes[-1], packed) if suffixes and suffixes[-1] in READERS else None
 
 
 def read_file(path: Path, stop: int | None = None) -> Part:
-    """Return the rows of a data file; of a part of it, which is read no further, if `stop` rows are enough. Raises
-    ValueError, RuntimeError or OSError, which say where the file is wrong."""
+    """Return the rows of a data file; if `stop` rows are enough, read no further. Raises ValueError, RuntimeError or
+    OSError, which report where the file is wrong."""
     suffix, packed = format_of(path)
     return READERS[suffix](path, packed, stop)
 
@@ -49,7 +49,7 @@ def _open(path: Path, packed: str | None) -> BinaryIO:
 
 
 def _read_json(path: Path, packed: str | None, stop: int | None) -> JsonRows:
-    """Read one object a line; or, if the first line isn't an object, an array of objects or objects of several lines."""
+    """Read one object per line; or, if the first line isn't an object, an array of objects or objects of several lines."""
     with _open(path, packed) as file:
         head = list(_up_to_text(file))
         first = head[-1].removeprefix(BOM) if head else b""
@@ -59,7 +59,7 @@ def _read_json(path: Path, packed: str | None, stop: int | None) -> JsonRows:
 
 
 def _up_to_text(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Take blank lines and the first that isn't."""
+    """Yield blank lines and the first that isn't blank."""
     for line in lines:
         yield line
         if not line.isspace():
@@ -90,11 +90,11 @@ def _read_json_lines(lines: Iterable[bytes], stop: int | None) -> JsonRows:
 
 
 def _read_json_text(text: str) -> JsonRows:
-    """Read an array of objects, or objects one after the other."""
+    """Read an array of objects, or consecutive objects."""
     between = re.compile(r"[ \t\r\n]*")
     try:
         if text.lstrip().startswith("["):
-            json.loads(text)  # its commas are in their places
+            json.loads(text)  # raises where a comma is missing or extra
             text, between = text.strip()[1:-1], re.compile(r"[ \t\r\n,]*")
         rows, at, decoder = JsonRows(), between.match(text).end(), json.JSONDecoder()
         while at < len(text):
@@ -124,8 +124,8 @@ def _read_text_table(path: Path, packed: str | None, stop: int | None, *, delimi
 
 
 def _check_text_table(path: Path, packed: str | None, stop: int | None, delimiter: str) -> list[str]:
-    """Return the column names. Raises ValueError where Arrow would read something else than was meant: quotes that do not
-    close or do not enclose a whole field, columns of one name."""
+    """Return the column names. Raises ValueError where Arrow would misread the file: quotes that do not close or do not
+    enclose a whole field, two columns of one name."""
     with _open(path, packed) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, delimiter=delimiter, strict=True)
         try:
@@ -154,7 +154,7 @@ def _read_parquet(path: Path, packed: str | None, stop: int | None) -> TableRows
 
 
 def _up_to(batches: Iterable[pa.RecordBatch], stop: int | None) -> list[pa.RecordBatch]:
-    """Take batches until they have `stop` rows."""
+    """Return batches until they have `stop` rows."""
     taken, rows = [], 0
     for batch in batches:
         taken.append(batch)

@@ -1,7 +1,7 @@
-"""Rows that were read, kept compactly: bytes of JSON or Arrow tables, which become dicts when a row is asked for.
+"""Keep rows compactly: as bytes of JSON or Arrow tables, which become dicts when a row is asked for.
 
 A source's rows are `Rows`, a sequence over `parts`, one for each file. Every access makes a new dict, so nobody can change
-the data that others see. Which files there are is the business of files.py, how they are read that of readers.py.
+the data that others see. files.py finds the files, and readers.py reads them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _decoder = msgspec.json.Decoder()
 
 
 def decode_json(text: bytes | memoryview) -> Any:
-    """Return the value that `text` is. Raises ValueError or RecursionError."""
+    """Return the value that `text` encodes. Raises ValueError or RecursionError."""
     try:
         return _decoder.decode(text)
-    except msgspec.DecodeError:  # json also reads NaN and Infinity, which Python writes, and says what is wrong where
+    except msgspec.DecodeError:  # json also reads the NaN and Infinity of Python, and locates errors
         value = json.loads(str(text, "utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is not text
+        json.dumps(value, ensure_ascii=False).encode()  # raises on half of a surrogate pair, which isn't text
         return value
 
 
@@ -43,7 +43,7 @@ class Part(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], columns: Collection[str]) -> Iterator[Row]:
-        """Yield the rows at `indices`, which ascend, with what they have of `columns`, and maybe more."""
+        """Yield the rows at `indices`, which ascend, with those of `columns` that they have, and maybe others."""
 
 
 class PlainRows:
@@ -61,7 +61,7 @@ class PlainRows:
 
 
 class JsonRows:
-    """JSON objects, each as the bytes that the file has. Decoded once when it is added, which shows that it can be."""
+    """JSON objects, each as the bytes that the file has. Each is decoded once when it is added, to check it."""
 
     def __init__(self) -> None:
         self.columns: dict[str, None] = {}
@@ -114,14 +114,14 @@ class TableRows:
 def _taken(table: pa.Table, places: list[int]) -> pa.Table:
     try:
         return table.take(places)
-    except pa.ArrowNotImplementedError:  # of string_view, for one, which Polars and DuckDB write
+    except pa.ArrowNotImplementedError:  # for string_view, for example, which Polars and DuckDB write
         return pa.concat_tables([table.slice(place, 1) for place in places])
 
 
 class Rows(Sequence[Row]):
     """Rows of all `parts`, or those at `indices`, which ascend. A column that a row does not have is None there.
 
-    `origin`: what messages say of the files, if there are any: how many rows of each, and what was left out."""
+    `origin`: a clause for messages on the files, if there are any: how many rows of each, and what was left out."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Rows(Sequence[Row]):
         self.origin = origin
 
     def only(self, columns: Collection[str]) -> Rows:
-        """Return the rows with those of `columns` that there are; the others are never made into Python's objects."""
+        """Return the rows with those of `columns` that exist; the others are never made into Python objects."""
         return Rows(self._parts, self._indices, [name for name in self.columns if name in columns], self.origin)
 
     def select(self, places: Iterable[int]) -> Rows:
@@ -151,14 +151,14 @@ class Rows(Sequence[Row]):
         return Rows(self._parts, indices, self.columns, self.origin)
 
     def where(self, holds: Callable[[Row], bool], columns: Collection[str]) -> Rows:
-        """Return the rows of which `holds` is true; it is shown their `columns`."""
+        """Return the rows for which `holds` is true; it is given only their `columns`."""
         return self.select(place for place, row in enumerate(self.only(columns)) if holds(row))
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, place: Any) -> Any:
-        """The row at a place, or the list of rows of a slice."""
+        """Return the row at a place, or the list of rows of a slice."""
         if isinstance(place, slice):
             return list(self)[place]
         return next(self._read([self._indices[place]]))

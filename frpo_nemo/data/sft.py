@@ -1,5 +1,5 @@
-"""Supervised examples: a prompt as a sampler gets it, then the completion as the chat template writes it in the whole
-conversation, up to the token that ends the turn (or EOS, where the template writes none)."""
+"""Load supervised examples: a prompt as a sampler gets it, then the completion as the chat template writes it in the whole
+conversation, up to the token that ends the turn (or EOS, if the template writes none)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from frpo_nemo.errors import ConfigError
 
 @dataclass(frozen=True)
 class SFTSet:
-    """All examples as one ragged batch (`batch.select(indices)` is a step's). `dropped`: how many rows were left out,
-    as too long or without an answer."""
+    """All examples as one ragged batch (`batch.select(indices)` is a step's). `dropped`: how many rows were left out
+    because they are too long or have no answer."""
 
     batch: SequenceBatch
     dropped: int
@@ -35,11 +35,11 @@ class SFTSet:
 
 
 def load_examples(sources: Sequence[SourceConfig], tokenizer, *, max_prompt_tokens: int, max_tokens: int) -> SFTSet:
-    """Read all `sources`; examples with more than `max_prompt_tokens` of prompt or `max_tokens` in all are dropped, and
-    so are those whose completion is empty: they would teach to say nothing.
+    """Read all `sources`. Examples with more than `max_prompt_tokens` of prompt or `max_tokens` in all are dropped, and
+    so are those whose completion is empty: they would teach the model to answer nothing.
 
-    Raises ConfigError: whatever `check_source` and Chat find, no completion column, a completion
-    that is no string, `completion_until` where no completion has it, a source of which nothing is left.
+    Raises ConfigError: all that `check_source` and Chat report, no completion column, a completion
+    that isn't a string, `completion_until` where no completion has it, a source of which nothing is left.
     """
     chat = Chat.of(tokenizer)
     chat.check()
@@ -61,7 +61,7 @@ def load_examples(sources: Sequence[SourceConfig], tokenizer, *, max_prompt_toke
 
 
 def _read_examples(source: SourceConfig) -> tuple[int, list[tuple[list[dict], dict]], list[list[dict] | None]]:
-    """(number of rows, those with an answer as chat messages and the assistant's message, the tools that these may call)."""
+    """Return (number of rows, chat messages and the assistant's message of those with an answer, the tools of these)."""
     if source.completion is None:
         raise ConfigError(f"data source '{source.path}' names no completion column: supervised training needs one")
     rows = load_rows(source, whole=False)
@@ -77,7 +77,7 @@ def _read_examples(source: SourceConfig) -> tuple[int, list[tuple[list[dict], di
 
 
 def _until(answer: dict, end: str | None) -> dict:
-    """GSM8K's worked answers, for one, end in a line `#### number`, which may be unwanted."""
+    """Return an answer up to the text `end`. GSM8K's worked answers, for example, end in a line `#### number`."""
     text = answer["content"]
     return {**answer, "content": text.partition(end)[0].rstrip()} if end and end in (text or "") else answer
 

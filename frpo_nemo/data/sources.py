@@ -1,9 +1,8 @@
-"""Where rows come from: files, a Hugging Face data set, or a Python function. A row is a plain dict.
+"""Load rows from files, a Hugging Face data set, or a Python function. A row is a plain dict.
 
 A `source` is a `SourceConfig` (config/options.py). Of its rows, `start` and `limit` choose a
-range, `at_least` and `where` keep some of that range, `holdout` parts those in two, and `sample` draws some. Files are found
-by files.py and read by readers.py; what rows say is the business of columns.py, what becomes of them (token ids) that of
-prompts.py and sft.py.
+range, `at_least` and `where` keep some of that range, `holdout` divides those in two, and `sample` draws some. files.py
+finds files and readers.py reads them; columns.py interprets rows, and prompts.py and sft.py make token ids of them.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ def check_source(source: SourceConfig) -> list[str]:
 
 
 def read_to_check(source: SourceConfig) -> Rows:
-    """Return the rows of `source` before a model loads: those of a run, read in the same way. Only what is streamed from the
-    hub is not downloaded for that: of it this is the first row.
+    """Return the rows of `source` before a model loads: those of a run, read in the same way. Of a stream from the hub this
+    is the first row only, because the rest is not downloaded for a check.
 
     Raises ConfigError: no such file or data set, unreadable, empty, a named column is missing, contradictory
     fields, nothing left after `start`, `at_least`, `where` or `holdout`, fewer rows than `sample`.
@@ -54,9 +53,9 @@ def read_to_check(source: SourceConfig) -> Rows:
 
 
 def load_rows(source: SourceConfig, *, whole: bool = True) -> Rows:
-    """The rows of `source` from `start` on, at most `limit`; of these the ones that have `at_least` what it asks and are
-    as `where` says; of these one side of the `holdout`; of these `sample`, in their order. Unless they are wanted `whole`,
-    for rewards, they have the columns alone that `source` names, and `tools`. Raises ConfigError like `check_source`."""
+    """Return the rows of `source` from `start` on, at most `limit`; of these, those that satisfy `at_least` and `where`; of
+    these, one side of the `holdout`; of these, `sample`, in their order. Unless `whole`, for rewards, they have only the
+    columns that `source` names, and `tools`. Raises ConfigError like `check_source`."""
     rows, size = _read(source, source.start, source.limit)
     if size == 0:
         raise ConfigError(f"data source '{source.path}' has no rows")
@@ -73,7 +72,7 @@ def load_rows(source: SourceConfig, *, whole: bool = True) -> Rows:
 
 
 def is_hub_stream(source: SourceConfig) -> bool:
-    """Whether the rows of `source` are downloaded one by one. Raises ConfigError like `find_files`."""
+    """Return whether the rows of `source` are downloaded one by one. Raises ConfigError like `find_files`."""
     path = str(source.path)
     if not source.streaming or is_function(path) or Path(path).expanduser().exists():
         return False
@@ -81,10 +80,10 @@ def is_hub_stream(source: SourceConfig) -> bool:
 
 
 def _read(source: SourceConfig, start: int, limit: int | None) -> tuple[Rows, int | str]:
-    """(the rows from `start` on, at most `limit`; how many there are in all). A stream ends with the last row that was
-    asked for, and does not know how many would follow."""
+    """Return (the rows from `start` on, at most `limit`; how many there are in all). A stream ends with the last row that
+    was asked for, so the number of rows after it is unknown."""
     path, stop = str(source.path), None if limit is None else start + limit
-    datasets.disable_progress_bars()  # one bar per rank and file says nothing
+    datasets.disable_progress_bars()  # one bar per rank and file is useless
     with _failures_as_sentences(path):
         if is_function(path):
             rows = _of_split({"train": [PlainRows(function_rows(path))]}, source)
@@ -103,7 +102,7 @@ def _read(source: SourceConfig, start: int, limit: int | None) -> tuple[Rows, in
 
 
 def _saved(place: Path) -> dict[str, list[Part]] | None:
-    """The splits of a directory that `datasets` wrote with save_to_disk; None: it is something else."""
+    """Return the splits of a directory that `datasets` wrote with save_to_disk; None: it is something else."""
     if not any((place / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return None
     found = datasets.load_from_disk(str(place))
@@ -117,7 +116,7 @@ def _table(found: datasets.Dataset) -> TableRows:
 
 
 def _from_files(files: Files, source: SourceConfig, stop: int | None) -> Rows:
-    """The rows of the split's files; with `stop`, no file is read after those that have so many."""
+    """Return the rows of the split's files; with `stop`, read no file after those that have that many rows."""
     if stop is not None and "[" in source.split:
         raise ConfigError(
             f"data source '{source.path}': split={source.split} takes a part, which streaming cannot; use start and limit"
@@ -166,19 +165,19 @@ def _read_file(file: Path, files: Files, source: SourceConfig, stop: int | None)
 
 
 def _checked_splits(source: SourceConfig, there: Iterable[str]) -> list[str]:
-    """The splits that `source.split` names, which must be `there`."""
+    """Return the splits that `source.split` names, which must be `there`."""
     names = split_names(source.split)
     for name in names:
         if name not in there:
             raise ConfigError(
                 f"data source '{source.path}' has no split '{name}' (split={source.split}); it has "
-                f"{', '.join(sorted(there))}: a file is of the split that its name says, else of train"
+                f"{', '.join(sorted(there))}: a file belongs to the split in its name, else to train"
             )
     return names
 
 
 def _of_split(parts: Mapping[str, list[Part]], source: SourceConfig) -> Rows:
-    """The rows of the splits `parts` that `source.split` asks for, as `datasets` understands it."""
+    """Return the rows of the splits `parts` that `source.split` asks for, as `datasets` reads it."""
     if source.split in parts:
         return Rows(parts[source.split])
     sizes = {name: sum(map(len, parts[name])) for name in _checked_splits(source, parts)}
@@ -193,7 +192,7 @@ def _of_split(parts: Mapping[str, list[Part]], source: SourceConfig) -> Rows:
 
 @contextmanager
 def _failures_as_sentences(path: str) -> Iterator[None]:
-    """Around opening and reading, because a stream fails only when it is asked for rows."""
+    """Turn failures into ConfigError. Wraps opening and reading, because a stream fails only when it is asked for rows."""
     try:
         yield
     except ConfigError:
@@ -233,7 +232,7 @@ def _equal(rows: Rows, source: SourceConfig) -> Rows:
 
 
 def _sampled(rows: Rows, source: SourceConfig) -> Rows:
-    """The same rows in every process: they depend on their number and the seed alone."""
+    """Draw `source.sample` rows, the same in every process: they depend only on the number of rows and the seed."""
     if not 1 <= source.sample <= len(rows):
         raise ConfigError(
             f"data source '{source.path}': sample={source.sample} must be between 1 and {len(rows)}, the number of rows "
@@ -244,7 +243,7 @@ def _sampled(rows: Rows, source: SourceConfig) -> Rows:
 
 
 def _number(value: Any, column: str, source: SourceConfig) -> float:
-    """Sets write numbers as text, too. Where there is none, nothing is reached."""
+    """Return a column's number, which data sets also write as text. A missing one satisfies no `at_least`."""
     if value is None:
         return -math.inf
     try:
@@ -256,9 +255,9 @@ def _number(value: Any, column: str, source: SourceConfig) -> float:
 
 
 def _one_side(rows: Rows, source: SourceConfig) -> Rows:
-    """The rows that are held out, or the others, in their order. The rows are laid in a row, shuffled by the seed and those
-    with the same value of `holdout_by` together, and of this row every (1 / holdout)-th is held out: so each value gives
-    its share of its rows, to within one."""
+    """Return the rows that are held out, or the others, in their order. The rows are shuffled by the seed and sorted by their
+    value of `holdout_by`, and every (1 / holdout)-th of them is held out: so each value gives its share of its rows, to
+    within one."""
     places = np.random.default_rng(source.holdout_seed).permutation(len(rows)).tolist()
     if source.holdout_by is not None:
         values = [str(row[source.holdout_by]) for row in rows.only([source.holdout_by])]
@@ -290,7 +289,7 @@ def _check_columns(source: SourceConfig, columns: list[str]) -> None:
 
 
 def _columns_named(source: SourceConfig) -> list[tuple[str, str, str]]:
-    """(field, its value, a column that it reads) of the fields that read columns, by name or in a template."""
+    """Return (field, its value, a column that it reads) of the fields that read columns, by name or in a template."""
     named = {field: getattr(source, field) for field in ("prompt", "completion", "task_column", "holdout_by")}
     texts = {field: getattr(source, field) for field in ("prompt", "completion", "system_prompt", "completion_until")}
     try:

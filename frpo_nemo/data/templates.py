@@ -1,4 +1,4 @@
-r"""Templates: text with places for columns, such as "{instruction}\n\n{input}".
+r"""Fill templates: text with places for columns, such as "{instruction}\n\n{input}".
 
 Braces themselves are written twice, {{ and }}, as in Python's format; {} needs no such care, because prompts ask for \boxed{}.
 Nothing is evaluated.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from frpo_nemo.errors import ConfigError
 
 PLACE = re.compile(r"(?P<brace>\{\{|\}\})|\{\}|(?P<command>\\[A-Za-z]+)?\{(?P<column>[^{}\s][^{}]*)\}")
-# Hydra keeps backslash and n of a command line, where a line's end is meant. LaTeX has commands that begin so.
+# Hydra keeps a backslash and an n of a command line, where a line end is meant. Some LaTeX commands begin like that.
 LINE_END = re.compile(r"(?<!\\)\\n(?P<word>[a-z]*)")
 LATEX = re.compile(
     r"nabla|natural|ncong|nearrow|neg?|neq|newline|nexists|n[lg]eq|ngtr|ni|nless|nmid|nolimits|not|notin|nu|nwarrow"
@@ -21,8 +21,8 @@ LATEX = re.compile(
 
 
 def columns_of(name: str) -> list[str]:
-    """Return the columns that a template reads; a text without places is a column's name. Raises ConfigError: a place is
-    LaTeX's argument."""
+    """Return the columns that a template reads; a text without places is a column's name. Raises ConfigError when a place
+    looks like an argument of a LaTeX command."""
     return [place["column"] for place in _places(name)] or [name]
 
 
@@ -31,8 +31,8 @@ def is_template(name: str) -> bool:
 
 
 def fill(template: str, text_of: Callable[[str], str]) -> str:
-    """Return the template with `text_of` each column in its place."""
-    doubled = "{{" in template  # else }} is nobody's: {"a": { "b": 1 }}
+    """Return the template with each column's place replaced by `text_of` the column."""
+    doubled = "{{" in template  # without it, }} is plain text: {"a": { "b": 1 }}
 
     def text(place: re.Match) -> str:
         if place["column"]:

@@ -1,7 +1,7 @@
-"""A model's tokenizer as its files say it is.
+"""Load a model's tokenizer exactly as its files define it.
 
-transformers chooses a class by the model's family or by tokenizer_config.json, and some of these classes build
-normaliser and pre-tokenizer anew instead of reading tokenizer.json: other ids, and no message. The class loaded here
+transformers chooses a class by the model's family or by tokenizer_config.json, and some of these classes build their own
+normaliser and pre-tokenizer instead of reading tokenizer.json: the ids differ, without a message. The class loaded here
 reads that file as it stands.
 """
 
@@ -25,7 +25,7 @@ def load_tokenizer(model: str, revision: str | None = None):
     if file is None:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model, revision=revision, trust_remote_code=False)
-    if tokenizer.eos_token is None:  # not in the files: families have defaults, which may be tokens of this vocabulary
+    if tokenizer.eos_token is None:  # not in the files: a family's default may be in this vocabulary
         family = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
         for name in ("eos_token", "bos_token", "pad_token"):
             token = getattr(family, name)
@@ -36,7 +36,7 @@ def load_tokenizer(model: str, revision: str | None = None):
 
 def check_read_alike(model: str) -> None:
     """Raise ConfigError when programs that load the tokenizer of the directory `model` by transformers' AutoTokenizer, as
-    vLLM and lm-eval do, get other ids than its tokenizer.json says, or ids for which the model has no rows."""
+    vLLM and lm-eval do, get other ids than its tokenizer.json gives, or ids for which the model has no rows."""
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(model, trust_remote_code=False), load_tokenizer(model)
@@ -45,7 +45,7 @@ def check_read_alike(model: str) -> None:
         raise ConfigError(
             f"the tokenizer of '{model}' is read as a {type(theirs).__name__} by transformers, which gives other token "
             'ids than its tokenizer.json: set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, '
-            "and look whether model_type in config.json is the model's own"
+            "and check that model_type in config.json is the model's own"
         )
     config = json.loads(Path(model, "config.json").read_text())
     vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")

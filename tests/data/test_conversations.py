@@ -58,9 +58,9 @@ def test_parts_of_text_are_joined_and_others_are_a_sentence():
     parts = [{"type": "text", "text": "What is ", "image": None}, {"type": None, "text": "this?"}, " Say."]
     assert prompt_messages({"chat": [{"role": "user", "content": parts}]}, RL)[0]["content"] == "What is this? Say."
     image = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
-    with pytest.raises(ConfigError, match="column 'chat', message 0 has a part that is no text, and only text is supp"):
+    with pytest.raises(ConfigError, match="column 'chat', message 0 has a part that isn't text, and only text is supp"):
         prompt_messages({"chat": image}, RL)
-    with pytest.raises(ConfigError, match="message 0 has a content that is no text: '5'"):
+    with pytest.raises(ConfigError, match="message 0 has a content that isn't text: '5'"):
         prompt_messages({"chat": [{"role": "user", "content": 5}]}, RL)
 
 

@@ -82,7 +82,7 @@ def test_a_link_does_not_make_rows_count_twice(link, target, tmp_path):
     write(tmp_path, "a.jsonl", "v2/c.jsonl")
     (tmp_path / link).symlink_to(target)
     for path in (tmp_path, tmp_path / "**/*.jsonl"):
-        with pytest.raises(ConfigError, match=r"(a|c).jsonl' and .* \(split train\) are one file, by a link; give"):
+        with pytest.raises(ConfigError, match=r"(a|c).jsonl' and .* \(split train\) are one file \(a link\); give"):
             load_rows(SourceConfig(path=str(path)))
     (tmp_path / link).unlink()
     (tmp_path / "other").symlink_to(write(tmp_path.with_name(f"{tmp_path.name}-other"), "d.jsonl"))
@@ -146,13 +146,13 @@ def test_the_name_of_a_file_may_say_its_split_and_a_file_has_no_other(tmp_path):
 
 @pytest.mark.parametrize("files, path, fields, sentence", [
     (["test.jsonl"], "test.jsonl", {"split": "validation"}, "no split 'validation' (split=validation); it has test, train"),
-    (["a.jsonl"], "", {"split": "test[:3]"}, "no split 'test' (split=test[:3]); it has train: a file is of the split that"),
+    (["a.jsonl"], "", {"split": "test[:3]"}, "no split 'test' (split=test[:3]); it has train: a file belongs to the split in"),
     (["a.jsonl"], "a.jsonl", {"split": "train[:x]"}, "Unrecognized instruction format: train[:x]"),
     (["a.jsonl"], "a.jsonl", {"split": "train[:3]", "streaming": True, "limit": 1}, "use start and limit"),
     (["eval.jsonl"], "", {}, "no split 'train' (split=train); it has test"),
     (["train_test.jsonl"], "", {}, "'train_test.jsonl' names the splits test and train; rename it, or give files"),
-    (["a.jsonl", "a.jsonl.gz"], "", {}, "'a.jsonl' and 'a.jsonl.gz' (split train) seem to be the same rows in two formats"),
-    (["a.jsonl", "a.csv"], "*", {}, "'a.csv' and 'a.jsonl' (split train) seem to be the same rows in two formats"),
+    (["a.jsonl", "a.jsonl.gz"], "", {}, "'a.jsonl' and 'a.jsonl.gz' (split train) seem to hold the same rows in two formats"),
+    (["a.jsonl", "a.csv"], "*", {}, "'a.csv' and 'a.jsonl' (split train) seem to hold the same rows in two formats"),
     (["a.txt", "b.jsonl.bak"], "", {}, "has no data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, also .gz and .zst"),
     (["a.jsonl"], "b*.jsonl", {}, "b*.jsonl' has no data file"),
     (["a.jsonl"], ":main", {}, "has no configuration 'main': no README.md there names one"),

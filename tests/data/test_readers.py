@@ -257,8 +257,8 @@ def test_any_rows_are_taken_of_columns_for_which_arrow_has_no_take(tmp_path):
     ("a.csv", b"prompt,answer\n\xe9,1\n", "can't decode byte 0xe9"),
     ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "Truncated compressed stream"),
     ("a.jsonl.zst", b"not zstd", "ZSTD decompress failed"),
-    ("a.txt", "a\n", "has no format that is read by its name: .jsonl"),
-    ("a.jsonl.bz2", "a\n", "has no format that is read by its name: .jsonl"),
+    ("a.txt", "a\n", "has a name without a known format: .jsonl"),
+    ("a.jsonl.bz2", "a\n", "has a name without a known format: .jsonl"),
 ])  # fmt: skip
 @pytest.mark.parametrize("read", [check_source, load_rows])
 def test_a_file_that_is_wrong_somewhere_is_a_sentence_in_the_check_as_in_the_run(
