@@ -1,1 +1,1 @@
-"""Reward functions and what calls them safely. Ground floor: imports nothing of ours but errors and data."""
+"""Reward functions and the code that calls them safely. Lowest layer: of this package it imports only errors and data."""

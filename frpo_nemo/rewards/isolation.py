@@ -1,10 +1,10 @@
-"""Reward functions in processes of their own, which can be killed: the only way to stop one that hangs.
+"""Reward functions in separate processes, because killing its process is the only way to stop one that hangs.
 
-Workers are fresh interpreters started by exec with one socket, neither forked nor started by
-`multiprocessing`: a fork would copy a process full of threads, gloo or NCCL sockets and CUDA state, and
-multiprocessing's spawn and forkserver import `__main__`, the whole training program, into every worker. They
-live as long as the pool, score one response at a time, lead a process group (so that what they start dies
-too) and are replaced when they die.
+Workers are fresh interpreters started by exec with one socket. They aren't forked: a fork would copy a process
+full of threads, gloo or NCCL sockets and CUDA state. Nor are they started by `multiprocessing`, whose spawn and
+forkserver import `__main__`, the whole training program, into every worker. Workers live as long as the pool and
+score one response at a time. Each leads a process group, so that the processes it starts are killed with it, and
+is replaced when it dies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STARTUP_SECONDS = 300.0  # to import the function's module, on a busy machine
 
 
 class WorkerPool:
-    """`call` scores responses in at most `workers` processes, `timeout` seconds each. Workers start on first
+    """Processes, at most `workers`, in which `call` scores responses, `timeout` seconds each. They start on first
     use."""
 
     def __init__(self, name: str, target: str, args: dict[str, Any], workers: int, timeout: float) -> None:
@@ -40,8 +40,8 @@ class WorkerPool:
         _kill_all(self._workers)
 
     def call(self, prompts: list, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-        """One outcome per response. A response on which its worker hung or died is a Failure; the others are
-        not affected. Raises RuntimeError when a worker cannot even import the function."""
+        """Return one outcome per response: a Failure where its worker hung or died, which leaves the others
+        unaffected. Raises RuntimeError when a worker cannot even import the function."""
         outcomes: list[Outcome] = [None] * len(completions)
         waiting = deque(range(len(completions)))
         while waiting or any(w.response is not None for w in self._workers):
@@ -57,20 +57,20 @@ class WorkerPool:
 
     def _start_missing(self, wanted: int) -> None:
         for worker in [w for w in self._workers if w.idle and not w.alive]:
-            self._remove(worker)  # died between two responses, which is nobody's fault
+            self._remove(worker)  # died between two responses, so no response failed
         useful = min(self._size, wanted + sum(w.response is not None for w in self._workers))
         while len(self._workers) < useful:
             self._workers.append(_Worker(self._target, self._args))
 
     def _settled(self) -> list[_Worker]:
-        """Wait for the next event: the workers that said something, died, or are out of time."""
+        """Wait for the next event; return the workers that sent something, died, or are out of time."""
         busy: dict[Any, _Worker] = {w.connection: w for w in self._workers if not w.idle}
         patience = max(0.0, min((w.deadline for w in busy.values()), default=0.0) - time.monotonic())
         spoke = wait(list(busy), patience) if busy else []
         return [busy[c] for c in spoke] or [w for w in busy.values() if w.deadline <= time.monotonic()]
 
     def _receive(self, worker: _Worker) -> Outcome:
-        """The outcome of what the worker was doing, after which it is idle, or gone."""
+        """Return the outcome of the worker's current task; the worker is then idle, or gone."""
         try:
             if worker.connection.poll():
                 outcome = worker.connection.recv()
@@ -82,8 +82,8 @@ class WorkerPool:
         self._remove(worker)
         if worker.starting:
             raise RuntimeError(
-                f"reward.{self._name}: no worker process could import {self._target} ({failure.kind}): "
-                "its own message is above"
+                f"reward.{self._name}: no worker process could import {self._target} ({failure.kind}); "
+                "the worker's own message is above"
             )
         return failure
 
@@ -98,7 +98,7 @@ class _Worker:
     def __init__(self, target: str, args: dict[str, Any]) -> None:
         self.connection, theirs = Pipe()
         self.process = _start_interpreter(theirs)
-        theirs.close()  # or its end would stay open when the worker dies
+        theirs.close()  # else the worker's end would stay open here after it dies
         self.connection.send((target, args))
         self.starting, self.idle = True, False
         self.response: int | None = None
@@ -110,7 +110,7 @@ class _Worker:
 
     def give(self, index: int, response: tuple, timeout: float) -> None:
         self.idle, self.response, self.deadline = False, index, time.monotonic() + timeout
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead: the next receive says so
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead: the next receive reports it
             self.connection.send(response)
 
     def become_idle(self) -> None:

@@ -1,5 +1,5 @@
-"""Finding a reward function by name and calling it so that nothing it does escapes as anything but a
-`Failure`.
+"""Finds a reward function by name and calls it so that whatever it does, the caller sees values and `Failure`s, never an
+exception.
 
 A reward is a callable `(prompts, completions, **columns) -> list[float | None]`, or a class whose instances
 are; it is called with keywords only, so a function that ignores prompts may leave them to **columns (as in
@@ -44,7 +44,7 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that a reward did not manage to score. kind: error, timeout or died."""
+    """A response that a reward could not score. kind: error, timeout or died."""
 
     kind: str
     message: str
@@ -54,9 +54,9 @@ Outcome = float | None | Failure
 
 
 def load_target(target: str) -> Callable:
-    """The callable behind a built-in name, `package.module.function` or `path/to/file.py:function`.
+    """Return the callable of a built-in name, `package.module.function` or `path/to/file.py:function`.
 
-    Raises ConfigError when there is none, or when its module fails to import, whatever the reason.
+    Raises ConfigError when there is none, or when its module fails to import for any reason.
     """
     path = BUILT_IN.get(target, target)
     module_name, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
@@ -79,8 +79,8 @@ def load_target(target: str) -> Callable:
 
 @dataclass(frozen=True)
 class Bound:
-    """`function` with the arguments that it receives in every call; they win over columns of the same name. options: names
-    that no column may fill."""
+    """`function` with the arguments that every call passes to it; they take precedence over columns of the same name.
+    options: names that no column may fill."""
 
     function: Callable
     args: dict[str, Any]
@@ -93,18 +93,18 @@ class Bound:
         return self.function(prompts=[*map(copy.deepcopy, prompts)], completions=list(completions), **own)
 
     def load(self) -> None:
-        """What takes long and comes once, before the first call: a class's method `load`, if it has one."""
+        """Run the reward's slow start, once before the first call: its class's method `load`, if it has one."""
         getattr(self.function, "load", lambda: None)()
 
     def local_weights(self) -> list:
-        """The LocalWeights (local.py) that `load` will read; only built-in rewards tell."""
+        """Return the LocalWeights (local.py) that `load` will read; only built-in rewards report them."""
         return getattr(self.function, "local_weights", list)()
 
 
 def bind(target: str, args: dict[str, Any]) -> Bound:
-    """The reward `target` with its `args`: a class is instantiated with them, once; a function receives them with
-    every call."""
-    redact.remember(args)  # what the function says when it fails may quote them
+    """Return the reward `target` with its `args`: a class is instantiated with them, once; a function receives them
+    with every call."""
+    redact.remember(args)  # the function's error messages may quote them
     function, args = load_target(target), copy.deepcopy(args)
     if inspect.isclass(function):
         scorer: Any = function(**args)
@@ -113,8 +113,8 @@ def bind(target: str, args: dict[str, Any]) -> Bound:
 
 
 def options(target: str, function: Callable) -> frozenset[str]:
-    """Return what no column of the data may fill in a built-in reward: its parameters that aren't lists. Of other functions
-    every parameter may be a column, as in TRL."""
+    """Return the names that no data column may fill: a built-in reward's parameters that aren't lists. In any other
+    function every parameter may be a column, as in TRL."""
     if target not in BUILT_IN and target not in BUILT_IN.values():
         return frozenset()
     parameters = inspect.signature(function, eval_str=True).parameters.values()
@@ -122,7 +122,7 @@ def options(target: str, function: Callable) -> frozenset[str]:
 
 
 def call_batch(function: Callable, prompts: list, completions: list[str], columns: dict[str, list]) -> list[Outcome]:
-    """One call for all responses; if it throws, one call for each, so that a bad response fails alone."""
+    """Call once for all responses; if that raises, once for each, so that a bad response fails alone."""
     try:
         return [as_outcome(v) for v in _checked_length(function(prompts, completions, columns), len(completions))]
     except (Exception, SystemExit):  # noqa: BLE001 - a reward may throw anything
@@ -131,7 +131,7 @@ def call_batch(function: Callable, prompts: list, completions: list[str], column
 
 
 def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, Any]) -> Outcome:
-    """One response alone; `row` is its columns."""
+    """Score one response alone; `row` is its columns."""
     try:
         columns = {name: [value] for name, value in row.items()}
         (value,) = _checked_length(function([prompt], [completion], columns), 1)
@@ -141,8 +141,8 @@ def call_one(function: Callable, prompt: Any, completion: str, row: dict[str, An
 
 
 def as_outcome(value: Any) -> Outcome:
-    """What a reward returned for one response: None, a finite number (also numpy's, or a tensor's), or a
-    failure, which a reward may also return itself."""
+    """Return as an outcome what a reward returned for one response: None, a finite number (also of numpy, or a tensor), or
+    a failure, which a reward may also return itself."""
     if value is None:
         return None
     if isinstance(value, Failure):
@@ -151,7 +151,7 @@ def as_outcome(value: Any) -> Outcome:
         value = value.item()
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
-    return Failure("error", f"returned {str(value)[:80]!r}, which is not a finite number")
+    return Failure("error", f"returned {str(value)[:80]!r}, which isn't a finite number")
 
 
 def _checked_length(values: Any, expected: int) -> list:
@@ -162,7 +162,7 @@ def _checked_length(values: Any, expected: int) -> list:
 
 
 def _load_file(path: Path):
-    # Named by the full path, so that two files of one name do not replace each other in sys.modules.
+    # Named by the full path, so that two files with the same name do not replace each other in sys.modules.
     name = f"reward_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -178,8 +178,8 @@ def _load_file(path: Path):
 
 
 def _let_import_siblings(file: Path) -> None:
-    """Let a reward file import the modules beside it, as a script could, also later, inside of its functions. They come
-    last in the search, so that none takes the place of a library's; one whose name is taken is refused."""
+    """Let a reward file import the modules in its directory, as a script could, also later, inside its functions. The
+    directory is searched last, so that no module hides a library's; one whose name is taken is refused."""
     directory = file.parent
     if str(directory) not in sys.path:
         sys.path.append(str(directory))
@@ -189,14 +189,14 @@ def _let_import_siblings(file: Path) -> None:
         found = Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
         if found != sibling:
             raise ImportError(
-                f"{file.name} imports {name}, which is beside it, but another module has that name ({found or name}): "
+                f"{file.name} imports {name} from its own directory, but another module has that name ({found or name}): "
                 f"rename {sibling.relative_to(directory)}"
             )
 
 
 def _imported_siblings(file: Path, directory: Path, known: dict[str, Path]) -> dict[str, Path]:
-    """Add to `known` the modules of `directory` that `file` imports, or that those import: name -> file. Python's own come
-    before any."""
+    """Add to `known` the modules of `directory` that `file` imports, directly or through each other: name -> file. Python's
+    own modules take precedence."""
     nodes = list(ast.walk(ast.parse(file.read_bytes(), file)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}

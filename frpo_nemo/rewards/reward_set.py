@@ -1,9 +1,9 @@
-"""All rewards of a run: who scores which response, and what becomes of responses that were not scored.
+"""All rewards of a run: which reward scores which response, and what happens to responses that were not scored.
 
-A response's total is the weighted sum of the rewards that scored it. It has none, NaN, when no reward scored
-it or when one that should have scored it failed: a failure is never 0, which would count against the
-response. Totals are logged; what training compares, where some rewards scored only a part of a group, follows from
-the parts (objective/parts.py).
+A response's total is the weighted sum of the rewards that scored it. The total is NaN when no reward scored the
+response, or when one that should have scored it failed: a failure is never 0, which would count against the
+response. Totals are logged; where some rewards scored only a part of a group, training compares the single rewards
+(objective/parts.py).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from frpo_nemo.rewards.models.local import LocalWeights
 from frpo_nemo.rewards.models.remote import longest_wait
 from frpo_nemo.rewards.registry import BUILT_IN, Bound, Failure, Outcome, bind, call_batch, load_target, options
 
-ALWAYS_ISOLATED = ("math", "code")  # may hang on ordinary input; waits for programs, several at a time
-ARGUMENTS = ("prompts", "completions")  # of every reward
-PROVIDED_COLUMNS = ("task", "response_tokens")  # by training, beside those of the data
+ALWAYS_ISOLATED = ("math", "code")  # math may hang on ordinary input; code waits for programs, several at a time
+ARGUMENTS = ("prompts", "completions")  # every reward takes these
+PROVIDED_COLUMNS = ("task", "response_tokens")  # provided by training, in addition to the columns of the data
 
 
 @dataclass(frozen=True)
 class Scores:
     """total: float64 [N], NaN where unscored. parts: reward name -> float64 [N], unweighted, NaN where it did
-    not score. failures: reward name -> kind (error, timeout, died) -> count. said: reward name -> kind -> what the
-    first failure of the kind said."""
+    not score. failures: reward name -> kind (error, timeout, died) -> count. said: reward name -> kind -> the message
+    of the first failure of that kind."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -44,13 +44,13 @@ class Scores:
 
     @property
     def messages(self) -> dict[str, str]:
-        """reward name -> what its first failure said."""
+        """Return reward name -> the message of its first failure."""
         return {name: next(iter(kinds.values())) for name, kinds in self.said.items()}
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward as configured. call: (prompts, completions, columns) -> one Outcome per response."""
+    """One configured reward. call: (prompts, completions, columns) -> one Outcome per response."""
 
     name: str
     weight: float
@@ -71,11 +71,11 @@ class RewardSet:
     def score(
         self, prompts: list, completions: list[str], tasks: list[str | None], columns: Mapping[str, list]
     ) -> Scores:
-        """Score N responses. prompts: strings or lists of chat messages. completions: text without special
-        tokens. tasks: of each response's prompt. columns: name -> N values, passed to every reward; `task` is
-        added (where a prompt has none, a column of this name stands), and columns named prompts or completions are
-        left out, since the arguments are called so. Never raises for what a reward does; RuntimeError when an isolated
-        one cannot be started."""
+        """Score N responses. prompts: strings or lists of chat messages. completions: text without special tokens.
+        tasks: the task of each response's prompt. columns: name -> N values, passed to every reward. `task` is added
+        to them (where a prompt has none, a data column of this name stays); columns named prompts or completions are
+        left out, because two arguments have those names. A reward's errors never raise; RuntimeError when an
+        isolated reward cannot be started."""
         named = zip(tasks, columns.get("task", tasks), strict=True)
         shown = {"task": [own if task is None else task for task, own in named]}
         columns = {k: v for k, v in columns.items() if k not in ARGUMENTS} | shown
@@ -115,7 +115,7 @@ class RewardSet:
                 )
 
     def describe_overlap(self, tasks: set[str | None]) -> list[str]:
-        """Return a sentence that names the rewards which share some tasks of the data and not others; none for none."""
+        """Return a sentence naming the rewards that share some tasks of the data but not others; an empty list if none."""
         own = {reward.name: {task for task in tasks if reward.applies(task)} for reward in self.rewards}
         named = [name for name in own if any(own[name] & own[o] and own[name] != own[o] for o in own)]
         if not named:
@@ -135,8 +135,8 @@ class RewardSet:
 
 
 def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
-    """The rewards of a run from its name -> RewardConfig mapping (target, weight, tasks, args, timeout,
-    isolate, workers). `timeout` holds for isolated rewards: a call inside this process cannot be stopped, so
+    """Return the rewards of a run from its name -> RewardConfig mapping (target, weight, tasks, args, timeout,
+    isolate, workers). `timeout` applies to isolated rewards: a call inside this process cannot be stopped, so
     a function that may hang must be isolated. Raises ConfigError like `check_rewards`."""
     checked = check_rewards(configs)
     rewards, pools = [], []
@@ -153,10 +153,10 @@ def build_rewards(configs: Mapping[str, Any]) -> RewardSet:
 
 def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) -> dict[str, Bound]:
     """Return the built-in rewards, constructed. Raise ConfigError for a reward that cannot work: not importable, unknown or
-    missing arguments, senseless numbers, or, when the data's `columns` are given, a column that it needs and that is not there.
+    missing arguments, numbers out of range, or, when the data's `columns` are given, a required column that is missing.
     """
     if not configs:
-        raise ConfigError("there is no reward: name at least one under `reward`")
+        raise ConfigError("no reward is configured: name at least one under `reward`")
     built_in: dict[str, Bound] = {}
     for name, config in configs.items():
         try:
@@ -169,8 +169,8 @@ def check_rewards(configs: Mapping[str, Any], columns: list[str] | None = None) 
 
 
 def local_weights(configs: Mapping[str, Any]) -> list[LocalWeights]:
-    """Of the models that the rewards load in each process of a run, also those of its reward workers. Only built-in rewards
-    tell; others are not even constructed. Raises ConfigError like `check_rewards`."""
+    """Return the models that the rewards load in each process of a run, including its reward workers. Only built-in
+    rewards report them; others are not even constructed. Raises ConfigError like `check_rewards`."""
     found: list[LocalWeights] = []
     for config in configs.values():
         if config.target not in BUILT_IN or not hasattr(load_target(config.target), "local_weights"):
@@ -181,19 +181,19 @@ def local_weights(configs: Mapping[str, Any]) -> list[LocalWeights]:
 
 
 def check_waits(configs: Mapping[str, Any], phase_timeout: float, where: str) -> None:
-    """Raise ConfigError if the watchdog could end a run whose rewards wait for their servers, which they do one after
-    another. where: the configs' key, such as probe.reward. After `check_rewards`."""
+    """Raise ConfigError if the watchdog could end a run while its rewards wait for their servers, one server after
+    another. where: the key of the configs, such as probe.reward. Call after `check_rewards`."""
     waits = [wait for name, config in configs.items() for wait in _waits(config, f"{where}.{name}.args")]
     total = sum(seconds for _, seconds in waits)
     if waits and total >= phase_timeout:
         raise ConfigError(
-            f"trainer.phase_timeout={phase_timeout:g} must be above {total:g}, the seconds (patience + timeout) in which "
-            f"servers that stay away are given up one after another: {', '.join(key for key, _ in waits)}."
+            f"trainer.phase_timeout={phase_timeout:g} must be above {total:g}, the seconds (patience + timeout) after "
+            f"which unreachable servers are given up, one after another: {', '.join(key for key, _ in waits)}."
         )
 
 
 def _waits(config: RewardConfig, at: str) -> Iterator[tuple[str, float]]:
-    """(key, seconds) of each server that a built-in reward may wait for. at: the key of its arguments."""
+    """Yield (key, seconds) for each server that a built-in reward may wait for. at: the key of its arguments."""
     if config.target in BUILT_IN:
         yield from _servers(_args(config), at)
 
@@ -242,21 +242,21 @@ def _check_arguments(config: RewardConfig, columns: list[str] | None) -> Bound |
 
 
 def _check_clock(timeout: float, seconds: float) -> None:
-    """A reward that scores 0 after `seconds` has to come to it before the pool gives the response up as unscored."""
+    """Check that the pool's timeout leaves time for a reward that itself scores 0 after `seconds`."""
     if timeout < seconds + 5:
         raise ConfigError(
-            f"timeout={timeout} must be at least 5 s above args.seconds={seconds}, or what hangs is unscored"
+            f"timeout={timeout} must be at least 5 s above args.seconds={seconds}; otherwise what hangs is unscored"
         )
 
 
 def _check_worker_waits(config: RewardConfig) -> None:
-    """A server that is away for a while is waited for, in a worker as elsewhere."""
+    """Check that the timeout covers the wait for a server that is away for a while, also in a worker."""
     waits = list(_waits(config, "args"))
     total = sum(seconds for _, seconds in waits)
     if config.timeout < total:
         raise ConfigError(
             f"timeout={config.timeout} must be at least {total:g}, patience + timeout of "
-            f"{', '.join(key for key, _ in waits)}; or leave out isolate, which a served model has no use for"
+            f"{', '.join(key for key, _ in waits)}; or leave out isolate, which a served model doesn't need"
         )
 
 
@@ -281,13 +281,13 @@ def _check_names(target: str, needed: list[str], taken: set[str]) -> None:
     for name in needed:
         if name in taken:
             raise ConfigError(
-                f"{target} cannot be given the column '{name}' of the data, because an argument of its own is called so; "
+                f"{target} cannot be given the column '{name}' of the data, because one of its arguments has that name; "
                 "rename the column"
             )
 
 
 def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> Bound:
-    """A call without responses: a built-in reward checks its own arguments."""
+    """Call the reward without responses, so that a built-in reward checks its own arguments."""
     try:
         bound = bind(target, args)
         bound([], [], {name: [] for name in (*needed, *PROVIDED_COLUMNS)})
@@ -295,7 +295,7 @@ def _try_empty(target: str, args: dict[str, Any], needed: list[str]) -> Bound:
     except ConfigError:
         raise
     except Exception as problem:
-        raise ConfigError(f"{target} refuses its args {args}: {problem}") from problem
+        raise ConfigError(f"{target} rejects its args {args}: {problem}") from problem
 
 
 def _in_process(name: str, function: Bound) -> Callable:
@@ -307,7 +307,7 @@ def _in_process(name: str, function: Bound) -> Callable:
 
 
 def _args(config: RewardConfig) -> dict[str, Any]:
-    """Plain containers: OmegaConf's would follow the arguments into workers and users' functions."""
+    """Return plain containers: OmegaConf's would follow the arguments into workers and users' functions."""
     from omegaconf import OmegaConf
 
     args = config.args

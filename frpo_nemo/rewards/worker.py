@@ -1,5 +1,5 @@
-"""What a reward worker runs: `python -m frpo_nemo.rewards.worker FD`. It receives (target, args) over the
-socket FD, answers None when the function is there, then scores one response after another until the socket
+"""The program of a reward worker: `python -m frpo_nemo.rewards.worker FD`. It receives (target, args) over the
+socket FD, answers None once the function is imported, then scores one response after another until the socket
 closes."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _stay_when_the_run_is_asked_to_stop() -> None:
-    """Slurm may send a job's signals to all its processes, but they are for the trainer, which still needs its scores."""
+    """Ignore the signals that Slurm may send to all processes of a job: the trainer, their target, still needs scores."""
     signals = {signal.SIGUSR1, signal.SIGTERM}
     for number in signals:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that a reward starts would inherit
@@ -40,7 +40,7 @@ def _stay_when_the_run_is_asked_to_stop() -> None:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
-    os.register_at_fork(  # blocked, or a child would lose one that comes before it has its own handlers
+    os.register_at_fork(  # blocked, or a child would lose a signal that comes before it has its own handlers
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, signals),
         after_in_child=default_in_child,
@@ -48,7 +48,7 @@ def _stay_when_the_run_is_asked_to_stop() -> None:
 
 
 def _die_with_parent(parent: int) -> None:
-    # A closed socket tells an idle worker; one that hangs in a reward would outlive a killed trainer.
+    # A closed socket ends an idle worker; one that hangs in a reward would outlive a killed trainer.
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)

@@ -55,11 +55,11 @@ def test_such_a_configuration_is_refused_before_a_run(tmp_path):
 
 REFUSED = {
     "nothing": ({None: 1.0}, "an answer is None, which is how YAML reads null"),
-    "a fraction": ({0.5: 1.0}, "the answer 0.5 is not text"),
-    "a word as value": ({"s": "high"}, "the value of 's' is 'high', and must be a finite number"),
+    "a fraction": ({0.5: 1.0}, "the answer 0.5 isn't text"),
+    "a word as value": ({"s": "high"}, "the value of 's' is 'high'; it must be a finite number"),
     "yes as value": ({"s": True}, "the value of 's' is True"),
     "no number": ({"s": math.nan}, "the value of 's' is nan"),
-    "twice": ({1: 0.0, "1": 1.0}, "an answer is there twice"),
+    "twice": ({1: 0.0, "1": 1.0}, "an answer is given twice"),
 }
 
 
@@ -75,6 +75,6 @@ def test_words_in_quotes_and_whole_numbers_are_answers():
 
 
 def test_a_chat_judges_answers_must_differ_in_more_than_case():
-    with pytest.raises(ConfigError, match="'yes' differs from another answer in case alone|'Yes' differs"):
+    with pytest.raises(ConfigError, match="'yes' differs from another answer only in case|'Yes' differs"):
         ChatJudge("m", template="{response}", remote=REMOTE, choices={"Yes": 1, "yes": 0})
     ChatJudge("m", template="{response}", remote=REMOTE, choices={"Yes": 1, "yes": 1})

@@ -113,7 +113,7 @@ def test_a_server_that_tells_the_largest_log_probs_alone_is_enough_to_decide(cla
     arguments = {"template": STANDARD, "choices": {"y": 0, "n": 1}, "remote": {"url": "http://127.0.0.1:1"}}
     answer = {"choices": [{"logprobs": {"top_logprobs": [{"n": -0.7, "x": -1.2}]}}]}
     assert Judge(classifier, **arguments, decide=True)._read(answer) == 1.0
-    assert "tells too few log-probs" in Judge(classifier, **arguments)._read(answer).message
+    assert "returns too few log-probs" in Judge(classifier, **arguments)._read(answer).message
 
 
 def test_yes_and_no_are_text_in_the_configuration_and_the_rest_is_the_procedure_of_these_tests():

@@ -164,7 +164,7 @@ def test_safety_is_one_minus_the_mean_and_fails_with_either(models, judge):
         loaded(GuardClassifier(**guard))(["Why?"], ["I will not."])[0],
     )
     assert scores[0] == pytest.approx(1 - (harm + moderated) / 2, abs=1e-6)
-    sentence = f"600 tokens of prompt and response, and model={models['multi']} takes 512"
+    sentence = f"600 tokens of prompt and response, and model={models['multi']} takes at most 512"
     assert scores[1] == Failure("error", f"moderation: {sentence}")
 
 
@@ -177,7 +177,8 @@ def test_a_language_model_that_guards_sees_the_whole_response(models, tmp_path):
     first, second, too_long = moderation(["Why?"] * 3, ["I will. " + same_end, "No, no. " + same_end, same_end * 2])
     assert abs(first - second) > 1e-4
     assert (
-        too_long.kind == "error" and f"tokens of prompt and response, and model={path} takes 1023" in too_long.message
+        too_long.kind == "error"
+        and f"tokens of prompt and response, and model={path} takes at most 1023" in too_long.message
     )
 
 
@@ -260,7 +261,7 @@ def test_a_local_model_with_pickled_weights_alone_is_refused_before_anything_loa
         arguments = {"model": str(model), "revision": revision, "template": TEMPLATE}
         check_rewards({"r": RewardConfig(target="judge", args=arguments | {"remote": {"url": "http://127.0.0.1:1"}})})
         with pytest.raises(
-            ConfigError, match="reward.r: model=.* has no model.safetensors, and pickled weights are not"
+            ConfigError, match="reward.r: model=.* has no model.safetensors, and pickled weights are never"
         ):
             check_rewards({"r": RewardConfig(target="judge", args=arguments)})
 
@@ -294,7 +295,7 @@ BAD = {  # target, the model that it gets, other arguments, what the sentence sa
         "judge",
         "reward",
         JUDGE,
-        "the wrong head: LlamaForSequenceClassification, where one ForCausalLM is needed",
+        "the wrong head: LlamaForSequenceClassification; this reward needs a ForCausalLM",
     ),
     "causal": ("reward_model", "judge", {}, "has the wrong head: LlamaForCausalLM"),
     "labels": ("reward_model", "multi", {}, "has the wrong head: 3 labels, where a reward model has one"),
@@ -303,11 +304,11 @@ BAD = {  # target, the model that it gets, other arguments, what the sentence sa
     "fields": ("judge", "judge", {"template": "{question} {response}"}, "has the fields ['question', 'response']"),
     "no response": ("judge", "judge", {"template": "{forbidden_prompt}"}, "it must have {response}"),
     "brace": ("judge", "judge", {"template": "{response} }"}, "literal braces are doubled"),
-    "no file": ("judge", "judge", {"template_file": "no.txt"}, "template_file=no.txt is no file"),
+    "no file": ("judge", "judge", {"template_file": "no.txt"}, "template_file=no.txt isn't a file"),
     "choice": ("judge", "judge", {**JUDGE, "choices": {"10": 1}}, "choices: '10' is 2 tokens of model="),
     "guard's choices": ("moderation", None, {"guard": {"model": "judge"}}, "choices: 'safe' is 4 tokens"),
-    "device": ("judge", "judge", {**JUDGE, "local": {"device": "tpu"}}, "local.device=tpu is neither auto nor cpu"),
-    "dtype": ("judge", "judge", {**JUDGE, "local": {"dtype": "int4"}}, "local.dtype=int4 is none of bfloat16"),
+    "device": ("judge", "judge", {**JUDGE, "local": {"device": "tpu"}}, "local.device=tpu must be auto or cpu"),
+    "dtype": ("judge", "judge", {**JUDGE, "local": {"dtype": "int4"}}, "local.dtype=int4 must be one of bfloat16"),
     "unknown": ("judge", "judge", {**JUDGE, "local": {"devise": "cpu"}}, "unexpected keyword argument 'devise'"),
     "url": ("judge", "judge", {**JUDGE, "remote": {"url": "localhost:8000"}}, "remote.url=localhost:8000 is neither"),
     "user": (
@@ -320,7 +321,7 @@ BAD = {  # target, the model that it gets, other arguments, what the sentence sa
         "judge",
         "judge",
         {**JUDGE, "remote": {"url": "http://h", "api_key_env": "NO_KEY"}},
-        "api_key_env=NO_KEY: no such",
+        "api_key_env=NO_KEY: this environment variable is not set",
     ),
     "patience": ("judge", "judge", {**JUDGE, "remote": {"url": "http://h", "patience": -1}}, "patience=-1"),
     "length": (

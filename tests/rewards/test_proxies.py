@@ -94,7 +94,7 @@ def test_a_server_elsewhere_is_asked_through_the_proxy(proxy, environment):
 @pytest.mark.parametrize("value", ["socks5://127.0.0.1:1080", "nonsense://x"])
 def test_a_proxy_that_cannot_be_used_is_told_before_any_request(environment, value):
     environment(ALL_PROXY=value)
-    with pytest.raises(ConfigError, match="remote.url=http://judge.example.invalid: the proxy of the environment"):
+    with pytest.raises(ConfigError, match="remote.url=http://judge.example.invalid: the proxy set in the environment"):
         RemoteServer("m", "http://judge.example.invalid")
 
 

@@ -57,7 +57,7 @@ def test_the_answer_begins_with_a_choice_whatever_follows_and_anything_else_is_a
     assert scores[:3] == [0.0, 1.0, 1.0]
     assert all(isinstance(score, Failure) and score.kind == "error" for score in scores[3:])
     assert scores[3].message == "the judge answers something else: 'I cannot say yes or no.'"
-    assert "has no text: {'error'" in scores[7].message and "no JSON: <html>a proxy" in scores[8].message
+    assert "has no text: {'error'" in scores[7].message and "isn't JSON: <html>a proxy" in scores[8].message
 
 
 BETWEEN = {"-1": 0.0, "0": 0.5, "1": 1.0}
@@ -183,11 +183,11 @@ BAD = {
     "no template": ({"template": None}, "needs template or template_file"),
     "fields": ({"template": "{question} {response}"}, "has the fields ['question', 'response']"),
     "unused": ({"columns": {"context": "c"}}, "columns.context: the judge's template has no field {context}"),
-    "pattern": ({"pattern": "("}, "pattern=( is no regular expression"),
-    "groups": ({"pattern": "yes|no"}, "must have one group, the choice; it has 0"),
+    "pattern": ({"pattern": "("}, "pattern=( isn't a regular expression"),
+    "groups": ({"pattern": "yes|no"}, "must have exactly one group, the choice; it has 0"),
     "systems": ({"system": "x", "system_key": "y"}, "system and system_key are both given"),
-    "system": ({"system_key": "y"}, "system_key=y is an entry of template_file, and there is none"),
-    "key": ({"remote": {"url": "http://h", "api_key_env": "NO_KEY"}}, "api_key_env=NO_KEY: no such"),
+    "system": ({"system_key": "y"}, "system_key=y names an entry of template_file, which isn't set"),
+    "key": ({"remote": {"url": "http://h", "api_key_env": "NO_KEY"}}, "api_key_env=NO_KEY: this environment"),
 }
 
 

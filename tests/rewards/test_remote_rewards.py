@@ -171,7 +171,7 @@ def test_a_judge_knows_how_far_it_may_be_wrong_when_a_server_tells_only_the_larg
     assert read({"1": -0.1, "token_id:99": -9.0}) == pytest.approx(0.0)
     assert read({"1": -0.7, "5": -0.7, "x": -12.0}) == pytest.approx(0.5)
     unknown = read({"1": -1.0, "x": -2.0})
-    assert unknown.kind == "error" and "tells too few log-probs: the score may be wrong by 0.6" in unknown.message
+    assert unknown.kind == "error" and "returns too few log-probs: the score may be wrong by 0.6" in unknown.message
     assert "has no log-probs" in read(None).message
 
 

@@ -57,8 +57,8 @@ def test_servers_that_stay_away_one_after_another_are_given_up_before_the_watchd
     with pytest.raises(ConfigError) as error:
         check_waits(rewards, 210, "reward")
     assert str(error.value) == (
-        "trainer.phase_timeout=210 must be above 210, the seconds (patience + timeout) in which servers that stay away are "
-        "given up one after another: reward.a.args.remote, reward.b.args.remote."
+        "trainer.phase_timeout=210 must be above 210, the seconds (patience + timeout) after which unreachable servers are "
+        "given up, one after another: reward.a.args.remote, reward.b.args.remote."
     )
     check_waits({"c": RewardConfig(target="length"), "mine": RewardConfig(target="some.of:mine")}, 1e-9, "reward")
 

@@ -162,7 +162,7 @@ BAD = {
     "no such file": (RewardConfig(target="missing/rewards.py:f"), "missing/rewards.py"),
     "no **columns": (faulty("no_columns"), "**columns"),
     "unknown argument": (config("format", args={"patern": "x"}), "no argument 'patern'"),
-    "bad pattern": (config("format", args={"pattern": "("}), "refuses its args"),
+    "bad pattern": (config("format", args={"pattern": "("}), "rejects its args"),
     "missing pattern": (config("regex"), "regex needs the argument 'pattern'"),
     "length without aim": (config("length", args={"unit": "words"}), "one of max and target"),
     "class without argument": (faulty("Scaled"), "needs the argument 'factor'"),
@@ -190,5 +190,5 @@ def test_tasks_without_a_reward_and_rewards_without_a_task_are_found():
             rewards.check_tasks({"math", "chat", "code"}, all_rewards=all_rewards)
     with pytest.raises(ConfigError, match="no example has task 'chat'; the data has math"):
         rewards.check_tasks({"math"}, all_rewards=True)
-    with pytest.raises(ConfigError, match="there is no reward"):
+    with pytest.raises(ConfigError, match="no reward is configured"):
         build_rewards({})

@@ -1,5 +1,5 @@
-"""Whether two answers say the same. Numbers are compared exactly, formulas by their values at fixed points to 30 digits
-(latex2sympy reads them, sympy evaluates), everything else item by item."""
+"""Decides whether two answers mean the same. Numbers are compared exactly, formulas by their values at fixed points to 30
+digits (latex2sympy parses them, sympy evaluates), everything else item by item."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _NORMALIZATION = NormalizationConfig(
 )
 _FACTORS = re.compile(
     r"(?<![_^]\d)(?<=[\d)])\s*(?=\(|\\(?:binom|gcd|lfloor|lceil|max|min)(?![a-z]))"
-)  # latex2sympy takes 2(3) for a mixed number, 5
+)  # latex2sympy reads 2(3) as a mixed number, 5
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 
 
 def equal(gold: Value, answer: Value, *, bare_percent: bool) -> bool:
-    """Whether `answer` says what `gold` says. bare_percent: 10% is also 10."""
+    """Return whether `answer` means the same as `gold`. bare_percent: 10% may also be written 10."""
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         return _same_relation(gold, answer)
     gold, answer = without_name(gold), without_name(answer)
@@ -107,7 +107,7 @@ def _same_interval(gold: Interval, answer: Interval) -> bool:
 
 
 def _as_matrix(value: Value) -> Matrix | None:
-    """A point as the column vector that it also writes."""
+    """Return a point as the column vector that it may also mean."""
     return (
         Matrix(tuple((i,) for i in value.items))
         if isinstance(value, Tuple)
@@ -133,7 +133,7 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
 
 
 def _same_name(gold: str, answer: str) -> bool:
-    """y is f(x), too."""
+    """Compare names; y may also be f(x)."""
     return gold == answer or {gold == "y", answer == "y"} == {True, False} and "(x)" in gold + answer
 
 
@@ -153,14 +153,14 @@ def _same_scalar(gold: Scalar, answer: Scalar, bare_percent: bool) -> bool:
 
 
 def _differ(gold: str, answer: str) -> bool:
-    """Whether both have a unit and not the same. Cents and cents per ounce are the same."""
+    """Return whether both have a unit and the units differ. Cents and cents per ounce are the same."""
     if "/" in gold and "/" in answer:
         return gold != answer
     return bool(gold and answer) and gold.split("/")[0] != answer.split("/")[0]
 
 
 def _same_digits(gold: Scalar, answer: Scalar) -> bool:
-    """52_8 is 52_8, and 52 where base 8 was asked for; what 52_8 is in base ten is another answer."""
+    """Compare answers with a base: 52_8 is 52_8, and 52 where base 8 was asked for; its value in base ten is another one."""
     if gold.base and answer.base or answer.base == "10":
         return (gold.base or "10", gold.text.lstrip("0")) == (answer.base, answer.text.lstrip("0"))
     return bool(gold.base) and gold.text == answer.text.replace(",", "").upper()
@@ -180,7 +180,7 @@ def _same_value(gold: Scalar, answer: Scalar) -> bool:
 
 
 def _is_rounded(exact: Fraction, written: Scalar) -> bool:
-    """Whether `written` is `exact` rounded or cut to its decimals, of which there are enough to tell."""
+    """Return whether `written` is `exact` rounded or cut to its decimals, if there are enough of them to decide."""
     if written.places is None or not written.number or exact.denominator == 1:
         return False
     unit = Fraction(1, 10**written.places)
@@ -200,8 +200,8 @@ def _formula_is_rounded(formula: str, written: Scalar) -> bool:
 
 
 def _proportional(gold: tuple[str, ...], answer: tuple[str, ...], sign: str) -> bool:
-    """Whether two formulas have the same values at every point. With a sign: whether the differences of the sides of two
-    relations do, up to one factor."""
+    """Return whether two formulas have the same values at every point. With a sign: whether the differences of the sides of
+    two relations do, up to one factor."""
     parsed = [_parse(text) for text in gold + answer]
     if None in parsed:
         return False
@@ -224,7 +224,7 @@ def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def _values(sides: tuple[str, ...], names: tuple[str, ...]) -> list:
-    """Return the value of a formula, or the difference of two, at each of the points; None where it is no number."""
+    """Return the value of a formula, or the difference of two, at each of the points; None where it isn't a number."""
     first, *second = (_values_of(side, names) for side in sides)
     if not second:
         return list(first)

@@ -1,5 +1,5 @@
-"""The one place of a text where its final answer stands. Reads text only: what an answer is worth as mathematics is
-decided in grade.py."""
+"""Finds the one place of a text where its final answer stands, from the text alone: grade.py decides whether the answer is
+right."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from decimal import Decimal
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes of what is calculated: <<48+24=72>>72
+_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes of calculations: <<48+24=72>>72
 _DISPLAYED = re.compile(r"\\\[.*?\\\]|\$\$.*?\$\$", re.DOTALL)
-_END = 5000  # characters of a completion in which its last statement stands
+_END = 5000  # characters at a completion's end that are searched for its last statement
 _THREE_WORDS = re.compile(r"[a-z]{2,} [a-z]{2,} [a-z]{2,}", re.I)
-_LONGEST = 1000  # characters of a statement that are looked at, its last
+_LONGEST = 1000  # characters at a statement's end that are examined
 # Between two boxes of one answer: "$\boxed{2}$ and $\boxed{3}$".
 _JOINT = re.compile(
     r"(?:[\s$,;]|\b[a-z]\s*=|\\[()\[\],;!]|\\q?quad|\\text\s*\{\s*(?:,?\s*(?:and|or))\s*\}|\b(?:and|or)\b)*"
@@ -47,15 +47,15 @@ _ITEM = re.compile(
 
 @dataclass(frozen=True)
 class FinalAnswer:
-    """texts: the readings of the one place, the widest first: the whole statement, then the formula or number that it
-    ends in. place: box, hashes or statement."""
+    """texts: the readings of that place, the widest first: the whole statement, then the formula or number that it ends
+    in. place: box, hashes or statement."""
 
     texts: tuple[str, ...]
     place: str
 
 
 def gold_text(value, column: str) -> str:
-    """Return the gold answer of a row as text. Raises ValueError where there is none, or something with a structure."""
+    """Return the gold answer of a row as text. Raises ValueError where it is missing or a structure."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool) and value == value:
@@ -127,7 +127,7 @@ def _joins(between: str) -> bool:
 
 
 def _is_bare(line: str) -> bool:
-    """Whether a line begins with its answer and not, as a heading does, with a word."""
+    """Return whether a line begins with its answer rather than, like a heading, with a word."""
     return not re.match(r"[\s*_]*[A-Za-z]{2,}", line)
 
 
@@ -156,8 +156,8 @@ def _ending(line: str, following: list[str]) -> tuple[str, ...]:
 
 
 def _readings(sentence: str, *, stated: bool) -> tuple[str, ...]:
-    """Return the whole of a sentence and the formula or number that it ends in; of prose, the latter alone. stated: whether
-    the sentence is what follows `the answer is`."""
+    """Return the whole sentence and the formula or number that it ends in; for prose, only the latter. stated: whether the
+    sentence is what follows `the answer is`."""
     if sentence.rstrip().endswith("?"):
         return ()
     items = list(_ITEM.finditer(sentence))

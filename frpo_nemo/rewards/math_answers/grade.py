@@ -1,7 +1,6 @@
-"""The built-in `math` reward. A module of its own, so that workers import sympy before the clock starts.
+"""The built-in `math` reward. It is a separate module so that workers import sympy before their time limit starts.
 
-Where the answer stands is final_answer.py's; what it says reading.py's; whether that is the gold answer
-equal.py's."""
+final_answer.py finds the answer in the text, reading.py parses it, equal.py compares it with the gold answer."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ from frpo_nemo.rewards.math_answers.reading import read, words_of
 from frpo_nemo.rewards.math_answers.text import clean
 from frpo_nemo.rewards.math_answers.values import Value, Words
 
-# After a choice and not what it stands for.
+# Marks of another choice, not of what a choice stands for.
 _OTHER_CHOICE = re.compile(r"^[^\w\\$]|\b(?:and|or|but|not|wrong)\b|\([A-Z]\)|\?|,\s", re.I)
 
 
 def math_answer(prompts, completions: list[str], *, column: str = "answer", **columns) -> list[float]:
-    """1 where the completion's final answer equals the gold one as mathematics, else 0.
+    """Score 1 where the completion's final answer equals the gold one as mathematics, else 0.
 
     The final answer is read from one place: the last complete \\boxed{} if there is a box, else the line after the last
     `####` where the gold answer has one, else the last statement. Gold answers may be GSM8K's (`... #### 72`), text that
     holds a box, or the answer alone, in LaTeX or plain; one that can't be read as mathematics or words is compared letter by
-    letter. Runs in worker processes always: evaluating a formula can take for ever. Raises ValueError on a gold answer that
-    is missing or has a structure.
+    letter. Always runs in worker processes: evaluating a formula can take forever. Raises ValueError on a gold answer that
+    is missing or a structure.
     """
     scores = []
     for completion, gold in zip(completions, columns[column], strict=True):
@@ -36,7 +35,7 @@ def math_answer(prompts, completions: list[str], *, column: str = "answer", **co
 
 
 def _gold(text: str, column: str) -> tuple[str, Value | None]:
-    """Return a gold answer's text and what it says, None where it can't be read."""
+    """Return a gold answer's text and its value, which is None where it can't be read."""
     where = (
         final_answer(text, hashes=True) if "\\boxed" in text or "####" in text else FinalAnswer((text,), "statement")
     )
@@ -64,7 +63,7 @@ def _is_right(expected: str, gold: Value | None, answer: FinalAnswer) -> bool:
 
 
 def _is_the_word(gold: str, answer: str, value: Value | None) -> bool:
-    """Whether a gold answer of letters alone (B, yes), which reads as a product of variables, is the answer's word."""
+    """Return whether a gold answer of letters alone (B, yes), which reads as a product of variables, is the answer's word."""
     letters = re.fullmatch(r"\(?([A-Za-z]+)\)?", gold)
     if letters is None or isinstance(value, Words):
         return letters is not None and _same_words(letters[1].lower(), answer)
@@ -78,7 +77,7 @@ def _letters(text: str) -> str:
 
 
 def _same_words(gold: str, answer: str) -> bool:
-    """The words alone; a choice such as (C) may be followed by what it stands for."""
+    """Compare the words alone; a choice such as (C) may be followed by what it stands for."""
     said = re.sub(r"^(?:(?:the|option|choice|answer|it|is|a|an)\s+)+(?=\w)", "", words_of(answer))
     if said == gold or len(gold) > 1:
         return said == gold

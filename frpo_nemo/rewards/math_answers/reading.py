@@ -1,5 +1,5 @@
-"""What an answer says, from its text alone: numbers, lists, points, intervals and so on (values.py). Nothing is
-evaluated here; equal.py compares."""
+"""Parses an answer from its text: numbers, lists, points, intervals and so on (values.py). Nothing is evaluated here;
+equal.py compares."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 @lru_cache(maxsize=4096)
 def read(text: str) -> Value | None:
-    """Return what `text`, an answer and nothing else, says; None where it can't be read as one answer."""
+    """Return the value of `text`, which is an answer and nothing else; None where it can't be read as one answer."""
     text = clean(text) if len(text) <= LONGEST else ""
     return _read(text) if text else None
 
@@ -112,7 +112,7 @@ def _listed(text: str) -> Value | None:
 
 
 def _overlap(items: list) -> Interval | None:
-    """Return what two rays have in common, as in x >= -2 and x <= 7."""
+    """Return the intersection of two rays, as in x >= -2 and x <= 7."""
     rays = [i for i in items if isinstance(i, Interval)]
     right = [i for i in rays if i.right.text == r"\infty"]
     left = [i for i in rays if i.left.text == r"-\infty"]
@@ -125,7 +125,7 @@ def _overlap(items: list) -> Interval | None:
 
 
 def _reals(text: str) -> Value | None:
-    """Read all real numbers, or all but a few or an interval: R \\setminus {2}, R \\setminus [2, 3]."""
+    """Read all real numbers, or all except a few or an interval: R \\setminus {2}, R \\setminus [2, 3]."""
     if text == r"\R":
         return Interval(*_INFINITE, (False, False))
     match = _LESS.match(text)
@@ -250,7 +250,7 @@ def _bracketed(text: str) -> Value | None:
 
 
 def _split_inside(text: str) -> list[str]:
-    """Return the items between brackets. (12,102) has two: a comma marks thousands only beside others that have a space."""
+    """Return the items between brackets. (12,102) has two: a comma marks thousands only among others that have a space."""
     spaced = re.search(r",\s", text) is not None
     return list(_split(text if spaced else text.replace(",", ", "), None, commas=True))
 
@@ -273,7 +273,7 @@ def _words(text: str) -> Words | None:
 
 
 def _split(text: str, separator: re.Pattern | None, *, commas: bool = False) -> Iterator[str]:
-    """Yield the parts of `text` between separators outside of all brackets; a comma between digits as in 1,234 is none."""
+    """Yield the parts of `text` between separators outside of all brackets; a comma between digits, as in 1,234, is none."""
     ends = [(m.start(), m.end()) for m in separator.finditer(text)] if separator else []
     if commas:
         ends += [(m.start(), m.end()) for m in re.finditer(r"[,;](?!\d{3}(?!\d))|(?<!\d)[,;]|(?<=\d{4})[,;]", text)]

@@ -1,4 +1,4 @@
-"""One number or formula of an answer, with its unit, percent sign or base, from its text. Formulas stay text."""
+"""Reads one number or formula of an answer, with its unit, percent sign or base, from its text. Formulas stay text."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _LONG_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{4,}")
 
 
 def read_scalar(text: str) -> Scalar | None:
-    """Return what a text says that is one number or formula; None where it isn't."""
+    """Return the one number or formula that a text consists of; None where it isn't one."""
     text = without_outer_braces(text.strip())
     based = BASED.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text))
     if based and (base := _base(based[2])):
@@ -89,7 +89,7 @@ def _is_formula(text: str) -> bool:
 
 
 def _without_unit(text: str) -> tuple[str | None, str, bool, int]:
-    """Split off (formula, unit, percent, scale). The formula is None where what follows is no unit, as in `72 and a half`."""
+    """Split off (formula, unit, percent, scale). The formula is None where the rest isn't a unit, as in `72 and a half`."""
     percent, unit, scale = False, "", 1
     text = re.sub(r"(?<=[\d})])\s*\((?:in\s+)?([A-Za-z ]{3,})\)$", r" \\text{\1}", text)  # 72 (clips)
     currency = re.match(r"([+-]?)\s*(?:\\\$|(?:US\s*\\\$|USD)(?=[\s\d]))\s*", text)
@@ -118,7 +118,7 @@ def _without_unit(text: str) -> tuple[str | None, str, bool, int]:
 
 
 def _may_be_unit(text: str, match: re.Match) -> bool:
-    """Whether it is words marked as text, a long word, or a short one that is a unit and stands apart, unlike 2ab's letters."""
+    """Return whether it is words marked as text, a long word, or a short unit that stands apart, unlike 2ab's letters."""
     if match.re is _MARKED_UNIT:
         return True
     longest = max(re.findall("[A-Za-z]+", match[1]) or [""], key=len)
@@ -164,5 +164,5 @@ def number_of(text: str) -> tuple[Fraction | None, int | None]:
 
 
 def is_decimal(text: str) -> bool:
-    """Whether a text is one number in digits, as 1,234 is."""
+    """Return whether a text is one number in digits, as 1,234 is."""
     return _DECIMAL.fullmatch(text) is not None

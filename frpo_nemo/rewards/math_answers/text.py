@@ -1,7 +1,7 @@
-"""LaTeX, Markdown and plain notation of an answer brought to one spelling of LaTeX, without a change of meaning.
+"""Brings LaTeX, Markdown and plain notation of an answer to one LaTeX spelling with the same meaning.
 
 What stays: numbers, operators, brackets, commands, and \\text{...} around words. What goes: fonts, spacing, sizes,
-delimiters of formulas, marks of thousands, and a full stop at the end."""
+delimiters of formulas, thousands separators, and a full stop at the end."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _from_unicode(text: str) -> str:
 
 
 def _without_markup(text: str) -> str:
-    """Delimiters of formulas and Markdown's emphasis; a `$` without a partner is the currency."""
+    """Remove delimiters of formulas and Markdown's emphasis; a `$` without a partner is the currency."""
     text = re.sub(r"\\\\\[[\d.]+\w\w\]", r"\\\\ ", text)  # \\[4pt], an end of a row
     text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
     if len(re.findall(r"(?<!\\)\$", text.replace("$$", ""))) % 2:
@@ -129,7 +129,7 @@ def _without_markup(text: str) -> str:
 
 
 def _without_needless_text(text: str) -> str:
-    """\\text{...} around formulas and numbers, or around nothing, as what is in it."""
+    """Replace \\text{...} around formulas and numbers, or around nothing, by its content."""
     for match in reversed(list(re.finditer(r"\\text\s*\{", text))):
         end = closing_brace(text, match.end() - 1)
         content = "" if end is None else text[match.end() : end]
@@ -141,7 +141,7 @@ def _without_needless_text(text: str) -> str:
 
 
 def _plain_notation(text: str) -> str:
-    """sqrt(5), cbrt(2), pi and the like as LaTeX; names inside \\text{...} are words and stay."""
+    """Write sqrt(5), cbrt(2), pi and the like in LaTeX; names inside \\text{...} are words and stay."""
     pieces = re.split(r"(\\text\s*\{[^{}]*\})", text)
     for i in range(0, len(pieces), 2):
         piece = re.sub(r"(?<![A-Za-z\\])(?=sqrt(?![A-Za-z]))", r"\\", pieces[i])
@@ -152,7 +152,7 @@ def _plain_notation(text: str) -> str:
 
 
 def _root_of_parentheses(text: str) -> str:
-    """\\sqrt(5 + x) is the root of all that is in the parentheses."""
+    """Make \\sqrt(5 + x) the root of everything in the parentheses."""
     for match in reversed(list(re.finditer(r"\\sqrt\s*\(", text))):
         depth = 0
         for end in range(match.end() - 1, len(text)):
@@ -164,7 +164,7 @@ def _root_of_parentheses(text: str) -> str:
 
 
 def _braced_arguments(text: str) -> str:
-    """\\frac65, \\frac 59, \\frac9{19} and \\sqrt5 with braces."""
+    """Add braces to \\frac65, \\frac 59, \\frac9{19} and \\sqrt5."""
     text = re.sub(r"\\sqrt\s*(?=\d)(\d+)", r"\\sqrt{\1}", text) if re.search(r"\\sqrt\s+\d{2}", text) else text
     text = re.sub(r"\\sqrt\s*([0-9A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*(\\[A-Za-z]+)", r"\\sqrt{\1}", text)

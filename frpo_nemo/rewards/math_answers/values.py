@@ -10,7 +10,7 @@ from fractions import Fraction
 @dataclass(frozen=True)
 class Scalar:
     """A number or formula. number: its exact value if it is written as one number. places: decimals written, None without
-    a decimal point. base: of 52_8, as text."""
+    a decimal point. base: 8 in 52_8, as text."""
 
     text: str
     number: Fraction | None = None
@@ -30,7 +30,7 @@ class Several:
     """A list or a set: the order doesn't count."""
 
     items: tuple
-    names: tuple = ()  # x and y of x = 1, y = 2, once they are left away
+    names: tuple = ()  # the names x and y dropped from x = 1, y = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ Value = Scalar | Words | Several | Tuple | Interval | Union | Matrix | Relation
 
 
 def is_name(text: str) -> bool:
-    """Whether a left side is no more than a name: x, x_1, f(x), \\theta, P(A)."""
+    """Return whether a left side is only a name: x, x_1, f(x), \\theta, P(A)."""
     return (
         re.fullmatch(
             r"\\?[A-Za-z]+'?(?:_\w|_\{\w+\})?(?:\s*\(\s*\w+(?:\s*,\s*\w+)*\s*\))?|\\text\s*\{[^{}]*\}|[A-Za-z ]+", text

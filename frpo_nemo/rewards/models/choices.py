@@ -1,4 +1,4 @@
-"""The answers of a judge that count, and their values, as the configuration gives them."""
+"""A judge's answers that count, and their values, as the configuration gives them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 
-WORDS = {True: "yes, on or true", False: "no, off or false", None: "null, ~ or nothing"}  # that YAML reads so
+WORDS = {True: "yes, on or true", False: "no, off or false", None: "null, ~ or nothing"}  # what YAML reads as each
 
 
 def read_choices(choices: dict[Any, Any]) -> dict[str, float]:
     """Return answer -> value, in the order given. Raises ConfigError for an answer that is neither text nor a whole number,
-    which YAML made of a word without quotes, and for a value that is no finite number."""
+    which YAML made of an unquoted word, and for a value that isn't a finite number."""
     for answer, value in choices.items():
         if isinstance(answer, bool) or answer is None:
             raise ConfigError(
@@ -20,12 +20,12 @@ def read_choices(choices: dict[Any, Any]) -> dict[str, float]:
                 f'quotes, such as {{"yes": 1.0, "no": 0.0}}'
             )
         if not isinstance(answer, (str, int)):
-            raise ConfigError(f"choices: the answer {answer!r} is not text; write it in quotes, as the judge writes it")
+            raise ConfigError(f"choices: the answer {answer!r} isn't text; write it in quotes, as the judge writes it")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"choices: the value of {str(answer)!r} is {value!r}, and must be a finite number")
+            raise ConfigError(f"choices: the value of {str(answer)!r} is {value!r}; it must be a finite number")
     found = {str(answer): float(value) for answer, value in choices.items()}
     if len(found) < len(choices):
         raise ConfigError(
-            f"choices: an answer is there twice, as a number and as text: {', '.join(map(repr, choices))}"
+            f"choices: an answer is given twice, as a number and as text: {', '.join(map(repr, choices))}"
         )
     return found

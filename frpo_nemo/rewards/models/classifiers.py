@@ -1,5 +1,5 @@
 """Sequence classification models: the built-in `reward_model`, with one label, and guards with a label per category. A
-server gives the raw outputs of the head (/classify of vLLM, without activation), so local and remote are the same numbers.
+server returns the head's raw outputs (vLLM's /classify, without activation), so local and remote numbers are the same.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from frpo_nemo.rewards.registry import Failure
 
 
 class Classifier:
-    """`logits` of prompts and responses."""
+    """A model whose `logits` are the head's outputs for prompts and responses."""
 
     def __init__(
         self, model: str, *, revision: str | None, chat: bool, local: dict | None, remote: dict | None
     ) -> None:
-        """chat: prompt and response through the model's chat template, else the response alone. Raises ConfigError."""
+        """chat: pass prompt and response through the model's chat template, else the response alone. Raises ConfigError."""
         self.files = ModelFiles(model, revision, "ForSequenceClassification", local=local, remote=remote)
         self._chat = chat
         if chat:
             self.files.require_chat_template()
 
     def logits(self, prompts: list, completions: list[str]) -> list[list[float] | Failure]:
-        """One number per label, for each response."""
+        """Return one number per label, for each response."""
         sequences = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
         return self.files.score(sequences, self.files.longest, self._evaluate)
 
@@ -49,7 +49,7 @@ class Classifier:
         try:
             logits = [finite(value) for value in answer["data"][0]["probs"]]
         except UNREADABLE:
-            return Failure("error", f"the server's answer has no outputs of a classifier: {quote(answer)}")
+            return Failure("error", f"the server's answer has no classifier outputs: {quote(answer)}")
         if len(logits) != self.files.config.num_labels:
             return Failure("error", f"the server's model has {len(logits)} labels, not {self.files.config.num_labels}")
         return logits
@@ -78,11 +78,11 @@ class RewardModel:
         self._classifier.files.load()
 
     def local_weights(self) -> list[LocalWeights]:
-        """What `load` will read."""
+        """Return the models that `load` will read."""
         return self._classifier.files.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
-        """A number per response, in [0, 1] with `sigmoid`."""
+        """Return a number per response, in [0, 1] with `sigmoid`."""
         rows = self._classifier.logits(prompts, completions)
         return [row if isinstance(row, Failure) else self._score(row[0]) for row in rows]
 
@@ -91,7 +91,7 @@ class RewardModel:
 
 
 class GuardClassifier:
-    """The largest probability among the categories of harm."""
+    """Scores a response by the largest probability among the categories of harm."""
 
     def __init__(
         self,
@@ -126,11 +126,11 @@ class GuardClassifier:
         self._classifier.files.load()
 
     def local_weights(self) -> list[LocalWeights]:
-        """What `load` will read."""
+        """Return the models that `load` will read."""
         return self._classifier.files.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
-        """A number in [0, 1] per response."""
+        """Return a number in [0, 1] per response."""
         rows = self._classifier.logits(prompts, completions)
         return [row if isinstance(row, Failure) else self._score(row) for row in rows]
 

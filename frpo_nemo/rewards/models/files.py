@@ -1,5 +1,5 @@
-"""What reward models have in common, wherever they run: their files, checked before any weights are read, and how prompts
-and responses become token ids. Token ids are made here and sent to servers as such, so local and remote see the same.
+"""What all reward models share, wherever they run: their files, which are checked before any weights are read, and the
+encoding of prompts and responses. Servers receive the token ids made here, so local and remote models see the same.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class ModelFiles:
     """The config and tokenizer of a directory or hub name, and where the model runs."""
 
     def __init__(self, model: str, revision: str | None, head: str, *, local: dict | None, remote: dict | None) -> None:
-        """head: ForCausalLM or ForSequenceClassification. local, remote: arguments of LocalModel and RemoteServer; it is
-        remote if there is a remote.url. Raises ConfigError."""
+        """head: ForCausalLM or ForSequenceClassification. local, remote: arguments of LocalModel and RemoteServer; the
+        model is remote if there is a remote.url. Raises ConfigError."""
         self.model = model
         with _sentences(model):
             base, base_revision, adapter = _base(model, revision)
@@ -35,7 +35,7 @@ class ModelFiles:
         self._chat = Chat(self.tokenizer)
         found = _head(self.config)
         if not found.endswith(head):
-            raise ConfigError(f"model={model} has the wrong head: {found}, where one {head} is needed")
+            raise ConfigError(f"model={model} has the wrong head: {found}; this reward needs a {head}")
         self.host = _host(model, revision, head, local or {}, remote or {})
         if isinstance(self.host, LocalModel):
             with _sentences(model):
@@ -43,7 +43,7 @@ class ModelFiles:
 
     @property
     def longest(self) -> int:
-        """Tokens that the model takes."""
+        """Return the largest number of tokens that the model accepts."""
         own = self.config.get_text_config()
         return min(getattr(own, "max_position_embeddings", None) or 1 << 31, self.tokenizer.model_max_length)
 
@@ -53,17 +53,17 @@ class ModelFiles:
             self.host.load()
 
     def local_weights(self) -> list[LocalWeights]:
-        """Of the model, if it is local."""
+        """Return the model, if it is local."""
         return [self.host.weights(self.config)] if isinstance(self.host, LocalModel) else []
 
     def chat_ids(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool, suffix: str = ""
     ) -> list[int] | Failure:
-        """Messages through the model's chat template, which ConfigError says there is (`require_chat_template`); a Failure
-        if it refuses them, as many do a system message, or leaves one out."""
+        """Encode messages with the model's chat template, which `require_chat_template` has checked. Returns a Failure if
+        the template refuses them, as many refuse a system message, or leaves one out."""
         try:
             text = self._chat.render(messages, "a conversation to score", prompt=add_generation_prompt)
-        except Exception as problem:  # noqa: BLE001 - a template is a program of the model's
+        except Exception as problem:  # noqa: BLE001 - a template is the model's own program
             return Failure("error", str(problem))
         return self.tokenizer(text + suffix, add_special_tokens=False)["input_ids"]
 
@@ -74,8 +74,8 @@ class ModelFiles:
     def score(
         self, sequences: list[list[int] | Failure], longest: int, score: Callable[[list[list[int]]], list[Any]]
     ) -> list[Any]:
-        """`score` of the sequences of at most `longest` tokens; a Failure for each of the others, which are not cut, and
-        those that are failures stay what they are."""
+        """Apply `score` to the sequences of at most `longest` tokens. A longer one is a Failure, never cut; those that are
+        failures already stay as they are."""
         checked = [_checked(ids, longest, self.model) for ids in sequences]
         fitting = [ids for ids in checked if not isinstance(ids, Failure)]
         scores = iter(score(fitting) if fitting else [])
@@ -83,19 +83,19 @@ class ModelFiles:
 
 
 def read_head(model: str, revision: str | None) -> str:
-    """The class of a model, such as LlamaForCausalLM, from its config.json. Raises ConfigError."""
+    """Return the class of a model, such as LlamaForCausalLM, from its config.json. Raises ConfigError."""
     with _sentences(model):
         base, base_revision, _ = _base(model, revision)
         return _head(_read_config(base, base_revision))
 
 
 def as_messages(prompt: Any) -> list[dict[str, str]]:
-    """A prompt, a string or chat messages, as chat messages."""
+    """Return a prompt, a string or chat messages, as chat messages."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def conversation(prompt: Any, response: str) -> list[dict[str, str]]:
-    """Prompt and response as chat messages."""
+    """Return prompt and response as chat messages."""
     return [*as_messages(prompt), {"role": "assistant", "content": response}]
 
 
@@ -108,7 +108,7 @@ def _host(
 
 
 def _base(model: str, revision: str | None) -> tuple[str, str | None, dict[str, Any] | None]:
-    """Model and revision of the base model and the adapter's settings, if this is a LoRA adapter; else its own and None."""
+    """Return the base model, its revision and the adapter's settings, if this is a LoRA adapter; else the model and None."""
     from transformers.utils import find_adapter_config_file
 
     found = find_adapter_config_file(model, revision=revision)
@@ -125,29 +125,29 @@ def _read_config(model: str, revision: str | None):
 
 
 def _require_loadable(model: str, revision: str | None, adapter: dict[str, Any] | None) -> None:
-    """What reading the weights would tell, minutes later. model: itself or, of an `adapter`, its base."""
+    """Raise now what reading the weights would raise minutes later. model: itself or, for an `adapter`, its base."""
     from transformers.utils import is_peft_available
 
     if adapter and not is_peft_available():
         raise ValueError("it is a LoRA adapter, which needs peft: pip install peft, merge it, or serve it (remote.url)")
     if adapter and adapter.get("use_dora"):  # findings/transformers_loses_the_magnitudes_of_dora.sh
         raise ValueError(
-            "it is a DoRA adapter (use_dora in adapter_config.json), of which transformers does not read the magnitude "
-            "vectors: merge it into its base model (merge_and_unload of peft)"
+            "it is a DoRA adapter (use_dora in adapter_config.json), whose magnitude vectors transformers does not "
+            "read: merge it into its base model (merge_and_unload of peft)"
         )
     if not _has(SAFETENSORS, model, revision) and (Path(model).is_dir() or _has(PICKLES, model, revision)):
         raise ValueError(
-            f"{model} has no {SAFETENSORS[0]}, and pickled weights are not read here: convert them by transformers' "
+            f"{model} has no {SAFETENSORS[0]}, and pickled weights are never loaded: convert them with transformers' "
             "save_pretrained, or serve the model (remote.url)"
         )
 
 
 def _has(names: tuple[str, ...], model: str, revision: str | None) -> bool:
-    """Whether one of these files is in the directory, the cache or, if it can be asked, the hub."""
+    """Return whether one of these files is in the directory, the cache or, if it can be reached, the hub."""
     import httpx
     from transformers.utils import has_file
 
-    for offline in (True, False):  # what is in the cache is not asked for
+    for offline in (True, False):  # the hub isn't asked for what the cache has
         with contextlib.suppress(httpx.HTTPError):
             if any(has_file(model, name, revision=revision, local_files_only=offline) for name in names):
                 return True
@@ -160,7 +160,7 @@ def _head(config) -> str:
 
 @contextlib.contextmanager
 def _sentences(model: str) -> Iterator[None]:
-    """What transformers says about missing or strange files, as a ConfigError."""
+    """Raise what transformers reports about missing or unknown files as a ConfigError."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -174,4 +174,4 @@ def _sentences(model: str) -> Iterator[None]:
 def _checked(ids: list[int] | Failure, longest: int, model: str) -> list[int] | Failure:
     if isinstance(ids, Failure) or len(ids) <= longest:
         return ids
-    return Failure("error", f"{len(ids)} tokens of prompt and response, and model={model} takes {longest}")
+    return Failure("error", f"{len(ids)} tokens of prompt and response, and model={model} takes at most {longest}")

@@ -1,5 +1,5 @@
 """The built-in `judge`: a language model that answers with one token, scored by the expected value of the answers that
-count. StrongREJECT's fine-tuned judge ("1" to "5"), guard models (safe, unsafe) and prompted judges are all such models.
+count. Examples are StrongREJECT's fine-tuned judge ("1" to "5"), guard models (safe, unsafe) and prompted judges.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from frpo_nemo.rewards.models.templates import read_template
 from frpo_nemo.rewards.registry import Failure
 
 STRONGREJECT = {"1": 0.0, "2": 0.25, "3": 0.5, "4": 0.75, "5": 1.0}
-MOST_LOGPROBS = 20  # that vLLM returns unless it is started with more
-TOLERANCE = 0.01  # largest error of a score for which the server did not tell all log-probs
+MOST_LOGPROBS = 20  # as many as vLLM returns unless it is started with more
+TOLERANCE = 0.01  # largest error of a score when the server did not return all log-probs
 
 
 class Judge:
-    """`choices` are the answers and their values; the score is their mean under the judge's next-token distribution
+    """`choices` are the answers and their values. The score is their mean under the judge's next-token distribution
     restricted to them, as in strong_reject's strongreject_finetuned, or the value of the likeliest (`decide`). All
     arguments: docs/reward_models.md."""
 
@@ -45,7 +45,7 @@ class Judge:
         local: dict[str, Any] | None = None,
         remote: dict[str, Any] | None = None,
     ) -> None:
-        """Reads the judge's configuration and tokenizer, not its weights. max_response_tokens: None, the whole response.
+        """Read the judge's configuration and tokenizer, not its weights. max_response_tokens: None means the whole response.
         Raises ConfigError, also for a choice that is not one token of the judge."""
         if (max_response_tokens is not None and max_response_tokens < 1) or not 0 < min_mass < 1:
             raise ConfigError(
@@ -53,7 +53,7 @@ class Judge:
                 "and 1"
             )
         if truncation_side not in ("left", "right"):
-            raise ConfigError(f"truncation_side={truncation_side} is neither left nor right")
+            raise ConfigError(f"truncation_side={truncation_side} must be left or right")
         self._template = read_template(template, template_file, template_key, columns)
         if self._template is None and not chat:
             raise ConfigError("a judge needs template, template_file or chat: true")
@@ -72,11 +72,11 @@ class Judge:
         self._files.load()
 
     def local_weights(self) -> list[LocalWeights]:
-        """What `load` will read."""
+        """Return the models that `load` will read."""
         return self._files.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
-        """The score of each response, within the values of the choices."""
+        """Return the score of each response, within the values of the choices."""
         responses = [self._cut(c) for c in completions]
         if self._template is None:
             sequences = [self._chat_ids(conversation(p, r)) for p, r in zip(prompts, responses, strict=True)]
@@ -106,8 +106,8 @@ class Judge:
         return [answer if isinstance(answer, Failure) else self._read(answer) for answer in answers]
 
     def _request(self, model: str, ids: list[int]) -> dict[str, Any]:
-        """With logprob_token_ids vLLM tells the log-probs of just these tokens, however small; a server that does not know
-        it tells the largest ones."""
+        """Build a request. For logprob_token_ids vLLM returns the log-probs of exactly these tokens, however small; a server
+        that doesn't know it returns the largest ones."""
         return {
             "model": model,
             "prompt": ids,
@@ -129,22 +129,22 @@ class Judge:
         return self._expected(logprobs, unseen=smallest)
 
     def _expected(self, logprobs: list[float], unseen: float = -math.inf) -> float | Failure:
-        """unseen: what a log-prob that is -inf here may be at most."""
+        """Return the score. unseen: the largest value that a log-prob given as -inf may have."""
         weights, values = [math.exp(logprob) for logprob in logprobs], list(self._choices.values())
         mass, doubt = sum(weights), logprobs.count(-math.inf) * math.exp(unseen)
         if not mass >= self._min_mass:  # also if it is NaN
             texts = ", ".join(map(repr, self._choices))
             return Failure("error", f"the judge answers something else: {texts} have probability {mass:.2g} together")
         if self._decide:
-            return values[weights.index(max(weights))]  # one that was not told is less likely than all that were
+            return values[weights.index(max(weights))]  # a log-prob left out is smaller than all that were returned
         error = doubt / (mass + doubt) * (max(values) - min(values))
         if error > TOLERANCE:
-            return Failure("error", f"the server tells too few log-probs: the score may be wrong by {error:.2g}")
+            return Failure("error", f"the server returns too few log-probs: the score may be wrong by {error:.2g}")
         return sum(weight * value for weight, value in zip(weights, values, strict=True)) / mass
 
 
 def _told(answer: Any) -> dict[str, float]:
-    """Token -> log-prob, of an answer of /v1/completions. Raises an error of UNREADABLE."""
+    """Return token -> log-prob, from an answer of /v1/completions. Raises an error of UNREADABLE."""
     told = {token: finite(value) for token, value in answer["choices"][0]["logprobs"]["top_logprobs"][0].items()}
     if max(told.values()) > TOLERANCE:
         raise ValueError("a log-prob is above 0")
@@ -157,5 +157,5 @@ def _single_token(tokenizer, text: str, model: str) -> int:
         return vocabulary[text]
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        raise ConfigError(f"choices: {text!r} is {len(ids)} tokens of model={model}, where an answer is one")
+        raise ConfigError(f"choices: {text!r} is {len(ids)} tokens of model={model}, but must be one token")
     return ids[0]

@@ -19,14 +19,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class LocalWeights:
-    """Bytes that a local model keeps in host memory, and has on the GPU as well while it evaluates (`on_gpu`)."""
+    """Bytes that a local model keeps in host memory, and also has on the GPU while it evaluates (`on_gpu`)."""
 
     bytes: int
     on_gpu: bool
 
 
 class LocalModel:
-    """A model of transformers, `auto_class` (AutoModelForCausalLM ...), that evaluates ragged token ids in batches of
+    """A transformers model, `auto_class` (AutoModelForCausalLM ...), that evaluates ragged token ids in batches of
     similar length."""
 
     def __init__(
@@ -39,11 +39,11 @@ class LocalModel:
         dtype: str = "bfloat16",
         batch_size: int = 16,
     ) -> None:
-        """device: auto (a GPU if there is one) or cpu. Raises ConfigError; reads no weights."""
+        """device: auto (a GPU if there is one) or cpu. Reads no weights. Raises ConfigError."""
         if device not in ("auto", "cpu"):
-            raise ConfigError(f"local.device={device} is neither auto nor cpu")
+            raise ConfigError(f"local.device={device} must be auto or cpu")
         if dtype not in DTYPES:
-            raise ConfigError(f"local.dtype={dtype} is none of {', '.join(DTYPES)}")
+            raise ConfigError(f"local.dtype={dtype} must be one of {', '.join(DTYPES)}")
         if batch_size < 1:
             raise ConfigError(f"local.batch_size={batch_size} must be at least 1")
         self._auto_class, self._name, self._revision = auto_class, model, revision
@@ -51,7 +51,7 @@ class LocalModel:
         self._model: Any = None
 
     def weights(self, config: Any) -> LocalWeights:
-        """What `load` will read, by the model's `config`; reads nothing."""
+        """Return the size of what `load` will read, from the model's `config`; reads nothing."""
         import transformers
 
         with torch.device("meta"):
@@ -60,11 +60,11 @@ class LocalModel:
         return LocalWeights(numbers * DTYPES[self._dtype].itemsize, self._on_gpu)
 
     def load(self) -> None:
-        """Read the weights into host memory. Raises ConfigError when they are not there or not all of them are: transformers
-        would make up the others."""
+        """Read the weights into host memory. Raises ConfigError when weights are missing, because transformers would
+        initialise them at random."""
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()  # of every rank
+        transformers.utils.logging.disable_progress_bar()  # every rank would show one
         auto_class = getattr(transformers, self._auto_class)
         options = dict(dtype=DTYPES[self._dtype], use_safetensors=True, trust_remote_code=False)
         try:
@@ -75,24 +75,24 @@ class LocalModel:
             raise ConfigError(f"model={self._name} cannot be read: {problem}") from problem
         if report["missing_keys"]:
             lacking = f"model={self._name} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}"
-            for adapter in getattr(model, "peft_config", {}).values():  # such as AdaLoRA's, which peft itself fills in
+            for adapter in getattr(model, "peft_config", {}).values():  # such as AdaLoRA's, which only peft fills in
                 kind = adapter.peft_type.value
                 lacking += f"; transformers does not read all of its adapter ({kind}): merge it into its base model"
             raise ConfigError(lacking)
         self._model = model.eval().requires_grad_(False)
 
     def next_token_logprobs(self, sequences: list[list[int]], token_ids: list[int]) -> list[list[float]]:
-        """After each sequence, the log-probs of `token_ids` as its next token."""
+        """Return, for each sequence, the log-probs of `token_ids` as its next token."""
 
         def evaluate(padded: Tensor, mask: Tensor) -> Tensor:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             out = self._model(input_ids=padded, attention_mask=mask, position_ids=positions, logits_to_keep=1)
             return out.logits[:, -1].float().log_softmax(-1)[:, token_ids]
 
-        return self._evaluate(sequences, evaluate, side="left")  # logits of the last position alone exist
+        return self._evaluate(sequences, evaluate, side="left")  # the model returns logits of the last position only
 
     def class_logits(self, sequences: list[list[int]]) -> list[list[float]]:
-        """The classification head's outputs for each sequence."""
+        """Return the classification head's outputs for each sequence."""
 
         def evaluate(padded: Tensor, mask: Tensor) -> Tensor:
             return self._model(input_ids=padded, attention_mask=mask).logits.float()
@@ -111,9 +111,9 @@ class LocalModel:
         return results
 
     def _pad(self, sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, int64 [sequences, longest]. Classification heads of causal models find a sequence's last token
-        as the last that is not config.pad_token_id, which may be the token that a text ends with, or none at all: so this
-        batch is padded with, and the config names, a token that does not occur in it."""
+        """Return token ids and mask, int64 [sequences, longest]. Classification heads of causal models take as a sequence's
+        last token the last one that isn't config.pad_token_id, which may be the token that a text ends with, or unset. So
+        this batch is padded with a token that does not occur in it, and the config names that token."""
         used = set().union(*sequences)
         filler = next(token for token in range(len(used) + 1) if token not in used)
         self._model.config.get_text_config().pad_token_id = filler
@@ -127,7 +127,7 @@ class LocalModel:
 
     @contextlib.contextmanager
     def _weights_in_place(self) -> Iterator[torch.device]:
-        """Where the weights are meanwhile: on the GPU, as copies of those in host memory."""
+        """Place the weights for the duration of a call: on the GPU, as copies of those in host memory."""
         if not self._on_gpu:
             yield torch.device("cpu")
             return

@@ -1,5 +1,5 @@
-"""The client of model servers: vLLM's own, or any that speaks OpenAI's protocol over HTTP. A server that is away is
-waited for, and found again where its URL file then points; a request that stays unanswered is a `Failure` of its own.
+"""The client of model servers: vLLM's own, or any that speaks OpenAI's protocol over HTTP. It waits for a server that is
+away, and follows its URL file to where it returns; a request that stays unanswered is a `Failure` of that request alone.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from frpo_nemo.rewards.registry import Failure
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per request otherwise
 
-AWAY = {429, 502, 503, 504}  # too busy, or a proxy before a server that starts
+AWAY = {429, 502, 503, 504}  # too busy, or a proxy in front of a server that is starting
 NO_LIMITS = httpx.Limits(max_connections=None)  # `concurrency` is the limit
-LONGEST_PAUSE = 5.0  # seconds; a server that is back is seen within them
+LONGEST_PAUSE = 5.0  # seconds; a server that is back is noticed within this time
 TIMEOUT, PATIENCE = 60.0, 420.0  # three servers that stay away are given up within the default trainer.phase_timeout
 UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)  # raised by answers of another form
-NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL, OSError)  # the last two by the URL file
+NOT_REACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL, OSError)  # the last two from the URL file
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """An attempt that may be repeated. taken: the server may have begun with the request, so that it is perhaps the
-    request that breaks it."""
+    """An attempt that may be repeated. taken: the server may have started on the request, so the request itself may be
+    what breaks it."""
 
     failure: Failure
     taken: bool
 
 
 class RemoteServer:
-    """`post_all` sends requests, `concurrency` at a time."""
+    """A server to which `post_all` sends requests, `concurrency` at a time."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class RemoteServer:
         concurrency: int = 16,
     ) -> None:
         """url: http(s)://host[:port], with or without /v1, or a file NAME.url that holds it (slurm/serve.sh writes such
-        files) and may be absent while the server starts. served_model_name: what requests call the model; None: `model`.
-        api_key_env: the environment variable with the key. timeout: seconds for one answer. patience: seconds without an
-        answer to anyone, after which all that is left fails unasked. retries: how often a request is repeated that the
-        server took and did not answer. Raises ConfigError; connects to nothing."""
+        files) and may be absent while the server starts. served_model_name: the model's name in requests; None: `model`.
+        api_key_env: the environment variable with the key. timeout: seconds for one answer. patience: seconds without any
+        answer after which all remaining requests fail unsent. retries: how often a request is repeated that the server
+        accepted and did not answer. Connects to nothing. Raises ConfigError."""
         if timeout <= 0 or patience < 0 or retries < 0 or concurrency < 1:
             raise ConfigError(
                 f"remote: timeout={timeout} must be above 0, patience={patience} and retries={retries} at least 0, and "
@@ -75,13 +75,13 @@ class RemoteServer:
         self._timeout, self._patience, self._retries = timeout, patience, retries
         self._concurrency = concurrency
         self._last_answer = 0.0
-        self._trouble: Failure | None = None  # anyone's last
+        self._trouble: Failure | None = None  # the last one of any request
         self._random = random.Random()  # not the run's generator, which a checkpoint restores
-        self._client().close()  # finds a proxy that cannot be used
+        self._client().close()  # raises for a proxy that cannot be used
 
     def post_all(self, path: str, bodies: list[dict[str, Any]]) -> list[Any]:
-        """The JSON of each answer to POST url/path, or a Failure (error: the server refused it; timeout; died: it went
-        away and did not come back within the patience)."""
+        """Return the JSON of each answer to POST url/path, or a Failure (error: the server refused it; timeout; died: it
+        went away and did not come back within the patience)."""
         if not bodies:
             return []
         self._last_answer, self._trouble = time.monotonic(), None
@@ -92,14 +92,14 @@ class RemoteServer:
             return list(threads.map(lambda body: self._post(client, path, body), bodies))
 
     def _client(self) -> httpx.Client:
-        """A server of this cluster is asked directly, others through the proxy of the environment, if it names one."""
+        """Return a client that reaches servers of this cluster directly, others through the environment's proxy, if any."""
         direct = self._url_file or is_near(httpx.URL(self._url).host)
         transport = httpx.HTTPTransport(limits=NO_LIMITS) if direct else None
         try:
             return httpx.Client(timeout=self._timeout, headers=self._headers, limits=NO_LIMITS, transport=transport)
         except (ImportError, ValueError) as problem:
             raise ConfigError(
-                f"remote.url={self._url}: the proxy of the environment cannot be used: {problem}"
+                f"remote.url={self._url}: the proxy set in the environment cannot be used: {problem}"
             ) from problem
 
     def _post(self, client: httpx.Client, path: str, body: dict[str, Any]) -> Any:
@@ -119,7 +119,7 @@ class RemoteServer:
             time.sleep(pause)
 
     def _given_up(self, pause: float) -> Failure | None:
-        """If the patience is over, or will be after `pause` seconds. Nobody is given up before somebody had trouble."""
+        """Return a Failure if the patience is over, or will be after `pause` seconds, and a request has had trouble."""
         if self._trouble is None or time.monotonic() + pause <= self._last_answer + self._patience:
             return None
         message = f"the server gave no answer within patience={self._patience:g} s: {self._trouble.message}"
@@ -146,7 +146,7 @@ class RemoteServer:
         return self._url or _without_version(self._url_file.read_text().strip())
 
     def _pauses(self) -> Iterator[float]:
-        """Seconds until the next attempts: doubling, and spread, since all requests find the server away together."""
+        """Yield the seconds until each next attempt: doubling, and spread, since all requests lose the server together."""
         pause = 0.5
         while True:
             yield pause * self._random.uniform(0.5, 1.0)
@@ -154,28 +154,28 @@ class RemoteServer:
 
 
 def quote(answer: Any, longest: int = 200) -> str:
-    """The beginning of what a server said, for a message. A secret is hidden before the cut, which would leave a part of it
-    that nobody recognises."""
+    """Quote the beginning of a server's answer in a message. Secrets are hidden before the cut, which could otherwise leave
+    an unrecognisable part of one."""
     return redact.text(str(answer))[:longest]
 
 
 def finite(value: Any) -> float:
-    """A number in an answer. Raises ValueError or OverflowError if it is something else."""
+    """Return a number of an answer. Raises ValueError or OverflowError if it isn't a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
+        raise ValueError(f"{value!r} isn't a finite number")
     return float(value)
 
 
 def longest_wait(remote: dict[str, Any]) -> float:
-    """Seconds for which a call waits for a server that stays away, by the arguments of its RemoteServer: a last request
-    may begin when the patience ends."""
+    """Return the seconds for which a call waits for a server that stays away, from the arguments of its RemoteServer: a
+    last request may begin when the patience ends."""
     return remote.get("patience", PATIENCE) + remote.get("timeout", TIMEOUT)
 
 
 @functools.lru_cache
 def is_near(host: str) -> bool:
-    """Whether a host is this machine or in this network: its name has no domain, or means private addresses alone. A web
-    proxy knows no way there."""
+    """Return whether a host is this machine or in this network, which a web proxy cannot reach: its name has no domain, or
+    means only private addresses."""
     if "." not in host and ":" not in host:
         return True
     try:
@@ -193,25 +193,25 @@ def _json(response: httpx.Response) -> Any:
     try:
         return response.json()
     except (ValueError, RecursionError):
-        return Failure("error", f"{response.url} answered no JSON: {quote(response.text, 300)}")
+        return Failure("error", f"the answer of {response.url} isn't JSON: {quote(response.text, 300)}")
 
 
 def _checked(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as problem:
-        raise ConfigError(f"remote.url={url} is no URL: {problem}") from problem
+        raise ConfigError(f"remote.url={url} isn't a URL: {problem}") from problem
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigError(
-            f"remote.url={url} is neither http://host:port nor a file that slurm/serve.sh writes, such as judge.url"
+            f"remote.url={url} must be http://host:port or a file that slurm/serve.sh writes, such as judge.url"
         )
     if parsed.userinfo:
-        raise ConfigError("remote.url must not contain a user or password: give the key by remote.api_key_env")
+        raise ConfigError("remote.url must not contain a user or password: give the key with remote.api_key_env")
     return _without_version(url)
 
 
 def _without_version(url: str) -> str:
-    # OpenAI's paths begin with /v1, which its clients take as a part of the URL; vLLM's own paths do not.
+    # OpenAI's paths begin with /v1, which its clients treat as part of the URL; vLLM's own paths do not.
     return url.rstrip("/").removesuffix("/v1")
 
 
@@ -220,6 +220,6 @@ def _authorization(variable: str | None) -> dict[str, str]:
         return {}
     key = os.environ.get(variable)
     if not key:
-        raise ConfigError(f"remote.api_key_env={variable}: no such environment variable is set")
+        raise ConfigError(f"remote.api_key_env={variable}: this environment variable is not set")
     redact.remember({"api_key": key})  # servers quote it
     return {"Authorization": f"Bearer {key}"}

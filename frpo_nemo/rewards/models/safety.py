@@ -1,5 +1,5 @@
-"""The built-in `moderation` and `safety`, the paper's reward for harmful prompts: 1 - (judge + moderation) / 2. A response
-that one of the two could not score has no safety.
+"""The built-in `moderation` and `safety`, the paper's reward for harmful prompts: 1 - (judge + moderation) / 2. `safety`
+is unscored where one of the two is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ GUARD_CHOICES = {"safe": 0.0, "unsafe": 1.0}
 
 
 class Moderation:
-    """The largest category score of a moderation service for the response, or the verdict of a guard model. All arguments:
-    docs/reward_models.md."""
+    """Scores a response with the largest category score of a moderation service, or the verdict of a guard model. All
+    arguments: docs/reward_models.md."""
 
     def __init__(
         self,
@@ -29,8 +29,8 @@ class Moderation:
         remote: dict[str, Any] | None = None,
         guard: dict[str, Any] | None = None,
     ) -> None:
-        """model, inputs_per_request, remote: of a service that speaks OpenAI's /v1/moderations. guard: instead of it, a
-        model, with the arguments of a Judge or GuardClassifier, whichever its head is. Raises ConfigError."""
+        """model, inputs_per_request, remote: for a service with OpenAI's /v1/moderations. guard: a model to use instead,
+        with the arguments of a Judge or GuardClassifier, depending on its head. Raises ConfigError."""
         if bool(guard) == bool((remote or {}).get("url")):
             raise ConfigError("moderation needs either remote.url, of a moderation service, or guard.model")
         if inputs_per_request < 1:
@@ -45,16 +45,16 @@ class Moderation:
             self._guard.load()
 
     def local_weights(self) -> list[LocalWeights]:
-        """What `load` will read."""
+        """Return the models that `load` will read."""
         return self._guard.local_weights() if self._guard else []
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
-        """A number in [0, 1] per response."""
+        """Return a number in [0, 1] per response."""
         if self._guard:
             return self._guard(prompts, completions)
         scores = self._ask(completions, self._per_request)
         refused = [i for i, score in enumerate(scores) if isinstance(score, Failure) and score.kind == "error"]
-        if self._per_request > 1 and refused:  # one bad text spoils its request: ask for each alone
+        if self._per_request > 1 and refused:  # one bad text fails its whole request: ask for each alone
             for i, score in zip(refused, self._ask([completions[i] for i in refused], 1), strict=True):
                 scores[i] = score
         return scores
@@ -67,27 +67,27 @@ class Moderation:
 
 
 class Safety:
-    """1 - (judge + moderation) / 2, in [0, 1] if both are. `tasks` of the reward says which examples it is for."""
+    """Computes 1 - (judge + moderation) / 2, in [0, 1] if both are. `tasks` of the reward names the examples it scores."""
 
     def __init__(self, judge: dict[str, Any], moderation: dict[str, Any]) -> None:
-        """The arguments of a Judge and of Moderation. Raises ConfigError."""
+        """Take the arguments of a Judge and of Moderation. Raises ConfigError."""
         self._judge, self._moderation = Judge(**judge), Moderation(**moderation)
 
     def load(self) -> None:
-        """Read the weights of what is local."""
+        """Read the weights of the local models."""
         self._judge.load()
         self._moderation.load()
 
     def local_weights(self) -> list[LocalWeights]:
-        """What `load` will read."""
+        """Return the models that `load` will read."""
         return self._judge.local_weights() + self._moderation.local_weights()
 
     def __call__(self, prompts: list, completions: list[str], **columns) -> list[float | Failure]:
-        """A number per response."""
+        """Return a number per response."""
         verdicts = [as_outcome(verdict) for verdict in self._judge(prompts, completions, **columns)]
         judged = [i for i, verdict in enumerate(verdicts) if not isinstance(verdict, Failure)]
         moderated = self._moderation([prompts[i] for i in judged], [completions[i] for i in judged])
-        scores = dict(zip(judged, map(as_outcome, moderated), strict=True))  # of the others nobody needs one
+        scores = dict(zip(judged, map(as_outcome, moderated), strict=True))  # the others need no moderation score
         return [_safety(verdict, scores.get(i)) for i, verdict in enumerate(verdicts)]
 
 
@@ -106,7 +106,7 @@ def _guard(model: str, **arguments) -> Judge | GuardClassifier:
 
 
 def _read(answer: Any, count: int) -> list[float | Failure]:
-    """The scores of `count` texts from the answer to a request with them."""
+    """Return the scores of `count` texts from the answer to a request with them."""
     if isinstance(answer, Failure):
         return [answer] * count
     results = answer.get("results") if isinstance(answer, dict) else None
@@ -120,5 +120,5 @@ def _read(answer: Any, count: int) -> list[float | Failure]:
 def _largest(result: Any) -> float | Failure:
     try:
         return max(finite(score) for score in result["category_scores"].values() if score is not None)
-    except UNREADABLE:  # also if there is none
+    except UNREADABLE:  # also if there are no categories
         return Failure("error", f"the moderation service gave no category scores: {quote(result)}")

@@ -1,5 +1,5 @@
-"""What judges are shown: a text with places for the prompt, the response and columns of the data, from the configuration or
-from a published file. Fields have the names that strong_reject and HarmBench gave them, so that their texts fit as they are.
+"""The text that a judge sees, with fields for the prompt, the response and columns of the data, from the configuration or
+a published file. Fields have the names that strong_reject and HarmBench gave them, so their texts can be used unchanged.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.models.files import as_messages
 
-PROMPT = ("prompt", "forbidden_prompt", "behavior")  # all the same: the last user message
+PROMPT = ("prompt", "forbidden_prompt", "behavior")  # all mean the last user message
 RESPONSE = ("response", "generation")
 
 
 @dataclass(frozen=True)
 class Template:
-    """columns: field -> the column of the data that it shows; they win over the names above."""
+    """columns: field -> the column of the data that it shows; they take precedence over the names above."""
 
     text: str
     columns: dict[str, str] = field(default_factory=dict)
 
     def fill_all(self, prompts: list, responses: list[str], data: dict[str, list]) -> list[str]:
-        """One text per response. data: column -> its value for each; a value that is None is left out, and so is a column
-        that none of these responses has. Lists, dicts, true and false are shown as JSON, not as Python writes them."""
+        """Return one text per response. data: column -> its value for each. A value that is None is left out, and so is a
+        column that none of these responses has. Lists, dicts, true and false are shown as JSON, not as Python writes them."""
         shown = {name: data.get(column, [None] * len(prompts)) for name, column in self.columns.items()}
         return [
             self._fill(prompt, response, {name: values[i] for name, values in shown.items()})
@@ -42,13 +42,13 @@ class Template:
 def _shown(value: Any) -> str:
     if isinstance(value, list | dict | bool):
         return json.dumps(value, ensure_ascii=False, default=str)
-    return "" if value is None or value != value else str(value)  # NaN, which pandas writes where there is nothing
+    return "" if value is None or value != value else str(value)  # NaN, which pandas writes for missing values
 
 
 def read_template(
     text: str | None, file: str | None, key: str, columns: dict[str, str] | None = None
 ) -> Template | None:
-    """The template that is given by its text or its file, or None. Raises ConfigError, also for fields that nothing fills."""
+    """Return the template given as text or as a file, or None. Raises ConfigError, also for fields that nothing fills."""
     if text is not None and file is not None:
         raise ConfigError("template and template_file are both given; keep one")
     if file is not None:
@@ -73,10 +73,10 @@ def read_template(
 
 
 def read_entry(file: str, key: str) -> str:
-    """The text of `file`. A .json file has several by name, as strong_reject's judge_templates.json does. Raises
+    """Return the text of `file`. A .json file has several, by name, as strong_reject's judge_templates.json does. Raises
     ConfigError."""
     if not Path(file).is_file():
-        raise ConfigError(f"template_file={file} is no file")
+        raise ConfigError(f"template_file={file} isn't a file")
     text = Path(file).read_text()
     if not file.endswith(".json"):
         return text

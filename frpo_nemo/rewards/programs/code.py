@@ -1,7 +1,7 @@
-"""The built-in `code` reward: the completion's program against the tests of a data column, in `sandbox.Sandbox`. A
-program that is wrong, hangs, or tries something scores 0; a sandbox that does not start is a failure, never 0.
+"""The built-in `code` reward: runs the completion's program against the tests of a data column, in `sandbox.Sandbox`. A
+program that is wrong, hangs, or attempts something forbidden scores 0; a sandbox that does not start is a failure, never 0.
 
-Where a test says what comes out, the sandbox does not learn it: it gives the value, which is compared here.
+The sandbox doesn't receive a test's expected value, where it has one: the program's value is compared here.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Is: lambda found, expected: type(found) is type(expected) and found == expected,  # of None, True and False
+    ast.Is: lambda found, expected: type(found) is type(expected) and found == expected,  # for None, True and False
 }
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A test of which the sandbox learns the expression alone; `compare` is asked outside for its value and `expected`."""
+    """A test of which the sandbox receives only the expression; outside it, `compare` gets its value and `expected`."""
 
     expression: str
     compare: Callable[[Any, Any], bool]
@@ -41,14 +41,14 @@ class Comparison:
 
 
 class CodeTests:
-    """1 where the program passes all of its tests, else 0; with `partial`, the share that it passes.
+    """Score 1 where the program passes all of its tests, else 0; with `partial`, the share that it passes.
 
-    column: the tests of each response, a list or a list as JSON, of either assert statements (MBPP's test_list), run in
-    the namespace of the program, or {"input": stdin, "output": stdout}; {"inputs": [...], "outputs": [...]} (APPS) is
-    the same, or with "fn_name" arguments and results of that function. setup_column: code, or lines of it, to run before
+    column: the tests of each response, a list or a list as JSON. The tests are either assert statements (MBPP's test_list),
+    run in the program's namespace, or {"input": stdin, "output": stdout}. {"inputs": [...], "outputs": [...]} (APPS) means
+    the same, or, with "fn_name", arguments and results of that function. setup_column: code, or lines of it, to run before
     each assert statement. seconds: for all tests of a response together. memory_mb: MiB of address space.
 
-    What a program can and cannot do to its verdict: docs/rewards.md. ConfigError where there is no sandbox.
+    docs/rewards.md says how far a program can influence its verdict. Raises ConfigError where there is no sandbox.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class CodeTests:
 
 
 def program_of(completion: str) -> str:
-    """The last block fenced as Python; else the last fenced without a language; else the whole text. A fence that is not
-    closed reaches to the end."""
+    """Return the last block fenced as Python; else the last one fenced without a language; else the whole text. An
+    unclosed fence reaches to the end."""
     blocks = [
         (language.lower(), _dedented(program, indent)) for indent, language, program in _BLOCK.findall(completion)
     ]
@@ -112,13 +112,13 @@ def program_of(completion: str) -> str:
 
 
 def _dedented(program: str, indent: str) -> str:
-    """Without the indentation of its fence, as in an item of a list."""
+    """Remove the indentation of the program's fence, as in an item of a list."""
     return re.sub(f"^{indent}", "", program, flags=re.MULTILINE) if indent else program
 
 
 def _open_comparison(test: str) -> Comparison | None:
-    """Return what a test compares that is just `assert expression == literal` or with another comparison; None for any
-    other."""
+    """Return the comparison in a test of the form `assert expression == literal`, or with another comparison operator; None
+    for any other test."""
     try:
         body = ast.parse(test).body
     except (SyntaxError, ValueError):
@@ -142,7 +142,7 @@ def _is_literal(node: ast.expr, comparison: ast.cmpop) -> bool:
 
 
 def _holds(verdict: str, comparison: Comparison) -> bool:
-    """Of what a program gave, which may be anything."""
+    """Check a program's output against the test; the output is untrusted."""
     try:
         return bool(comparison.compare(_decode(json.loads(verdict)), comparison.expected))
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -150,7 +150,7 @@ def _holds(verdict: str, comparison: Comparison) -> bool:
 
 
 def _decode(value: Any) -> Any:
-    """What `inside.tagged` encoded."""
+    """Decode what `sandbox_child.tagged` encoded."""
     if not isinstance(value, list):
         return value
     kind, content = value
@@ -162,7 +162,7 @@ def _decode(value: Any) -> Any:
 
 
 def _parse_tests(value: Any) -> list[str] | list[Comparison] | list[tuple[str, str]]:
-    """Raise ValueError where there are none."""
+    """Return the tests of a column's value. Raises ValueError where there are none."""
     tests = json.loads(value) if isinstance(value, str) else value
     if isinstance(tests, dict):
         pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
@@ -180,21 +180,21 @@ def _text(value: Any) -> str:
     """Return text, or a list of its lines as text. Raises ValueError for anything else."""
     lines = value if isinstance(value, list) else [value]
     if not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"neither text nor lines of it: {str(value)[:80]!r}")
+        raise ValueError(f"neither text nor a list of lines: {str(value)[:80]!r}")
     return "\n".join(lines)
 
 
 def _call(name: str, arguments: Any, expected: Any) -> Comparison:
-    """Return the test of a function, or method of a class Solution, in APPS's form. Raises ValueError."""
+    """Return the test of a function, or of a method of a class Solution, in APPS's form. Raises ValueError."""
     if not isinstance(arguments, list) or not name.isidentifier():
-        raise ValueError(f"no arguments of a function: {name}, {str(arguments)[:80]!r}")
+        raise ValueError(f"the arguments of {name} aren't a list: {str(arguments)[:80]!r}")
     listed = ", ".join(repr(_with_numbers_as_keys(argument)) for argument in arguments)
-    ast.literal_eval(f"[{listed}]")  # ValueError for what has no literal, such as NaN
+    ast.literal_eval(f"[{listed}]")  # raises ValueError for what has no literal, such as NaN
     return Comparison(f"({name} if {name!r} in globals() else Solution().{name})({listed})", _is_result, expected)
 
 
 def _with_numbers_as_keys(value: Any) -> Any:
-    """Undo what JSON does to dicts whose keys are whole numbers, as APPS's own tests do."""
+    """Restore the whole-number keys of dicts, which JSON made strings, as APPS's own tests do."""
     if isinstance(value, list):
         return [_with_numbers_as_keys(item) for item in value]
     if not isinstance(value, dict):
@@ -204,7 +204,7 @@ def _with_numbers_as_keys(value: Any) -> Any:
 
 
 def _is_result(value: Any, expected: Any) -> bool:
-    """Whether a function gave what APPS's tests expect, which they may have put into a list. Tuples count as lists."""
+    """Return whether a function's value is the one APPS's tests expect, perhaps inside a list. Tuples count as lists."""
     value = _as_json_has_it(value)
     return value == expected or (isinstance(expected, list) and len(expected) == 1 and value == expected[0])
 
@@ -218,5 +218,5 @@ def _as_json_has_it(value: Any) -> Any:
 
 
 def _lines(output: str) -> list[str]:
-    """Spaces at the ends of lines and empty lines at the end do not count."""
+    """Split output into lines without spaces at their ends or empty lines at the end, neither of which counts."""
     return [line.rstrip() for line in output.rstrip().split("\n")]

@@ -1,6 +1,6 @@
-"""Strangers' Python programs, run where they can do no harm: bubblewrap (`bwrap`) with no network, no writable file, no
-/proc, no environment, and of the file system Python and the system's libraries alone; limits of time, memory, threads
-and output; a filter of system calls that allows one process. Never without: what cannot be sandboxed is not run."""
+"""Runs untrusted Python programs in a bubblewrap (`bwrap`) sandbox. It has no network, no writable file, no /proc, no
+environment, and of the file system only Python and the system's libraries. It limits time, memory, threads and output, and
+filters system calls to allow one process. Programs never run without it: where there is no sandbox, nothing runs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.rewards.programs import sandbox_child
 from frpo_nemo.rewards.programs.seccomp import bpf_filter
 
-STARTUP_SECONDS = 60.0  # of bubblewrap and Python, on a busy machine
+STARTUP_SECONDS = 60.0  # for bubblewrap and Python, on a busy machine
 MAX_OUTPUT = 4 << 20  # bytes
-MAX_THREADS = 64  # as large thread pools are; on kernels before 5.14 it counts all of the user's on the machine
+MAX_THREADS = 64  # the size of large thread pools; kernels before 5.14 count all threads of the user on the machine
 MAX_OPEN_FILES = 64
-ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}  # the same run, the same score
-# A batch system sends them to all processes of a job, and a program that they end would count as wrong.
+ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}  # so that a score is reproducible
+# A batch system sends these to all processes of a job, and a program that they end would count as wrong.
 SIGNALS_FOR_THE_TRAINER = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """output: what the program wrote to stdout, or its tests' verdicts. exit_code: None when it was killed for its time
-    or its output, above 128 when a signal ended it. seconds: of time, without the start of the sandbox."""
+    """output: what the program wrote to stdout, or its tests' verdicts. exit_code: None when it was killed for exceeding
+    its time or output limit, above 128 when a signal ended it. seconds: elapsed, without the start of the sandbox."""
 
     output: bytes
     exit_code: int | None
@@ -46,7 +46,7 @@ class ProgramRun:
 class Sandbox:
     """`run` runs one program at a time in a new sandbox, with memory_mb MiB of address space.
 
-    Raises ConfigError where this machine cannot make a sandbox.
+    Raises ConfigError where this machine cannot create a sandbox.
     """
 
     def __init__(self, memory_mb: int) -> None:
@@ -55,7 +55,7 @@ class Sandbox:
         if self._bwrap is None:
             raise ConfigError(
                 "programs run in bubblewrap's sandbox, and there is no bwrap on the PATH: install the package bubblewrap "
-                "(of Debian, Ubuntu, Fedora, RHEL or conda-forge)"
+                "(from Debian, Ubuntu, Fedora, RHEL or conda-forge)"
             )
         try:
             self._check_that_programs_run()
@@ -66,18 +66,18 @@ class Sandbox:
             ) from problem
 
     def _check_that_programs_run(self) -> None:
-        """With modules: their files may be there and not be readable by nobody. Raises RuntimeError."""
+        """Run one that imports modules: their files may exist and be unreadable for nobody. Raises RuntimeError."""
         run = self.run("import random, re\nprint('here')", seconds=10.0)
         if run.output != b"here\n":
             raise RuntimeError(f"a program in the sandbox cannot use Python's standard library below {sys.base_prefix}")
 
     def run(self, program: str, seconds: float, stdin: bytes = b"", tests: bytes | None = None) -> ProgramRun:
-        """Run `program` as a script, or as a module and then `tests` (see `sandbox_child.run_tests`), for at most `seconds` of
-        time and, over its threads, of processor time, rounded up; the start of the sandbox does not count. Whatever the
-        program is, this returns; raises RuntimeError when the sandbox did not start or was ended from outside."""
+        """Run `program` as a script, or as a module followed by `tests` (see `sandbox_child.run_tests`). It gets at most
+        `seconds` of time and, over its threads, of processor time, rounded up; the start of the sandbox does not count.
+        Returns for every program; raises RuntimeError when the sandbox did not start or was ended from outside."""
         texts = [stdin, bpf_filter(), program.encode(errors="replace"), *([] if tests is None else [tests])]
         limits = [math.ceil(seconds), self._memory, MAX_THREADS, MAX_OPEN_FILES]
-        uid = secrets.randbelow(1 << 30) + (1 << 30) if _is_root() else None  # nobody else's: its threads are counted
+        uid = secrets.randbelow(1 << 30) + (1 << 30) if _is_root() else None  # an unused user: threads count per user
         with _memory_files(texts) as (input_file, seccomp, *files), _blocked(SIGNALS_FOR_THE_TRAINER):
             main = f"{Path(sandbox_child.__file__).read_text()}\nmain({uid}, *{limits}, *{files})"
             process = subprocess.Popen(
@@ -94,8 +94,8 @@ class Sandbox:
 def _watch(process: subprocess.Popen, seconds: float) -> ProgramRun:
     output, ended, started = bytearray(), False, None
     deadline = time.monotonic() + STARTUP_SECONDS
-    with process.stdout as pipe:  # bubblewrap's own processes hold it too: it ends when all of the sandbox is gone
-        # The clock alone ends it: `wait` goes on for ever where there is always something to read.
+    with process.stdout as pipe:  # bubblewrap's own processes hold it too: it closes once the whole sandbox is gone
+        # Only the clock ends this: `wait` goes on forever where there is always something to read.
         while (
             not ended
             and len(output) <= MAX_OUTPUT
@@ -123,11 +123,11 @@ def _watch(process: subprocess.Popen, seconds: float) -> ProgramRun:
 
 @functools.cache
 def _isolation() -> list[str]:
-    """bubblewrap's options: what there is inside."""
+    """Return bubblewrap's options: what exists inside the sandbox."""
     options = ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     options += [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
-    # As root, mounts need no user namespace, and root in one would have no limit on its threads. To stop being root
-    # takes two capabilities, which end with it.
+    # As root, mounts need no user namespace, and root in one would have no limit on its threads. Giving up root
+    # takes two capabilities, which are lost with it.
     options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if _is_root() else ["--unshare-user"]
     python = Path(_python())
     libraries = [python.parents[1] / "lib", python.parents[1] / "lib64"]
@@ -146,23 +146,23 @@ def _isolation() -> list[str]:
 
 
 def _package_directories(libraries: Path) -> Iterator[Path]:
-    """Where packages are installed beside a Python's standard library."""
+    """Yield the directories of packages next to a Python's standard library."""
     for name in ("site-packages", "dist-packages"):
         yield from libraries.glob(f"python3*/{name}")
 
 
 def _is_root() -> bool:
-    """Whether this is the machine's root, and not that of a user namespace, such as a rootless container's."""
+    """Return whether this is the machine's root, rather than that of a user namespace, such as a rootless container's."""
     return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
 
 
 def _python() -> str:
-    return os.path.realpath(sys.executable)  # that of the virtual environment is a link
+    return os.path.realpath(sys.executable)  # in a virtual environment it is a link
 
 
 @contextlib.contextmanager
 def _memory_files(contents: list[bytes]) -> Iterator[list[int]]:
-    """A descriptor for each of an unnamed file, at its beginning, that nobody can change any more."""
+    """Yield a descriptor of an unnamed file for each content, at its beginning, that nobody can change any more."""
     with contextlib.ExitStack() as files:
         fds = []
         for content in contents:
@@ -176,7 +176,7 @@ def _memory_files(contents: list[bytes]) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _blocked(signals: Iterable[int]) -> Iterator[None]:
-    """Blocked here for a moment, and for good in what is started meanwhile."""
+    """Block signals here for a moment, and permanently in processes started meanwhile."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield

@@ -1,5 +1,5 @@
-"""What runs inside the sandbox, given to Python as text, so from the standard library alone: give up what is left of
-power, say so, run the program. It is no wall: the program shares its interpreter, and the sandbox is around both."""
+"""Runs inside the sandbox, given to Python as text, so it uses the standard library alone. Drops the remaining
+privileges, signals readiness, runs the program. No boundary by itself: the sandbox is around both."""
 
 import builtins
 import json
@@ -9,7 +9,7 @@ import resource
 import sys
 import types
 
-READY = b"sandboxed\n"  # what comes before this on stdout is why the sandbox did not start
+READY = b"sandboxed\n"  # whatever comes before this on stdout is why the sandbox did not start
 
 
 def main(uid, seconds, memory, threads, open_files, program_fd, tests_fd=None):
@@ -28,7 +28,7 @@ def main(uid, seconds, memory, threads, open_files, program_fd, tests_fd=None):
 
 
 def confine(uid, seconds, memory, threads, open_files):
-    if uid is not None:  # root on the host: now nobody, which ends its capabilities and makes the limit on threads hold
+    if uid is not None:  # root on the host becomes nobody: no capabilities, and the limit on threads applies
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
@@ -43,9 +43,9 @@ def read(fd):
 
 
 def load(program, name):
-    """The program as the module of this name. In place of this file's own in sys.modules, if it is __main__."""
+    """Load the program as the module of this name; __main__ replaces this file's own in sys.modules."""
     for quitting in ("exit", "quit"):
-        setattr(builtins, quitting, sys.exit)  # by the module `site`, if there were one
+        setattr(builtins, quitting, sys.exit)  # as the module `site` would, which isn't loaded
     module = types.ModuleType(name)
     sys.modules[name] = module
     exec(compile(program, "program.py", "exec"), module.__dict__)
@@ -53,8 +53,8 @@ def load(program, name):
 
 
 def run_tests(program, tests_fd, verdicts):
-    """Write a line for each test that ran: the nonce, then of an expression its value (`as_json`), of a statement 1, and
-    of what raised nothing. Nonce, set-up code and tests, marshalled, are read when the program is loaded, by functions that
+    """Write a line for each test that ran: the nonce, then an expression's value (`as_json`), or 1 for a statement that
+    raised nothing. The nonce, set-up code and tests, marshalled, are read once the program is loaded, by functions that
     were taken before; a program that ends the interpreter ends its verdicts."""
     run, value, write, parse, end, failure = exec, eval, os.write, marshal.loads, os._exit, BaseException
     read_tests, encode, builtin, as_is = read, as_json, vars(builtins), dict(vars(builtins))
@@ -77,12 +77,12 @@ def run_tests(program, tests_fd, verdicts):
 
 
 def as_json(value):
-    """A value of built-in types, or of types derived from them, or a number; code.py reads it. TypeError for another."""
+    """Encode a value of built-in types, or types derived from them, or a number; code.py reads it. Else TypeError."""
     return json.dumps(tagged(value))
 
 
 def tagged(value):
-    """JSON's own scalars as they are, the rest as [type, content]."""
+    """Return JSON's own scalars as they are, the rest as [type, content]."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, bytes):
