@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user: its message is a sentence that says what would be right."""
+"""Define the one exception for mistakes of the user. Its message states what would be right."""
 
 from frpo_nemo import redact
 
@@ -7,4 +7,4 @@ class ConfigError(ValueError):
     """Something in the configuration or the input is wrong. Raised before any model loads, where possible."""
 
     def __str__(self) -> str:
-        return redact.text(super().__str__())  # sentences quote values
+        return redact.text(super().__str__())  # messages quote values

@@ -1,4 +1,4 @@
-"""Small files that a run keeps: written whole, and read though the process that wrote them was killed."""
+"""Write small files of a run whole, and read them even if the process that wrote them was killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Make `text` the content of a file: readers see all of it, or what was there before."""
+    """Replace the content of a file by `text`: readers see all of it, or the old content."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)

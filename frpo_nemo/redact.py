@@ -1,5 +1,5 @@
-"""Secrets out of what is written: configurations, commands, messages. What counts as one: the value of an option or
-environment variable whose name says so (api_key, HF_TOKEN, password), and the user part of a URL. Imports nothing of ours.
+"""Remove secrets from all that is written: configurations, commands, messages. A secret is the value of an option or
+environment variable with a telling name (api_key, HF_TOKEN, password), or the user part of a URL. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-HIDDEN = "REDACTED"  # a command with it can still be parsed
+HIDDEN = "REDACTED"  # a word that needs no quotes in a command
 
 _LAST_WORDS = {"apikey", "auth", "authorization", "cookie", "credential", "jwt", "pass", "passphrase", "passwd"}
 _LAST_WORDS |= {"password", "pwd", "secret", "token"}
 _KEYS = {"access", "account", "api", "auth", "encryption", "openai", "private", "secret", "signing", "ssh"}
-# Such a key is a secret, another may be a column; several such tokens are, others are an amount of text. After the
-# words in _PASSES, "pass" is no password.
+# A key after one of _KEYS is a secret; another key may be a column. Several tokens after one of _TOKENS are secrets; others
+# are an amount of text. After the words in _PASSES, "pass" isn't a password.
 _TOKENS = _KEYS | {"bearer", "hf", "refresh", "session"}
 _PASSES = {"", "backward", "first", "forward", "last", "max", "multi", "num", "per", "second", "single"}
 _OF_TEXT = {"bos", "cls", "end", "eos", "first", "last", "mask", "next", "pad", "per", "sep", "special", "start"}
-_OF_TEXT |= {"stop", "unk"}  # such a token is not a secret
-_SHORTEST = 6  # a shorter value is no secret to look for in texts: it would be found inside other words
+_OF_TEXT |= {"stop", "unk"}  # a token after one of these isn't a secret
+_SHORTEST = 6  # shorter values aren't looked for in texts: they would be found inside other words
 _USER_OF_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
 _TOKEN = re.compile(
     r"\bhf_\w{16,}|\b(?:sk|nvapi|glpat)-[\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bA[KS]IA\w{16}"
@@ -35,15 +35,15 @@ _ASSIGNMENT = re.compile(
     r"(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|(?:(?:bearer|basic)\s+)?[^\s,;&}\])'\"]+)",
     re.IGNORECASE,
 )
-_ANSI_QUOTED = r"\$'((?:[^'\\]|\\.)*)'"  # bash's, which shlex does not know
+_ANSI_QUOTED = r"\$'((?:[^'\\]|\\.)*)'"  # bash's quoting, which shlex does not support
 _SHELL_WORD = re.compile(rf"""(?:{_ANSI_QUOTED}|[^\s'"\\;&|]|\\.|'[^']*'|"(?:[^"\\]|\\.)*")+""", re.DOTALL)
 
-_known: set[str] = set()  # values that `remember` has met
+_known: set[str] = set()  # values that `remember` was given
 
 
 def is_secret(name: str) -> bool:
-    """Whether an option of this name (reward.judge.args.api_key, X-Api-Key, HF_TOKEN) holds a secret. max_tokens does
-    not, nor does eos_token."""
+    """Return whether an option of this name (reward.judge.args.api_key, X-Api-Key, HF_TOKEN) holds a secret. max_tokens
+    does not, nor does eos_token."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(".")[2]).lower())
     *_, before, last = ["", "", *(bare for word in words if (bare := word.rstrip("0123456789")))]
     if last == "tokens":
@@ -57,12 +57,12 @@ def is_secret(name: str) -> bool:
 
 
 def remember(values: Any) -> None:
-    """From now on `text` hides the secrets among nested `values`, wherever they stand."""
+    """Make `text` hide the secrets among nested `values` from now on, wherever they appear."""
     _known.update(secret for secret in map(str, _secrets(values)) if len(secret) >= _SHORTEST)
 
 
 def values(nested: Any, hide: bool = False) -> Any:
-    """`nested` dicts and lists with their secrets hidden; null, true and false stay what they are."""
+    """Return `nested` dicts and lists with their secrets hidden; null, true and false stay as they are."""
     if isinstance(nested, dict):
         return {name: values(item, hide or is_secret(str(name))) for name, item in nested.items()}
     if isinstance(nested, (list, tuple)):
@@ -75,18 +75,18 @@ def values(nested: Any, hide: bool = False) -> Any:
 
 
 def arguments(command: Sequence[str]) -> list[str]:
-    """A command line, with the secrets in its overrides hidden."""
+    """Return a command line with the secrets in its overrides hidden."""
     return [_argument(str(argument)) for argument in command]
 
 
 def shell_line(line: str) -> str:
-    """A line for a shell, with the secrets in its words hidden, however they are quoted; the rest stays as it is."""
+    """Return a line for a shell with the secrets in its words hidden, however they are quoted; the rest is unchanged."""
     return _SHELL_WORD.sub(_shell_word, line)
 
 
 def text(message: str, *, assignments: bool = True) -> str:
-    """`message` without the secrets of the environment, those remembered, what looks like a well-known service's token,
-    and those in URLs; and, with `assignments`, without the values in what reads like api_key=... or 'token': '...'."""
+    """Return `message` without the secrets of the environment, those remembered, tokens in the form of a well-known
+    service, and secrets in URLs. With `assignments`, also hide the values in texts like api_key=... or 'token': '...'."""
     environment = {value for name, value in os.environ.items() if is_secret(name) and len(value) >= _SHORTEST}
     for secret in sorted(_known | environment, key=len, reverse=True):
         message = message.replace(secret, HIDDEN)

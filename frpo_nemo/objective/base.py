@@ -1,4 +1,4 @@
-"""What every objective is: a frozen dataclass of its settings, with the four methods that a trainer calls."""
+"""Define an objective: a frozen dataclass of its settings, with the four methods that a trainer calls."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ class Objective(ABC):
     """
 
     beta: float = option(
-        "Weight of the KL to the frozen reference policy, in nats per token; 0: only validation asks for it.",
+        "Weight of the KL to the frozen reference policy, in nats per token; 0: only validation computes it.",
         0.0,
         at_least=0,
     )
     clip_high: float = option(
-        "The ratio of a token's probability to that under the rollout policy counts up to 1 + clip_high.", 0.2, above=0
+        "A token's probability over that under the rollout policy counts up to 1 + clip_high.", 0.2, above=0
     )
 
     def __post_init__(self) -> None:
         check_values(self, "objective.")
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, state: MutableMapping[str, float]) -> Objective:
-        """The objective for one global batch of rollouts, asked for before all else: itself, unless a setting depends
-        on the batch's rewards. state: what it keeps from one step to the next; the trainer starts with an empty
-        mapping and saves it in checkpoints."""
+        """Return the objective for one global batch of rollouts. Called first on every batch; returns self unless a
+        setting depends on the batch's rewards. state: values that it keeps from one step to the next; the trainer
+        starts with an empty mapping and saves it in checkpoints."""
         return self
 
     @property
     def uses_importance(self) -> bool:
-        """Whether effective_advantages depends on the current policy: then it wants `importance` once that has moved."""
+        """Return whether effective_advantages depends on the current policy, and needs `importance` once that has moved."""
         return False
 
     def importance(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
-        """Return the importance of every sequence under the current policy, [N], detached. Only of an objective that
+        """Return the importance of every sequence under the current policy, [N], detached. Called only if
         `uses_importance`."""
         raise NotImplementedError
 
     @property
     def loss_scale(self) -> float:
-        """Factor of the whole reward part."""
+        """Return the factor of the whole reward part."""
         return 1.0
 
     @abstractmethod
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
-        """rewards_N: float, NaN = unscored. groups_N: int64, any ids. Both hold whole groups. importance_N:
-        see uses_importance; None means on-policy (all 1). Returns float32 [N], 0 for a sequence that takes no
-        part: one without a reward, or whose group has fewer than two."""
+        """Return float32 [N], 0 for a sequence that takes no part: one without a reward, or whose group has fewer than
+        two. rewards_N: float, NaN = unscored. groups_N: int64, any ids. Both hold whole groups. importance_N: see
+        uses_importance; None means on-policy (all 1)."""
 
     @abstractmethod
     def sequence_loss(
@@ -69,19 +69,19 @@ class Objective(ABC):
         advantages_N: Tensor,
         token_weights_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose gradient
+        """Return losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose gradient
         the clip removes, [N], detached. Log-probs are float32 or float64, sequence after sequence; lengths_N:
         int64, >= 1, sums to R. token_weights_R multiply the tokens' terms (mismatch.truncated_importance)."""
 
     def coefficients(self, rewards_N: Tensor, groups_N: Tensor) -> Tensor:
-        """Weight of each sequence's loss in the total, over the global batch: loss_scale / (scored members of
-        its group * number of groups that take part); 0 for a sequence that takes no part. float32 [N]."""
+        """Return the weight of each sequence's loss in the total, over the global batch: loss_scale / (scored members
+        of its group * number of groups that take part); 0 for a sequence that takes no part. float32 [N]."""
         groups = Groups.of(rewards_N, groups_N)
         weights_M = self.loss_scale / (groups.sizes * groups.count)[groups.ids].double()
         return groups.scatter(weights_M, rewards_N.numel())
 
     def statistics(self, rewards_N: Tensor, groups_N: Tensor, advantages_N: Tensor) -> dict[str, float]:
-        """What to log about one global batch. Shares are of all groups; a mean over no group is left out."""
+        """Return what to log about one global batch. Shares are of all groups; a mean over no group is left out."""
         groups = Groups.of(rewards_N, groups_N)
         num_groups = torch.unique(groups_N).numel()
         equal_K = groups.max(groups.centred(rewards_N[groups.members].double())) == 0

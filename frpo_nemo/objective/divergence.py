@@ -1,4 +1,4 @@
-"""What "close to the trained policy" means for the adversary: f-divergences, as gradients of the group loss.
+"""Define "close to the trained policy" for the adversary: f-divergences, as gradients of the group loss.
 
 With f*, the convex conjugate of the generator f, the robust value of a prompt is
 
@@ -34,14 +34,14 @@ class Divergence(ABC):
     def gradients(
         self, groups: Groups, rewards_M: Tensor, importance_M: Tensor, lambda_: float, jackknife: bool
     ) -> Tensor:
-        """g_i = G d (group loss without baseline) / d m_i, with jackknife of G L - (G-1) mean_j L_{-j}. [M]
+        """Return g_i = G d (group loss without baseline) / d m_i, with jackknife of G L - (G-1) mean_j L_{-j}. [M]
 
         importance_M: above 0.
         """
 
     @abstractmethod
     def worst_case(self, groups: Groups, rewards_M: Tensor, lambda_: float) -> WorstCase:
-        """The minimiser of E_q[r] + lambda_ D_f(q) for each group."""
+        """Return the minimiser of E_q[r] + lambda_ D_f(q) for each group."""
 
 
 class KL(Divergence):
@@ -50,7 +50,7 @@ class KL(Divergence):
     def gradients(
         self, groups: Groups, rewards_M: Tensor, importance_M: Tensor, lambda_: float, jackknife: bool
     ) -> Tensor:
-        """With h_i = w_i m_i / u (1 on average) and c_j = u / u_{-j} - 1 = (h_j - 1) / (G - h_j):
+        """Return, with h_i = w_i m_i / u (1 on average) and c_j = u / u_{-j} - 1 = (h_j - 1) / (G - h_j):
 
         g_i = h_i / m_i                                  no jackknife
         g_i = h_i / m_i * (1 - sum_{j != i} c_j)         jackknife
@@ -62,7 +62,7 @@ class KL(Divergence):
         return h_M / importance_M
 
     def worst_case(self, groups: Groups, rewards_M: Tensor, lambda_: float) -> WorstCase:
-        """q_i = w_i / mean w. The divergence is a mean of q log q - q + 1 >= 0, which keeps its digits near 0."""
+        """Return q_i = w_i / mean w. The divergence is a mean of q log q - q + 1 >= 0, which keeps its precision near 0."""
         logits_M = -groups.centred(rewards_M) / lambda_
         log_mean_K = groups.log_mean_exp(logits_M)
         log_q_M = logits_M - log_mean_K[groups.ids]
@@ -72,13 +72,13 @@ class KL(Divergence):
 
 
 class ChiSquared(Divergence):
-    """f = (t^2 - 1) / 2 on t >= 0, half of Pearson's chi-squared: q_i = max(nu - r_i, 0) / lambda, with nu such that
+    """f = (t^2 - 1) / 2 on t >= 0, half of Pearson's chi-squared: q_i = max(nu - r_i, 0) / lambda, where nu makes
     mean_i m_i q_i = 1; the responses above nu do not count at all. theory.md (13)."""
 
     def gradients(
         self, groups: Groups, rewards_M: Tensor, importance_M: Tensor, lambda_: float, jackknife: bool
     ) -> Tensor:
-        """g_i = q_i^2 / 2; with jackknife G q_i^2 / 2 - sum_{j != i} (q_i of the group without j)^2 / 2."""
+        """Return g_i = q_i^2 / 2; with jackknife G q_i^2 / 2 - sum_{j != i} (q_i of the group without j)^2 / 2."""
         sorted_groups = _SortedGroups.of(groups, groups.centred(rewards_M) / lambda_, importance_M)
         half_squares_KG = sorted_groups.density().square() / 2
         if jackknife:
@@ -122,12 +122,12 @@ class _SortedGroups:
         return cls(values_KG, importance_KG, groups.sizes, groups.ids, columns_M)
 
     def density(self) -> Tensor:
-        """q of every member, [K, G]."""
+        """Return q of every member, [K, G]."""
         return self._density(self.importance_KG, self.sizes_K[:, None])
 
     def density_without(self, j: int) -> Tensor:
-        """q of every member in its group without the j-th, [K, G]; 0 for the j-th, and where there is no j-th. Sums are
-        taken anew: subtracting one response from the whole group's sum would cancel where it is most of it."""
+        """Return q of every member in its group without the j-th, [K, G]; 0 for the j-th, and where there is no j-th. Sums
+        are computed again: subtracting a response from the whole group's sum would cancel if it is most of that sum."""
         importance_KG = self.importance_KG.clone()
         importance_KG[:, j] = 0
         q_KG = self._density(importance_KG, self.sizes_K[:, None] - 1)
@@ -135,13 +135,13 @@ class _SortedGroups:
         return q_KG.masked_fill_(self.sizes_K[:, None] <= j, 0)
 
     def restore(self, values_KG: Tensor) -> Tensor:
-        """Back to the order of the batch, [M]."""
+        """Put values back into the order of the batch, [M]."""
         return values_KG[self.rows_M, self.columns_M]
 
     def _density(self, importance_KG: Tensor, sizes_K1: Tensor) -> Tensor:
-        """max(nu - r_i, 0) / lambda where mean_i m_i max(nu - r_i, 0) / lambda = 1. If the k lowest alone are below the
-        level nu / lambda, it is (G + sum m r) / sum m over them, in units of lambda; and the level is the lowest of these
-        candidates (inf where no weight is), since max(nu - r, 0) >= nu - r makes each an upper bound."""
+        """Return max(nu - r_i, 0) / lambda where mean_i m_i max(nu - r_i, 0) / lambda = 1. If only the k lowest are below the
+        level nu / lambda, it is (G + sum m r) / sum m over them, in units of lambda. The level is the lowest of these
+        candidates (inf for no weight), because max(nu - r, 0) >= nu - r makes each an upper bound."""
         values_KG = self.values_KG.masked_fill(self.values_KG.isinf(), 0)
         weighted_KG = torch.cumsum(importance_KG * values_KG, 1)
         levels_K1 = ((sizes_K1 + weighted_KG) / torch.cumsum(importance_KG, 1)).amin(1, keepdim=True)
@@ -149,22 +149,22 @@ class _SortedGroups:
 
 
 def _dominant(groups: Groups, h_M: Tensor) -> Tensor:
-    """The response that holds more than half of its group's weight: at most one per group. bool [M].
+    """Return which response holds more than half of its group's weight: at most one per group. bool [M].
 
-    Only for it does G - h_j cancel (and underflow: lambda = 0.01 makes weights of exp(-200000)); for all
+    Only for this one G - h_j cancels (and underflows: lambda = 0.01 makes weights of exp(-200000)); for all
     others c_j lies in [-1/G, 1)."""
     return h_M > 0.5 * groups.sizes[groups.ids]
 
 
 def _jackknife_others(groups: Groups, h_M: Tensor) -> Tensor:
-    """sum_{j != i, j not dominant} c_j. [M]"""
+    """Return sum_{j != i, j not dominant} c_j. [M]"""
     corrections_M = (h_M - 1) / (groups.sizes[groups.ids] - h_M)
     corrections_M = torch.where(_dominant(groups, h_M), 0.0, corrections_M)
     return groups.sum(corrections_M)[groups.ids] - corrections_M
 
 
 def _jackknife_dominant(groups: Groups, h_M: Tensor, logits_M: Tensor) -> Tensor:
-    """h_i c_d for the dominant response d of the group, i != d; 0 for d itself and without one. [M]
+    """Return h_i c_d for the dominant response d of the group, i != d; 0 for d itself and without one. [M]
 
     G - h_d is the sum of all other h, so h_i / (G - h_d) is a softmax over the group without d.
     """

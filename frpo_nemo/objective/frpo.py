@@ -1,4 +1,4 @@
-"""FRPO, Fine-tuning Robust Policy Optimization (arXiv 2602.08813), as one effective advantage per sequence.
+"""Compute FRPO, Fine-tuning Robust Policy Optimization (arXiv 2602.08813), as one effective advantage per sequence.
 
 The loss of a group is not a sum over its sequences, but its gradient is; so nothing here needs a group's
 sequences in one microbatch or on one rank. docs/theory.md derives every formula.
@@ -21,14 +21,14 @@ from frpo_nemo.objective.radius import solve_lambda
 from frpo_nemo.objective.ragged import Groups, token_mean
 from frpo_nemo.objective.registry import register_objective
 
-# A ratio of probabilities underflows in float32: a sequence that the policy has all but dropped stays above 0.
+# A ratio of probabilities may underflow in float32; with this floor a sequence with almost no probability stays above 0.
 SMALLEST_IMPORTANCE = 1e-15
 
 
 @register_objective("frpo")
 @dataclass(frozen=True, kw_only=True)
 class FRPO(Objective):
-    """Maximises the reward that survives later fine-tuning: a soft minimum over the responses to a prompt.
+    """Maximise the reward that survives later fine-tuning: a soft minimum over the responses to a prompt.
 
     With w_i = exp(-(r_i - mean r) / lambda_), m_i = mean over response tokens of
     min(pi / pi_old, 1 + clip_high) and u = mean_i w_i m_i, the loss of a group of G is
@@ -44,12 +44,12 @@ class FRPO(Objective):
     times that, r_i minus the mean of the others. As lambda_ shrinks, A_eff of a single worst response tends
     to -(2G-2) with the jackknife and to -(G-1) without: watch max_abs_advantage and effective_sample_size.
 
-    All this is with f_divergence="kl"; theory.md (13) has chi_squared. ConfigError for a field out of its range, and
-    unless exactly one of lambda_ and kl_radius is given.
+    All this holds for f_divergence="kl"; theory.md (13) has chi_squared. Raises ConfigError for a field out of its range,
+    and unless exactly one of lambda_ and kl_radius is given.
     """
 
     lambda_: float | None = option(
-        "Temperature in units of reward: small looks at the worst response of a group, large at the mean.",
+        "Temperature in units of reward: small weighs the worst response of a group, large the mean.",
         None,
         above=0,
     )
@@ -66,14 +66,14 @@ class FRPO(Objective):
         "How the distance of a fine-tuned policy is measured (docs/theory.md).", "kl", choices=tuple(DIVERGENCES)
     )
     refresh_importance: bool = option(
-        "With trainer.updates_per_rollout above 1: importance under the present policy, by a forward pass for each minibatch; "
-        "false: 1, an approximation that saves the pass, and better at large lambda_.",
+        "With trainer.updates_per_rollout above 1: importance under the current policy, by a forward pass for each minibatch; "
+        "false: 1, an approximation that saves the pass, and works better at large lambda_.",
         True,
     )
     jackknife: bool = option("Remove the bias of order 1 / group_size.", True)
     baseline: bool = option("Subtract the mean importance of the group, which lowers the variance.", True)
     scale: str = option(
-        "Factor of the loss: max(lambda_, 1), as the authors have it (paper), or lambda_ (objective).",
+        "Factor of the loss: max(lambda_, 1), as in the authors' code (paper), or lambda_ (objective).",
         "paper",
         choices=("paper", "objective"),
     )
@@ -90,7 +90,7 @@ class FRPO(Objective):
             raise ConfigError("objective.radius_smoothing has an effect with kl_radius only; lambda_ is fixed.")
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, state: MutableMapping[str, float]) -> FRPO:
-        """With kl_radius: itself with the batch's lambda_ instead, smoothed over steps in log lambda_. A batch without
+        """With kl_radius, return a copy with the batch's lambda_, smoothed over steps in log lambda_. A batch without
         differing rewards keeps the last one; on-policy its advantages are 0 with any. theory.md (18). See Objective."""
         if self.kl_radius is None:
             return self
@@ -116,8 +116,8 @@ class FRPO(Objective):
         return max(lambda_, 1.0) if self.scale == "paper" else lambda_
 
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
-        """A_eff_i = baseline * mean_j m_j g_j - g_i, such that d (loss of the group) / d m_i = -A_eff_i / G. The mean is
-        1 with KL, whatever the rewards. See Objective."""
+        """Return A_eff_i = baseline * mean_j m_j g_j - g_i, so that d (loss of the group) / d m_i = -A_eff_i / G. The
+        mean is 1 with KL, whatever the rewards. See Objective."""
         groups = Groups.of(rewards_N, groups_N)
         rewards_M = rewards_N[groups.members].double()
         importance_M = torch.ones_like(rewards_M)
@@ -141,7 +141,7 @@ class FRPO(Objective):
 
     @torch.no_grad()
     def importance(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
-        """m_i of every sequence under the current policy, for effective_advantages. [N], detached."""
+        """Return m_i of every sequence under the current policy, for effective_advantages. [N], detached."""
         ratios_R, _ = self._clipped_ratios(logprobs_R, old_logprobs_R)
         return token_mean(ratios_R, lengths_N)
 
@@ -153,21 +153,22 @@ class FRPO(Objective):
         advantages_N: Tensor,
         token_weights_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """-A_eff_i * m_i. See Objective."""
+        """Return -A_eff_i * m_i. See Objective."""
         ratios_R, clipped_R = self._clipped_ratios(logprobs_R, old_logprobs_R)
         if token_weights_R is not None:
             ratios_R = ratios_R * token_weights_R
         return -advantages_N * token_mean(ratios_R, lengths_N), token_mean(clipped_R, lengths_N)
 
     def _clipped_ratios(self, logprobs_R: Tensor, old_logprobs_R: Tensor) -> tuple[Tensor, Tensor]:
-        """min(rho, 1 + clip_high), and 1 where the bound holds, else 0. Bounded before exp could overflow."""
+        """Return min(rho, 1 + clip_high), and 1 where that bound applies, else 0. The bound comes before exp, which could
+        overflow."""
         log_ratios_R, bound = logprobs_R - old_logprobs_R, math.log1p(self.clip_high)
         clipped_R = (log_ratios_R > bound).to(log_ratios_R.dtype)
         return torch.exp(log_ratios_R.clamp(max=bound)), clipped_R
 
     def statistics(self, rewards_N: Tensor, groups_N: Tensor, advantages_N: Tensor) -> dict[str, float]:
-        """Also lambda and, averaged over groups, on-policy: robust_value, what FRPO maximises (with KL the entropic
-        risk, -lambda log mean exp(-r / lambda)), and worst_case_divergence, how far the worst policy is, both of the
+        """Add lambda and, averaged over groups, on-policy: robust_value, which FRPO maximises (with KL the entropic
+        risk, -lambda log mean exp(-r / lambda)), and worst_case_divergence, the distance of the worst policy, both of the
         samples as they are, without jackknife; effective_sample_size, (sum g)^2 / sum g^2 out of G."""
         values = super().statistics(rewards_N, groups_N, advantages_N) | {"lambda": self._known_lambda()}
         groups = Groups.of(rewards_N, groups_N)

@@ -1,4 +1,4 @@
-"""GRPO and Dr. GRPO: the baselines, in the same registry and with the same loss per group as FRPO."""
+"""Define the baselines GRPO and Dr. GRPO, in the same registry and with the same loss per group as FRPO."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class DrGRPO(Objective):
     """Advantages r_i - mean(r) (arXiv 2503.20783, without the std) and PPO's two-sided clip.
 
     The paper also divides by a constant instead of by the response's length; here every objective takes the
-    mean over a sequence's tokens, so that a comparison differs in the advantages and the clip only.
+    mean over a sequence's tokens, so that a comparison differs only in the advantages and the clip.
     """
 
     clip_low: float = option(
-        "That ratio counts down to 1 - clip_low where the advantage is negative; up to 1 + clip_high where it is positive.",
+        "That ratio counts down to 1 - clip_low for a negative advantage, and up to 1 + clip_high for a positive one.",
         0.2,
         above=0,
         below=1,
     )
 
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
-        """importance_N has no influence. See Objective."""
+        """Ignore importance_N. See Objective."""
         groups = Groups.of(rewards_N, groups_N)
         centred_M = groups.centred(rewards_N[groups.members].double())
         return groups.scatter(self._normalised(groups, centred_M), rewards_N.numel())
@@ -49,9 +49,9 @@ class DrGRPO(Objective):
         advantages_N: Tensor,
         token_weights_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """-mean_t min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i). See Objective.
+        """Return -mean_t min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i). See Objective.
 
-        The minimum bounds rho from above where A > 0 and from below where A < 0; bounded before exp, so that
+        The minimum bounds rho from above where A > 0 and from below where A < 0. The bound comes before exp, so that
         a ratio that overflows but is clipped has gradient 0 and not NaN.
         """
         high, low = math.log1p(self.clip_high), math.log1p(-self.clip_low)
@@ -70,7 +70,7 @@ class DrGRPO(Objective):
 class GRPO(DrGRPO):
     """Advantages (r_i - mean(r)) / (std(r) + 1e-6) (DeepSeekMath, arXiv 2402.03300) and PPO's two-sided clip.
 
-    std is the sample standard deviation (divisor G - 1), as in TRL and verl; the paper does not say which.
+    std is the sample standard deviation (divisor G - 1), as in TRL and verl; the paper does not state which.
     """
 
     def _normalised(self, groups: Groups, centred_M: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""KL of the policy to the frozen reference, from the log-probs of sampled tokens."""
+"""Estimate the KL of the policy to the frozen reference from the log-probs of sampled tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ LINEAR_BEYOND = 5.0  # nats by which the reference's log-prob exceeds the policy
 
 
 def k3(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
-    """Schulman's k3 estimator (joschu.net/blog/kl-approx.html), e^d - d - 1 with d = log pi_ref - log pi of
+    """Return Schulman's k3 estimator (joschu.net/blog/kl-approx.html), e^d - d - 1 with d = log pi_ref - log pi of
     each token: unbiased under samples from pi, never negative. [R], differentiable in logprobs_R."""
     difference_R = ref_logprobs_R - logprobs_R
     return torch.expm1(difference_R) - difference_R
 
 
 def k3_penalty(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
-    """k3 where d <= LINEAR_BEYOND, and its tangent at that point beyond it, so that no token's gradient exceeds e^5 - 1
-    and none stops pulling. theory.md, section 9. [R], differentiable in logprobs_R."""
+    """Return k3 where d <= LINEAR_BEYOND, and beyond it the tangent at that point, so that no token's gradient exceeds
+    e^5 - 1 and none is 0 there. theory.md, section 9. [R], differentiable in logprobs_R."""
     difference_R = ref_logprobs_R - logprobs_R
     # Not clamp, whose slope at the bound itself is 0 from torch 2.14 on.
     bounded_R = torch.where(difference_R > LINEAR_BEYOND, LINEAR_BEYOND, difference_R)
@@ -33,7 +33,7 @@ def k3_penalty(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
 def sequence_kl(
     logprobs_R: Tensor, ref_logprobs_R: Tensor, lengths_N: Tensor, token_weights_R: Tensor | None = None
 ) -> Tensor:
-    """k3_penalty, times the tokens' weights if given, averaged over each sequence's tokens; lengths_N: int64, >= 1. [N],
-    differentiable in logprobs_R."""
+    """Return k3_penalty, times the tokens' weights if given, averaged over each sequence's tokens. lengths_N: int64, >= 1.
+    [N], differentiable in logprobs_R."""
     penalties_R = k3_penalty(logprobs_R, ref_logprobs_R)
     return token_mean(penalties_R if token_weights_R is None else penalties_R * token_weights_R, lengths_N)

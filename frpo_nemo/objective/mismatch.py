@@ -1,6 +1,6 @@
-"""The rollout engine and the trainer compute the same policy with different kernels: how far apart, which tokens they
-disagree about, and the truncated importance weights that correct for the rest (Yao et al. 2025, "Your Efficient RL
-Framework Secretly Brings You Off-Policy RL Training")."""
+"""Measure how far the rollout engine and the trainer, which compute the same policy with different kernels, differ; find the
+tokens on which they disagree; and correct for the rest with truncated importance weights (Yao et al. 2025, "Your Efficient
+RL Framework Secretly Brings You Off-Policy RL Training")."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def truncated_importance(
     level: str = "token",
     limit: float = 2.0,
 ) -> Tensor:
-    """min(pi_train / pi_rollout, limit) per token, detached. [R]
+    """Return min(pi_train / pi_rollout, limit) per token, detached. [R]
 
     level "token": each token's own ratio. "sequence": the product of the ratios of the token's whole
-    sequence, the same for all its tokens; exact but of high variance. ConfigError for another level or a
+    sequence, the same for all its tokens; exact but of high variance. Raises ConfigError for another level or a
     limit that is not positive.
     """
     if level not in LEVELS:
@@ -41,15 +41,15 @@ def truncated_importance(
 
 @torch.no_grad()
 def agreement(train_logprobs_R: Tensor, rollout_logprobs_R: Tensor, limit: float) -> Tensor:
-    """1 for each token whose two log-probs differ by at most `limit` nats, else 0: a factor of its terms in the loss.
-    A NaN counts as agreement, because it has to show in the loss. theory.md, section 12. [R]"""
+    """Return 1 for each token whose two log-probs differ by at most `limit` nats, else 0: a factor of its terms in the
+    loss. A NaN counts as agreement, because it must show in the loss. theory.md, section 12. [R]"""
     beyond_R = (train_logprobs_R - rollout_logprobs_R).abs() > limit
     return (~beyond_R).to(train_logprobs_R.dtype)
 
 
 @torch.no_grad()
 def mismatch_statistics(train_logprobs_R: Tensor, rollout_logprobs_R: Tensor) -> dict[str, float]:
-    """Of the gaps log pi_train - log pi_rollout over all R >= 1 tokens: mean and largest size, and the mean
+    """Return the mean and largest size of the gaps log pi_train - log pi_rollout over all R >= 1 tokens, and the mean
     of the ratios, whose expectation under the rollout's samples is 1."""
     gaps_R = train_logprobs_R.double() - rollout_logprobs_R.double()
     return {

@@ -1,6 +1,6 @@
-"""Several rewards of one response, its parts, of which some may be missing (NaN): the one reward by which a group compares.
+"""Combine the rewards of one response, its parts, of which some may be missing (NaN), into the reward that a group compares.
 
-A missing part is never 0, which would count for the response or against it. docs/theory.md, section 11, says why it is filled.
+A missing part is never 0, which would count for the response or against it. docs/theory.md, section 11, explains the filling.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor
 def compared_rewards(parts_NP: Tensor, weights_P: Tensor, groups_N: Tensor) -> Tensor:
     """Return the weighted sum of each response's parts, a missing one filled with the mean of those that the group has.
 
-    parts_NP: float, NaN = missing. groups_N: int64, any ids; whole groups. Returns float64 [N], NaN for a response that
-    has none of the parts in which its group differs, as nothing compares it with the others; where no part differs, for
-    one without any part. So a part that is equal wherever a group has it changes no advantage.
+    parts_NP: float, NaN = missing. groups_N: int64, any ids; whole groups. Returns float64 [N]. NaN: a response that has
+    none of the parts in which its group differs, because nothing compares it with the others; if no part differs, one
+    without any part. So a part that is equal wherever a group has it changes no advantage.
     """
     weighted_NP = parts_NP.double() * weights_P.double()
     given_NP = ~weighted_NP.isnan()
     lowest_NP = _reduced(weighted_NP.where(given_NP, torch.inf), groups_N, "amin")
     differs_NP = _reduced(weighted_NP.where(given_NP, -torch.inf), groups_N, "amax") > lowest_NP
-    # From the lowest, so that the mean of equal parts is exactly that part, however it rounds.
+    # Relative to the lowest, so that the mean of equal parts is exactly that part, however it rounds.
     above_NP = (weighted_NP - lowest_NP).where(given_NP, 0.0)
     count_NP = _reduced(given_NP.double(), groups_N, "sum")
     filling_NP = (lowest_NP + _reduced(above_NP, groups_N, "sum") / count_NP).where(count_NP > 0, 0.0)
@@ -30,14 +30,14 @@ def compared_rewards(parts_NP: Tensor, weights_P: Tensor, groups_N: Tensor) -> T
 
 
 def partly_scored(parts_NP: Tensor, groups_N: Tensor) -> Tensor:
-    """Which responses have a part, and lack one that another of their group has. bool [N]. Arguments: compared_rewards."""
+    """Return which responses have a part but lack one that another of their group has. bool [N]. See compared_rewards."""
     given_NP = ~parts_NP.isnan()
     lacking_NP = ~given_NP & (_reduced(given_NP.double(), groups_N, "amax") > 0)
     return given_NP.any(1) & lacking_NP.any(1)
 
 
 def _reduced(values_NP: Tensor, groups_N: Tensor, how: str) -> Tensor:
-    """Each group's reduction, amin, amax or sum, at each of its members. [N, P]"""
+    """Return each group's reduction (amin, amax or sum) for each of its members. [N, P]"""
     ids, places_N = torch.unique(groups_N, return_inverse=True)
     reduced = values_NP.new_zeros(ids.numel(), values_NP.shape[1])
     index_NP = places_N.unsqueeze(1).expand_as(values_NP)

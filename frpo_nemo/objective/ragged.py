@@ -1,5 +1,5 @@
-"""Reductions over the two ragged layouts: groups of sequences (scattered, arbitrary ids) and the tokens of
-sequences (contiguous). Everything an objective does per prompt goes through `Groups`."""
+"""Reduce over the two ragged layouts: groups of sequences (scattered, arbitrary ids) and the tokens of
+sequences (contiguous). All computations of an objective per prompt go through `Groups`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Groups:
 
     @classmethod
     def of(cls, rewards_N: Tensor, groups_N: Tensor) -> Groups:
-        """rewards_N: float, NaN = could not be scored. groups_N: int64, any ids, in any order. An infinite
-        reward is a ValueError: it would turn its whole group into NaN."""
+        """Find the groups. rewards_N: float, NaN = could not be scored. groups_N: int64, any ids, in any order. Raises
+        ValueError for an infinite reward, which would turn its whole group into NaN."""
         if torch.isinf(rewards_N).any():
             where = int(torch.isinf(rewards_N).nonzero()[0])
             raise ValueError(
@@ -58,32 +58,32 @@ class Groups:
         return lowest.scatter_reduce_(0, self.ids, values_M, "amax")
 
     def centred(self, values_M: Tensor) -> Tensor:
-        """Minus the group's mean; exactly 0 in a group of equal values, however the mean rounds. [M]"""
+        """Subtract the group's mean; exactly 0 in a group of equal values, however the mean rounds. [M]"""
         below_top = values_M - self.max(values_M)[self.ids]
         return below_top - self.mean(below_top)[self.ids]
 
     def relative_exp(self, values_M: Tensor) -> Tensor:
-        """exp(v_i) / mean over the group of exp(v): exactly 1 in a group of equal values.
+        """Return exp(v_i) / mean over the group of exp(v): exactly 1 in a group of equal values.
 
-        -inf is a member of weight 0; at least one value of each group is finite. [M]
+        A value of -inf gives a member of weight 0; at least one value of each group is finite. [M]
         """
         exponentials = torch.exp(values_M - self.max(values_M)[self.ids])
         return exponentials / self.mean(exponentials)[self.ids]
 
     def log_mean_exp(self, values_M: Tensor) -> Tensor:
-        """log of the group's mean of exp(v). [M] -> [K]."""
+        """Return the log of the group's mean of exp(v). [M] -> [K]."""
         top = self.max(values_M)
         return top + torch.log(self.mean(torch.exp(values_M - top[self.ids])))
 
     def scatter(self, values_M: Tensor, num_sequences: int) -> Tensor:
-        """Back to the batch: float32 [num_sequences], 0 for every sequence that takes no part."""
+        """Put values back into the batch: float32 [num_sequences], 0 for every sequence that takes no part."""
         out = torch.zeros(num_sequences, dtype=torch.float32, device=values_M.device)
         out[self.members] = values_M.float()
         return out
 
 
 def token_mean(values_R: Tensor, lengths_N: Tensor) -> Tensor:
-    """Mean over each sequence's tokens, [R] -> [N], differentiable. lengths_N: >= 1, sums to R."""
+    """Average over each sequence's tokens, [R] -> [N], differentiable. lengths_N: >= 1, sums to R."""
     return torch.segment_reduce(values_R, "mean", lengths=lengths_N)
 
 
@@ -93,5 +93,5 @@ def token_sum(values_R: Tensor, lengths_N: Tensor) -> Tensor:
 
 
 def per_token(values_N: Tensor, lengths_N: Tensor, num_tokens: int) -> Tensor:
-    """Each sequence's value at each of its tokens, [N] -> [R = num_tokens]."""
+    """Repeat each sequence's value for each of its tokens, [N] -> [R = num_tokens]."""
     return torch.repeat_interleave(values_N, lengths_N, output_size=num_tokens)

@@ -1,4 +1,4 @@
-"""Objectives by name: after `@register_objective("mine")` on an Objective, `name: mine` picks it."""
+"""Find objectives by name: after `@register_objective("mine")` on an Objective, `name: mine` selects it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _registered: dict[str, type[Objective]] = {}
 
 
 def register_objective(name: str) -> Callable[[T], T]:
-    """Class decorator. ValueError if another class has the name."""
+    """Return a class decorator that registers an objective. Raises ValueError if another class has the name."""
 
     def register(cls: T) -> T:
         if name in _registered:
@@ -28,9 +28,9 @@ def register_objective(name: str) -> Callable[[T], T]:
 
 
 def build_objective(config: Mapping[str, Any]) -> Objective:
-    """The objective of {name: "frpo", **fields}, or {_target_: "module.Class", **fields} for a user's own.
+    """Return the objective of {name: "frpo", **fields}, or {_target_: "module.Class", **fields} for a user's own.
 
-    Takes a dict or an OmegaConf DictConfig. ConfigError for a wrong name, field or value.
+    Takes a dict or an OmegaConf DictConfig. Raises ConfigError for a wrong name, field or value.
     """
     # A DictConfig lists a key whose value is "???", but does not contain it: it counts as not given.
     fields = {key: config[key] for key in config if key in config}

@@ -1,4 +1,4 @@
-"""Connections between rank 0 and every other rank, for the watchdog: JSON objects over TCP, no pickle."""
+"""Connect rank 0 and every other rank for the watchdog: JSON objects over TCP, no pickle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from frpo_nemo.processes import addresses
 
 
 class Link:
-    """A connection to `rank` that carries JSON objects, one a line, and what was last heard of that rank."""
+    """A connection to `rank` that carries JSON objects, one per line, and the last state received from that rank."""
 
     def __init__(self, rank: int, connection: socket.socket):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -27,12 +27,12 @@ class Link:
         self._buffer = b""
 
     def send(self, message: dict[str, Any]) -> None:
-        # A closed connection shows when reading, after the last words that may still wait there.
+        # A closed connection shows when reading, after any buffered messages.
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come; sets `closed` where none can come any more."""
+        """Return the messages received; sets `closed` when no more can come."""
         try:
             data = self.socket.recv(65536)
         except OSError:  # reset by the peer
@@ -53,7 +53,7 @@ class Link:
 def accept_ranks(store, key: str, world_size: int, timeout: float) -> dict[int, Link]:
     """On rank 0: publish an address under `key`, and wait for a connection of every other rank."""
     deadline = time.monotonic() + timeout
-    token = secrets.token_hex(16)  # whoever else finds the port is not one of us
+    token = secrets.token_hex(16)  # a program that finds the port without the token is rejected
     links: dict[int, Link] = {}
     own = addresses.own_address()
     with addresses.listen(own, 0, world_size) if own else _listen_everywhere(world_size) as server:
@@ -65,7 +65,7 @@ def accept_ranks(store, key: str, world_size: int, timeout: float) -> dict[int, 
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = rank_list(sorted(set(range(1, world_size)) - set(links)))
-                raise TimeoutError(f"watchdog: {missing} did not come within {timeout:g} s") from None
+                raise TimeoutError(f"watchdog: {missing} did not connect within {timeout:g} s") from None
             connection.settimeout(5.0)
             given, _, rank = _read_line(connection).partition(" ")
             if given == token:
@@ -97,22 +97,22 @@ def connect_to_rank_0(store, key: str, rank: int, timeout: float) -> Link:
 
 
 def _listen_everywhere(backlog: int) -> socket.socket:
-    """For a host that knows no address of its own by which others reach it."""
+    """Listen on all addresses, on a host that does not know the address by which others reach it."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
 
 
 def _read_line(connection: socket.socket) -> str:
-    """One short line; "" when the peer says nothing sensible."""
-    # unbuffered: what follows the line stays in the socket
+    """Read one short line; "" when the peer sends nothing valid."""
+    # unbuffered: bytes after the line stay in the socket
     with contextlib.suppress(OSError), connection.makefile("rb", buffering=0) as file:
         return file.readline(256).decode(errors="replace").strip()
     return ""
 
 
 def rank_list(ranks: list[int]) -> str:
-    """[3] -> "rank 3", [0, 1, 2, 5] -> "ranks 0-2,5"."""
+    """Return ranks as text: [3] -> "rank 3", [0, 1, 2, 5] -> "ranks 0-2,5"."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""What the launcher says to a process that it started. Imports nothing of ours, and nothing heavy."""
+"""Read the rank and world size that a launcher passes to a process. Imports nothing of ours, and nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def srun_task() -> tuple[int, int, int] | None:
-    """(rank, rank on this node, world size) where srun started several processes; else None. A batch script has
-    SLURM_PROCID and SLURM_NTASKS as well, for the tasks that it may start, but no step of the job."""
+    """Return (rank, rank on this node, world size) if srun started several processes; else None. A batch script has
+    SLURM_PROCID and SLURM_NTASKS as well, for the tasks that it may start, but isn't a step of the job."""
     env = os.environ
     if "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return None
@@ -15,7 +15,7 @@ def srun_task() -> tuple[int, int, int] | None:
 
 
 def started_world() -> tuple[int, int]:
-    """(rank on this node, world size) that torchrun or srun started, or (0, 1)."""
+    """Return (rank on this node, world size) from torchrun or srun, or (0, 1)."""
     if "RANK" in os.environ:
         return int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     task = srun_task()

@@ -1,4 +1,4 @@
-"""How long each phase of a step takes, and which one the watchdog should name."""
+"""Time each phase of a step, and report the current one to the watchdog."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class PhaseTimer:
-    """Seconds per phase of a step, and the phase for the watchdog: `with phases("generate"): ...`.
+    """Measure the seconds of each phase of a step, and report the phase to the watchdog: `with phases("generate"): ...`.
 
-    Phases may nest; an inner phase's time is not the outer one's. The loop sets `step`, and calls `pop` once
+    Phases may nest; an inner phase's time does not count for the outer one. The loop sets `step`, and calls `pop` once
     per step. On CUDA a phase ends with a synchronisation, or its time would be that of launching kernels.
     """
 
@@ -37,12 +37,11 @@ class PhaseTimer:
         finally:
             self._charge()
             self._open.pop()
-            if completed:  # else the watchdog's message shall name this phase
+            if completed:  # otherwise the watchdog's message must name this phase
                 self._enter(self._open[-1] if self._open else "other")
 
     def pop(self) -> dict[str, float]:
-        """seconds/NAME of each phase since the last pop, seconds/other outside of them, seconds/step in
-        all."""
+        """Return seconds/NAME of each phase since the last pop, seconds/other outside of them, and seconds/step in all."""
         self._charge()
         seconds, self._seconds = {"other": 0.0} | self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()} | {"seconds/step": sum(seconds.values())}

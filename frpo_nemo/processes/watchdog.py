@@ -1,9 +1,9 @@
-"""A rank that dies or hangs ends the whole job, with a message that names it; nothing waits for it for ever.
+"""End the whole job when a rank dies or hangs, with a message that names the rank, so that nothing waits for it forever.
 
-One daemon thread per rank. Every rank keeps one TCP connection to rank 0, and both ends tell each other which
-phase they are in. A connection that closes means a dead process, at once and across hosts (a heartbeat in a
-TCPStore would only be overdue some time); silence means a stopped or unreachable one. The main thread takes
-no part: it may sit in a collective, or hold the GIL for less than heartbeat_timeout.
+Each rank runs one daemon thread. It keeps one TCP connection to rank 0, over which both ends report the phase that they are
+in. A closed connection means a dead process, at once and across hosts (a heartbeat in a TCPStore would only become overdue);
+silence means a stopped or unreachable one. The main thread takes no part: it may be in a collective, or hold the GIL for
+less than heartbeat_timeout.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from frpo_nemo import redact
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.processes.heartbeat import Link, accept_ranks, connect_to_rank_0, rank_list
 
-EXIT_LOST = 75  # EX_TEMPFAIL: a rank died or hung; the same job may well succeed, so requeue it
+EXIT_LOST = 75  # EX_TEMPFAIL: a rank died or hung; the same job may succeed, so requeue it
 EXIT_FAILED = 1  # a rank raised: the same job would probably raise again
-EXIT_WRONG = 2  # it raised ConfigError: the same job certainly would, and slurm/lib.sh does not requeue it
-STDERR = 2  # the descriptor: sys.stderr may be redirected, and its lock be held by the thread that hangs
+EXIT_WRONG = 2  # a rank raised ConfigError: the same job would raise again, so slurm/lib.sh does not requeue it
+STDERR = 2  # the descriptor: sys.stderr may be redirected, and a hanging thread may hold its lock
 
 
 class Phase(NamedTuple):
@@ -37,8 +37,7 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the job ends: `text` says what happened to `rank`; those who leave because of it exit with
-    `code`."""
+    """Why the job ends: `text` describes what happened to `rank`; ranks that leave because of it exit with `code`."""
 
     rank: int
     text: str
@@ -46,7 +45,7 @@ class Failure:
 
 
 class Watchdog:
-    """Watches one rank from inside and its peers from outside. As a context manager it notes exceptions.
+    """Watch one rank from inside and its peers from outside. As a context manager it notes exceptions.
 
     phase_timeout: seconds that one phase may last. heartbeat_timeout: seconds of silence after which a rank
     counts as stopped; more than the longest time that the main thread may hold the GIL. store: a c10d store
@@ -69,27 +68,26 @@ class Watchdog:
         self.rank, self.world_size = rank, world_size
         self.phase_timeout, self.heartbeat_timeout = phase_timeout, heartbeat_timeout
         self._interval = min(2.0, heartbeat_timeout / 5)
-        # An exception may be the echo of a peer's death (gloo raises in every rank), and that peer's
-        # connection closes in the same moment: wait a little before believing it. The others leave the
-        # judgement to rank 0.
+        # A peer's death may cause the exception (gloo raises on every rank), and that peer's connection closes at the
+        # same moment: wait a little before reporting the exception. Ranks other than 0 leave the decision to rank 0.
         self._settle = 0.0 if world_size == 1 else 1.0 if rank == 0 else 5.0
         self._store = store
         self._stacks_path = Path(run_dir) / "stacks" / f"rank_{rank}.txt"
-        self._phase, self._entered = Phase("start", 0), 0  # and how many phases this rank has begun
+        self._phase, self._entered = Phase("start", 0), 0  # phase; number of phases that this rank has begun
         self._links: dict[int, Link] = {}
         self._own_failure: Failure | None = None  # an exception or an overdue phase of this rank
-        self._failures: list[tuple[float, Failure]] = []  # (when it came, what a rank says of itself)
-        self._verdict: Failure | None = None  # what rank 0 has decided
-        self._told_state: tuple[Phase, Failure | None] | None = None  # what the peers were last told of this rank
+        self._failures: list[tuple[float, Failure]] = []  # (time received, failure that a rank reported of itself)
+        self._verdict: Failure | None = None  # decided by rank 0
+        self._told_state: tuple[Phase, Failure | None] | None = None  # last state of this rank sent to the peers
         self._told_at = 0.0
-        self._told = threading.Event()  # everyone knows of this rank's failure
+        self._told = threading.Event()  # all ranks know of this rank's failure
         self._stopping = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Connect the ranks and begin to watch. Collective: every rank calls it, after init_process_group.
 
-        Raises TimeoutError when a rank does not come within twice heartbeat_timeout.
+        Raises TimeoutError when a rank does not connect within twice heartbeat_timeout.
         """
         Watchdog._starts += 1
         if self.world_size > 1:
@@ -104,19 +102,19 @@ class Watchdog:
         self.enter(*self._phase)
 
     def enter(self, phase: str, step: int) -> None:
-        """This rank begins `phase` of `step`; phase_timeout starts anew."""
+        """Record that this rank begins `phase` of `step`, and restart phase_timeout."""
         self._phase, self._entered = Phase(phase, step), self._entered + 1
         if self._thread is None:
             return
-        # Our own thread cannot run while the main thread hangs with the GIL held: a timer in C can.
+        # The watchdog's thread cannot run while the main thread hangs with the GIL held; a timer in C can.
         faulthandler.dump_traceback_later(self.phase_timeout + self.heartbeat_timeout, exit=True, file=STDERR)
         self._wake()
 
     def note_failure(self, error: BaseException) -> None:
-        """This rank is about to end with `error`: the others leave, with a message that says so.
+        """Report that this rank is about to end with `error`, so that the others leave with a message that names it.
 
         Returns when they know (within seconds), so that the traceback can be printed; does not return if
-        `error` turns out to be the echo of another rank's end.
+        the end of another rank turns out to have caused `error`.
         """
         if self._thread is None:
             return
@@ -125,11 +123,11 @@ class Watchdog:
         self._own_failure = self._failure(f"failed ({summary})", code)
         self._wake()
         self._told.wait(self._settle + 5.0)
-        # The peers are gone: should a destructor wait for them, leave all the same.
+        # The peers are gone: leave even if a destructor waits for them.
         faulthandler.dump_traceback_later(self.heartbeat_timeout, exit=True, file=STDERR)
 
     def stop(self) -> None:
-        """A clean end: the others go on without this rank."""
+        """End cleanly: the other ranks continue without this one."""
         if self._thread is None:
             return
         self._stopping = True
@@ -164,7 +162,7 @@ class Watchdog:
             link.socket.close()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it wakes anyway
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread wakes anyway
             os.write(self._wake_writer, b".")
 
     def _failure(self, what: str, code: int) -> Failure:
@@ -173,7 +171,7 @@ class Watchdog:
     def _place(self) -> dict[str, Any]:
         return {"host": socket.gethostname(), "pid": os.getpid(), "phase": self._phase}
 
-    # From here on: the watchdog's thread.
+    # The methods below run in the watchdog's thread.
 
     def _run(self) -> None:
         self._selector = selectors.PollSelector()  # no state in the kernel, which a forked child would share
@@ -183,7 +181,7 @@ class Watchdog:
         age, phase, before = 0.0, self._phase, time.monotonic()
         while not self._stopping:
             self._receive()
-            # While this process itself was stopped (Ctrl-Z, a suspended machine), nobody was at fault.
+            # If this process itself was stopped (Ctrl-Z, a suspended machine), no rank is at fault.
             now = time.monotonic()
             elapsed, before = min(now - before, 2 * self._interval), now
             for link in self._links.values():
@@ -203,7 +201,7 @@ class Watchdog:
             link.finish()
 
     def _receive(self) -> None:
-        """Wait up to an interval for news of any peer, and take it in."""
+        """Wait up to an interval for messages of any peer, and process them."""
         for key, _ in self._selector.select(self._interval):
             link = key.data
             if link is None:
@@ -231,8 +229,8 @@ class Watchdog:
             self._failures.append((time.monotonic(), failure))
 
     def _tell_state(self) -> None:
-        """Tell the peers where this rank is: when that changes, and every interval. (Not whenever they write:
-        two ranks would answer each other without end.)"""
+        """Send the peers this rank's state when it changes, and every interval. (Not whenever they write: two ranks would
+        answer each other without end.)"""
         state, now = (self._phase, self._own_failure), time.monotonic()
         if state == self._told_state and now - self._told_at < self._interval:
             return
@@ -242,7 +240,7 @@ class Watchdog:
             link.send({"kind": "state", "failure": failure, **self._place(), "entered": self._entered})
 
     def _judge(self) -> Failure | None:
-        """Why the job must end, or None while all is well: rank 0 decides; the others do if rank 0 cannot."""
+        """Return why the job must end, or None while all is well. Rank 0 decides; the others do if rank 0 cannot."""
         if self._verdict:
             return self._verdict
         failed = {failure.rank for _, failure in self._failures}
@@ -256,7 +254,8 @@ class Watchdog:
         return None
 
     def _who_is_behind(self, failure: Failure) -> Failure:
-        """Of a phase that hangs, the rank that has begun the fewest: all begin the same ones, and wait for the last."""
+        """Return the failure of the rank that has begun the fewest phases, when one hangs: all begin the same phases, and
+        wait for the last rank."""
         if failure.code != EXIT_LOST:
             return failure
         places = [(self._entered, self.rank, self._place())]
@@ -273,7 +272,7 @@ class Watchdog:
         return self._with_others(Failure(link.rank, _describe(link.rank, link.state, what), EXIT_LOST))
 
     def _with_others(self, failure: Failure) -> Failure:
-        """`failure`, with what the other ranks were doing, as far as rank 0 knows it."""
+        """Return `failure` with the phases of the other ranks, as far as rank 0 knows them."""
         phases = {link.rank: Phase(*link.state["phase"]) for link in self._links.values()} | {self.rank: self._phase}
         ranks_in: dict[Phase, list[int]] = {}
         for rank in sorted(phases.keys() - {failure.rank}):
@@ -288,24 +287,24 @@ class Watchdog:
             for link in self._links.values():
                 link.send({"kind": "verdict", "failure": asdict(verdict)})
         message = f"watchdog: {verdict.text}; rank {self.rank} leaves (exit code {verdict.code})\n".encode()
-        with contextlib.suppress(OSError):  # stderr on a full disk, or its reader gone: leave all the same
-            os.write(STDERR, message)  # first of all: torchrun may end us within a tenth of a second
+        with contextlib.suppress(OSError):  # stderr on a full disk, or its reader gone: leave anyway
+            os.write(STDERR, message)  # first: torchrun may end this process within 0.1 s
         if verdict.rank == self.rank and verdict.code != EXIT_LOST:
-            self._told.set()  # the main thread goes on: its traceback says the rest
+            self._told.set()  # the main thread continues and prints its traceback
             return
         self._dump_stacks(message, to_stderr=verdict.code == EXIT_LOST)
-        for child in multiprocessing.active_children():  # os._exit would leave them behind
+        for child in multiprocessing.active_children():  # os._exit would leave them running
             child.kill()
         if self.rank == 0:
-            time.sleep(0.5)  # let the verdict reach the others before our connections close
+            time.sleep(0.5)  # let the verdict reach the others before the connections close
         os._exit(verdict.code)
 
     def _dump_stacks(self, message: bytes, to_stderr: bool) -> None:
         if to_stderr:
             faulthandler.dump_traceback(STDERR)
-        with contextlib.suppress(OSError):  # a full disk, perhaps what went wrong: this rank must leave all the same
+        with contextlib.suppress(OSError):  # a full disk, perhaps the cause: this rank must leave anyway
             self._stacks_path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._stacks_path, "ab", buffering=0) as file:  # earlier attempts are evidence: append
+            with open(self._stacks_path, "ab", buffering=0) as file:  # append: earlier attempts are evidence
                 file.write(time.strftime("%Y-%m-%d %H:%M:%S ").encode() + message)
                 faulthandler.dump_traceback(file)
 

@@ -1,5 +1,5 @@
-"""The world of processes, one per GPU (per rank on a CPU), started by torchrun, srun or plain python, and the few
-collectives over all of it that the rest uses."""
+"""Start the world of processes, one per GPU (per rank on a CPU), under torchrun, srun or plain python, and offer the few
+collectives over all of them that other modules use."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch.distributed as dist
 from frpo_nemo.processes import addresses
 from frpo_nemo.processes.launcher import srun_task
 
-RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=15)  # no watchdog watches yet
-GROUP_TIMEOUT = datetime.timedelta(hours=2)  # for what the watchdog cannot tell from work
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=15)  # the watchdog has not started yet
+GROUP_TIMEOUT = datetime.timedelta(hours=2)  # for hangs that look like work to the watchdog
 
 
 def read_world() -> tuple[int, int]:
-    """(rank, world size) that torchrun or srun started, or (0, 1); completes the rendezvous variables in the
-    environment, which torch.distributed and vLLM's external launcher read."""
+    """Return (rank, world size) from torchrun or srun, or (0, 1). Completes the rendezvous variables in the environment,
+    which torch.distributed and vLLM's external launcher read."""
     env = os.environ
     if "RANK" not in env and (task := srun_task()):
         env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = map(str, task)
@@ -35,7 +35,7 @@ def read_world() -> tuple[int, int]:
 
 def start_world() -> tuple[int, int]:
     """Initialise torch.distributed: NCCL with CUDA (gloo for CPU tensors), gloo without. Returns (rank, world size).
-    Raises torch's DistStoreError or DistNetworkError when a rank does not come within RENDEZVOUS_TIMEOUT."""
+    Raises torch's DistStoreError or DistNetworkError when a rank does not connect within RENDEZVOUS_TIMEOUT."""
     rank, world_size = read_world()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -53,7 +53,7 @@ def start_world() -> tuple[int, int]:
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device on which this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -63,19 +63,19 @@ def rank() -> int:
 
 
 def wait_for_all() -> None:
-    """Every rank has come here."""
+    """Return when every rank has called this."""
     dist.barrier()
 
 
 def gather_objects(value) -> list:
-    """Every rank's picklable `value`, in rank order, on every rank."""
+    """Return every rank's picklable `value`, in rank order, on every rank."""
     out = [None] * dist.get_world_size()
     dist.all_gather_object(out, value)
     return out
 
 
 def _listen_where_needed() -> None:
-    """Libraries that would choose an address by themselves get ours; what the user set stays."""
+    """Give libraries that would choose an address by themselves the run's address; variables that the user set stay."""
     address = addresses.own_address()
     if address is None:
         return
@@ -83,13 +83,13 @@ def _listen_where_needed() -> None:
     interface = addresses.interface_of(address)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if interface and addresses.on_one_node():  # between nodes NCCL knows better which of several is fast
+    if interface and addresses.on_one_node():  # between nodes, NCCL finds the fastest interface itself
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
 def _own_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store | None:
-    """Where the ranks meet: a TCPStore of rank 0 on one address. torch's own would listen on all of them. None under
-    torchrun, whose agent has one already."""
+    """Return the store of the rendezvous: a TCPStore of rank 0 on one address. torch's own would listen on all addresses.
+    None under torchrun, whose agent has one already."""
     if world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     if addresses.on_one_node():
@@ -97,7 +97,7 @@ def _own_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.
     host, port, address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), addresses.own_address()
     if rank > 0 or address is None:
         return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
-    # Alone, on a port that the system chooses: one that was only found free could be taken by another run.
+    # A single process uses a port that the system chooses: another run could take a port that was only found free.
     listener = addresses.listen(address, port if world_size > 1 else 0, backlog=max(128, world_size))
     port = listener.getsockname()[1]
     os.environ["MASTER_PORT"] = str(port)
@@ -105,7 +105,7 @@ def _own_store(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.
 
 
 def _first_slurm_host(nodelist: str) -> str:
-    """`node[003-010,12]` -> `node003`; scontrol knows every form, the pattern serves where it is not installed."""
+    """Return the first host: `node[003-010,12]` -> `node003`. scontrol knows every form; without it a pattern is used."""
     try:
         return subprocess.check_output(["scontrol", "show", "hostnames", nodelist], text=True).split()[0]
     except FileNotFoundError:

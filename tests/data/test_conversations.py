@@ -43,7 +43,7 @@ def test_sharegpts_form_is_a_conversation(form):
     assert prompt_messages({"chat": chat}, RL) == whole
     assert prompt_messages({"chat": chat}, SFT) == whole[:2] and completion_message({"chat": chat}, SFT) == HELLO
     with pytest.raises(
-        ConfigError, match="message 1 is from 'bing'; known are human, gpt, system, user, assistant, tool"
+        ConfigError, match="message 1 is from 'bing'; known names are human, gpt, system, user, assistant, tool"
     ):
         prompt_messages({"chat": form([{"from": "human", "value": "Hi"}, {"from": "bing", "value": "Ho"}])}, RL)
 

@@ -206,7 +206,7 @@ def test_connection_refuses_strangers_and_names_missing_ranks(tmp_path):
         stranger.settimeout(5)
         assert stranger.recv(100) == b""
     thread.join(10)
-    assert errors == ["watchdog: ranks 1-2 did not come within 1 s"]
+    assert errors == ["watchdog: ranks 1-2 did not connect within 1 s"]
 
 
 def test_ranks_are_written_as_ranges():
