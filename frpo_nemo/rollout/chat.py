@@ -1,4 +1,4 @@
-"""The chat format of a run's model: its tokenizer, template arguments, clock and vocabulary, and what ends a response."""
+"""Load the chat format of a run's model: its tokenizer, template arguments, clock and vocabulary, and its stop tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from frpo_nemo.megatron.architecture import Architecture
 
 
 def load_chat(model: ModelConfig, moment: datetime | None = None) -> Chat:
-    """The Chat of `model`, a directory. moment: what a template that asks the clock is told; None: the present. Raises
-    ConfigError where transformers cannot read the tokenizer."""
+    """Return the Chat of `model`, a directory. moment: the time that a template's clock shows; None: now. Raises
+    ConfigError when transformers cannot read the tokenizer."""
     vocab_size = Architecture.from_hf(model.path).vocab_size
     try:
         tokenizer = load_tokenizer(model.path)
@@ -27,9 +27,9 @@ def load_chat(model: ModelConfig, moment: datetime | None = None) -> Chat:
 
 
 def stop_token_ids(model_path: str, tokenizer, more: Sequence[str] = ()) -> list[int]:
-    """What ends a response: the tokenizer's EOS, the token with which its template ends a turn, those of
-    generation_config.json (Llama 3 has several), and the tokens named in `more`. Raises ConfigError for a name that is no
-    token. tokenizer: or a Chat."""
+    """Return the tokens that end a response: the tokenizer's EOS, the token with which its template ends a turn, those of
+    generation_config.json (Llama 3 has several), and the tokens named in `more`. Raises ConfigError for a name that isn't
+    a token. tokenizer: may also be a Chat."""
     chat = Chat.of(tokenizer)
     ids = chat.end_tokens if chat.tokenizer.chat_template else {chat.tokenizer.eos_token_id}
     if Path(model_path, "generation_config.json").is_file():
@@ -44,7 +44,7 @@ def _token_id(name: str, chat: Chat) -> int:
     if found is None:
         ids = chat.tokenizer.encode(name, add_special_tokens=False)
         raise ConfigError(
-            f"rollout.stop_tokens names {name!r}, which is no token of '{chat.tokenizer.name_or_path}' but "
-            f"{len(ids)} of them: {' '.join(map(repr, chat.tokenizer.convert_ids_to_tokens(ids)))}; name single tokens"
+            f"rollout.stop_tokens names {name!r}, which isn't a token of '{chat.tokenizer.name_or_path}' but "
+            f"{len(ids)} tokens: {' '.join(map(repr, chat.tokenizer.convert_ids_to_tokens(ids)))}; name single tokens"
         )
     return found

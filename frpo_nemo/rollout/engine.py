@@ -1,4 +1,4 @@
-"""The vLLM engine that lives in this process beside the policy, one of world / tensor_parallel_size in the world.
+"""Run the vLLM engine in the same process as the policy, one of world / tensor_parallel_size engines.
 
 Every rank of an engine calls every method with the same arguments: vLLM's external launcher runs one scheduler per
 rank, and they stay in step because they see the same requests. vLLM is imported when an engine is made (seconds).
@@ -28,8 +28,8 @@ from frpo_nemo.rollout.refit_check import WeightCheck, raise_on_all_ranks
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One response. token_ids: with the stop token that ended it, if any. logprobs: one per token, of the distribution
-    that was sampled from, before top-p and top-k; empty when `generate` was given another temperature."""
+    """One response. token_ids: including the stop token that ended it, if any. logprobs: one per token, under the sampled
+    distribution before top-p and top-k; empty when `generate` was given another temperature."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -37,7 +37,7 @@ class Completion:
 
 
 class RolloutEngine:
-    """vLLM for sampling, refitted from the policy. torch.distributed is initialised before, also in a world of one."""
+    """Sample with vLLM, refitted from the policy. torch.distributed must be initialised before, also for one process."""
 
     def __init__(
         self,
@@ -53,11 +53,10 @@ class RolloutEngine:
         temperature: float = 1.0,
         load_format: str = "dummy",
     ):
-        """dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. fp32_logits: as in a ModelConfig,
-        whatever config.json says of it (head_dtype). temperature: of the rollouts;
-        their log-probs are those of softmax(logits / temperature), or at 0 (greedy) of softmax(logits). load_format:
-        "dummy" leaves the weights to the first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for
-        a layout that does not fit.
+        """Start vLLM. dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. fp32_logits: as in a
+        ModelConfig, whatever config.json has (head_dtype). temperature: for rollouts; their log-probs are those of
+        softmax(logits / temperature), or at 0 (greedy) of softmax(logits). load_format: "dummy" leaves the weights to the
+        first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does not fit.
         """
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed must be initialised before a RolloutEngine, also in a world of one")
@@ -67,7 +66,7 @@ class RolloutEngine:
                 f"rollout.tensor_model_parallel_size={tensor_parallel_size} does not divide the {world} processes"
             )
         if dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"the rollout engine's dtype is {dtype!r}; it should be float32 or bfloat16")
+            raise ConfigError(f"the rollout engine's dtype is {dtype!r}; it must be float32 or bfloat16")
         self.num_engines = world // tensor_parallel_size
         self.engine_index = rank // tensor_parallel_size
         self._dtype = getattr(torch, dtype)
@@ -75,7 +74,7 @@ class RolloutEngine:
         self._on_gpu = torch.cuda.is_available()
         self._asleep: set[str] = set()
         self._has_weights = load_format != "dummy"
-        with _quiet(), isolated_rng(0):  # vLLM seeds every global generator when it starts
+        with _quiet(), isolated_rng(0):  # vLLM seeds all global generators when it starts
             self._llm = _start_vllm(
                 model=model_path,
                 dtype=dtype,
@@ -103,11 +102,11 @@ class RolloutEngine:
         top_p: float = 1.0,
         top_k: int = -1,
     ) -> list[list[Completion]]:
-        """`samples` responses to each prompt (token ids), in the order of the prompts.
+        """Return `samples` responses to each prompt (token ids), in the order of the prompts.
 
         The same weights, arguments and engine layout give the same tokens and log-probs, bit for bit, in any process:
         sampling draws from generators seeded with (seed, engine_index), and no prefix cache survives between calls.
-        The process's own random state is left as it was. temperature: None is the engine's; at another one (0 is
+        The process's own random state does not change. temperature: None is the engine's; at another one (0 is
         greedy) no log-probs are returned.
         """
         from vllm import SamplingParams
@@ -123,9 +122,9 @@ class RolloutEngine:
             top_k=top_k,
             max_tokens=max_tokens,
             stop_token_ids=list(stop_token_ids),
-            ignore_eos=True,  # alone keeps the stop tokens of generation_config.json out: only the caller's end a response
+            ignore_eos=True,  # else those of generation_config.json end a response too, not only the caller's
             detokenize=False,
-            logprobs=0 if rollout else None,  # 0: of the sampled token alone
+            logprobs=0 if rollout else None,  # 0: only of the sampled token
             flat_logprobs=True,
         )
         seed = int(np.random.SeedSequence((seed, self.engine_index)).generate_state(1)[0])
@@ -137,8 +136,8 @@ class RolloutEngine:
     @torch.no_grad()
     def refit(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights by a stream of (Hugging Face name, full tensor), the same on every rank of the engine,
-        and prove that they arrived. Collective over the world; `weights` is always consumed to its end, because it may
-        be made by collectives. Raises RefitError, on every rank, naming rank and tensors.
+        and verify that they arrived. Collective over the world; `weights` is always consumed to its end, because
+        collectives may produce it. Raises RefitError, on every rank, naming rank and tensors.
         """
         self._wake("weights")
         check = WeightCheck(self._model(), self._dtype)
@@ -153,22 +152,21 @@ class RolloutEngine:
         self._has_weights = True
 
     def sleep(self) -> None:
-        """Give the GPU memory of weights and KV cache back until `refit` (weights only) or `generate` wakes them.
+        """Free the GPU memory of weights and KV cache until `refit` (weights only) or `generate` needs it.
 
-        Level 1: the weights wait in host memory. Level 2 would drop them, as every refit sends them again, but drops
-        with them whatever a model keeps outside of parameters and buffers, and that comes back as garbage. Nothing to
-        do on CPU.
+        Level 1 keeps the weights in host memory. Level 2 would drop them, because every refit sends them again, but it also
+        drops what a model keeps outside of parameters and buffers, which comes back as garbage. Does nothing on a CPU.
         """
         if self._on_gpu and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache"}
 
     def wake(self) -> None:
-        """Undo `sleep` now. `refit` and `generate` do it by themselves, for what they need."""
+        """Undo `sleep` now. `refit` and `generate` wake what they need themselves."""
         self._wake("weights", "kv_cache")
 
     def close(self) -> None:
-        """Shut vLLM down. It destroys torch.distributed's process groups with it, so this comes last."""
+        """Shut vLLM down. This also destroys torch.distributed's process groups, so it comes last."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _wake(self, *tags: str) -> None:
@@ -177,7 +175,7 @@ class RolloutEngine:
             self._asleep -= needed
 
     def _forget_prefixes(self) -> None:
-        """Cached keys and values belong to the weights that made them; and hits change the last bits of results."""
+        """Reset the prefix cache: its keys and values belong to old weights, and hits change the last bits of results."""
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests of an earlier call are still running")
 
@@ -185,7 +183,7 @@ class RolloutEngine:
         return self._llm.apply_model(lambda model: model)[0]
 
     def _without_compiling(self) -> contextlib.AbstractContextManager:
-        """On CPU, vLLM's sampler compiles one small function at the first call (2 s and a C++ compiler) for nothing."""
+        """Avoid a useless compilation: on a CPU vLLM's sampler compiles one small function at the first call (2 s, C++)."""
         return contextlib.nullcontext() if self._on_gpu else torch.compiler.set_stance("force_eager")
 
     def _check_request(self, prompts: Sequence[Sequence[int]], max_tokens: int, truncated_sampling: bool) -> None:
@@ -210,45 +208,45 @@ def _completion(response, with_logprobs: bool) -> Completion:
 
 
 def _start_vllm(**settings):
-    """The LLM of this rank. Environment variables that the user set are left as they are."""
+    """Return the LLM of this rank. Environment variables that the user set stay as they are."""
     rank = str(dist.get_rank())
     for name, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process; external_launcher demands it
-        "VLLM_PLUGINS": "",  # nemo-toolkit registers one that we do not need
-        "VLLM_LOGGING_LEVEL": "ERROR",  # warnings on CPU are many and never ours to act on
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB per rank; touched only as far as it is used
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, as external_launcher requires
+        "VLLM_PLUGINS": "",  # nemo-toolkit registers one that isn't needed
+        "VLLM_LOGGING_LEVEL": "ERROR",  # many warnings on a CPU, none of which needs action here
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB per rank; only what is used is allocated
         "RANK": rank,
         "LOCAL_RANK": rank,
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM itself does it after its first words
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # vLLM sets it only after its first messages
     from vllm import LLM
 
-    gc.freeze()  # what imports made; vLLM collects garbage three times while it loads
+    gc.freeze()  # objects of imports; vLLM collects garbage three times while it loads
     with contextlib.nullcontext() if torch.cuda.is_available() else _cpu_workarounds():
         return LLM(
             distributed_executor_backend="external_launcher",
             trust_remote_code=False,
             skip_tokenizer_init=True,  # token ids in, token ids out
-            generation_config="vllm",  # no sampling settings from the checkpoint's file; its stop tokens: see ignore_eos
+            generation_config="vllm",  # no sampling settings of the checkpoint's file; stop tokens: see ignore_eos
             enable_prefix_caching=True,  # the responses of one group share their prompt
             use_tqdm_on_load=False,
-            async_scheduling=False,  # else generate() may return while a batch is still in the engine's queue
+            async_scheduling=False,  # otherwise generate() may return while a batch is still queued
             **settings,
         )
 
 
 @contextlib.contextmanager
 def _cpu_workarounds() -> Iterator[None]:
-    """Around the start of vLLM on CPU: weights that can be read, and shared memory of this run alone.
+    """Start vLLM on a CPU with weights that can be read and with shared memory of this run only.
 
-    vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so that nobody can read what the
-    engine computes with. Plain `linear` on live parameters makes every refit provable; it costs 5% (fp32) to 20% (bf16)
+    vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so the weights that the engine computes
+    with can't be read. Plain `linear` on live parameters makes every refit verifiable; it costs 5% (fp32) to 20% (bf16)
     of generation with a tiny model.
 
     The ranks of a tensor-parallel engine exchange tensors through segments in /dev/shm, which vLLM names after the
-    rendezvous, "env://": the same in every job. A second job, or one after a killed one, would find them taken. Here
-    the names are of this run, and go when all ranks have mapped them, so that no end of a process leaves them behind.
+    rendezvous, "env://": the same in every job. A second job, or one after a killed one, would find them taken. Here the
+    names are unique to this run, and are removed when all ranks have mapped them, so that no process leaves them behind.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.model_executor.layers import utils
@@ -259,7 +257,7 @@ def _cpu_workarounds() -> Iterator[None]:
     name_after_rendezvous = _CPUSHMDistributed.make_group_name
     run = [f"frpo-{uuid.uuid4().hex[:12]}"]
     dist.broadcast_object_list(run, src=0)
-    utils.dispatch_cpu_unquantized_gemm = keep_weight  # stays: refits come here too
+    utils.dispatch_cpu_unquantized_gemm = keep_weight  # not restored: refits call it too
     _CPUSHMDistributed.make_group_name = staticmethod(lambda group: run[0] + name_after_rendezvous(group).lstrip("/"))
     try:
         yield
@@ -272,7 +270,7 @@ def _cpu_workarounds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """All global generators begin at `seed` (below 2**32) inside, and are restored after. vLLM samples from torch's
+    """Start all global generators at `seed` (below 2**32), and restore them afterwards. vLLM samples from torch's
     (model runner V1) or takes the seeds of requests from numpy's (V2)."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -291,7 +289,7 @@ def isolated_rng(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of vLLM's imports: they concern its own code."""
+    """Silence warnings of vLLM's imports, which concern its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,8 +1,8 @@
-"""Proof that a refit arrived: fingerprints of the engine's own weights, and the gap between two log-probabilities.
+"""Verify that a refit arrived: fingerprints of the engine's own weights, and the gap between two log-probabilities.
 
-Nothing here starts or drives vLLM. The fact to know: both sides of a fingerprint are taken on every rank, of the same
-slice (what that rank's vLLM shard should hold), so that tensor parallelism needs neither sums over ranks nor special
-cases for replicated heads, and a tensor that sits in the wrong place differs as surely as one with wrong values.
+Nothing here starts or drives vLLM. Both sides of a fingerprint are computed on every rank, of the same slice (the part that
+the rank's vLLM shard should hold). So tensor parallelism needs neither sums over ranks nor special cases for replicated
+heads, and a tensor in the wrong place differs as surely as one with wrong values.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 
 class RefitError(RuntimeError):
-    """The engine does not hold, or does not compute with, the weights that it was sent. Never go on after it."""
+    """The engine does not hold, or does not compute with, the weights that it was sent. Never continue after it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where one Hugging Face tensor lies on this rank. `live`: a view of the engine's own memory; it should hold the
+    """The place of one Hugging Face tensor on this rank. `live`: a view of the engine's own memory; it should hold the
     `live.shape[dim]` rows (dim 0) or columns (dim 1) of the full tensor that begin at `start`."""
 
     live: Tensor
@@ -30,7 +30,7 @@ class Shard:
     start: int = 0
 
     def cut(self, full: Tensor) -> Tensor | None:
-        """The part of the Hugging Face tensor `full` that belongs here; None when the shapes do not fit."""
+        """Return the part of the Hugging Face tensor `full` that belongs here; None when the shapes do not fit."""
         length = self.live.shape[self.dim]
         if full.dim() != self.live.dim() or full.shape[self.dim] < self.start + length:
             return None
@@ -39,7 +39,7 @@ class Shard:
 
 
 class WeightCheck:
-    """Watches a stream of weights on its way into vLLM, then compares vLLM's live parameters with what was streamed.
+    """Fingerprint a stream of weights on its way into vLLM, then compare vLLM's live parameters with it.
 
     check = WeightCheck(model, dtype); reload(check.watch(weights)); problems = check.problems()
     """
@@ -51,7 +51,7 @@ class WeightCheck:
         self._problems: list[str] = []
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same (Hugging Face name, full tensor) pairs, cast to the engine's dtype; remembers 8 bytes of each."""
+        """Yield the same (Hugging Face name, full tensor) pairs, cast to the engine's dtype; keep 8 bytes of each."""
         shards = live_shards(self._model)  # before vLLM takes the parameters apart to reload them
         tied = getattr(self._model.config, "tie_word_embeddings", False)
         for name, tensor in weights:
@@ -68,7 +68,7 @@ class WeightCheck:
             yield name, tensor
 
     def problems(self) -> list[str]:
-        """One sentence per tensor that is missing or differs on this rank; empty when all is well."""
+        """Return one sentence per tensor that is missing or differs on this rank; empty if none."""
         shards = live_shards(self._model)
         missing = [f"{name} was not in the weight stream" for name in shards if name not in self._sent]
         names = [name for name in shards if name in self._sent]
@@ -81,7 +81,7 @@ class WeightCheck:
 
 
 def live_shards(model: nn.Module) -> dict[str, Shard]:
-    """Hugging Face name -> where that tensor lies in this rank's vLLM model (dense decoders, unquantised)."""
+    """Return Hugging Face name -> place of that tensor in this rank's vLLM model (dense decoders, unquantised)."""
     fused_names = model.packed_modules_mapping  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
     shards, seen = {}, set()
     for path, module in model.named_modules():
@@ -97,7 +97,7 @@ def live_shards(model: nn.Module) -> dict[str, Shard]:
 
 
 def _pieces(module: nn.Module, kind: str, live: Tensor) -> list[Shard]:
-    """The Hugging Face tensors that `module`'s parameter holds, in order; one unless vLLM fuses several."""
+    """Return the Hugging Face tensors that `module`'s parameter holds, in order; one unless vLLM fuses several."""
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
         MergedColumnParallelLinear,
@@ -130,11 +130,11 @@ def _pieces(module: nn.Module, kind: str, live: Tensor) -> list[Shard]:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """int64 scalar on the tensor's device: sum of the tensor's 4-byte words, each times an odd random weight of its
-    place, modulo 2**64.
+    """Return an int64 scalar on the tensor's device: the sum of the tensor's 4-byte words, each times an odd random weight
+    of its place, modulo 2**64.
 
-    An odd factor has an inverse modulo 2**64, so that a change of one word always shows; any other change escapes with
-    a chance of about 2**-32. Compares bits: NaN equals itself, 0.0 differs from -0.0. Reads the tensor once and
+    An odd factor has an inverse modulo 2**64, so a change of one word always shows; any other change goes unnoticed with
+    a probability of about 2**-32. Compares bits: NaN equals itself, 0.0 differs from -0.0. Reads the tensor once and
     allocates 0.5 MiB (256 MiB on CUDA).
     """
     matrix = tensor.detach().reshape(1, -1) if tensor.dim() < 2 else tensor.detach().flatten(1)
@@ -157,23 +157,23 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
-    """int64 [count], odd, random, the same in every process."""
+    """Return int64 [count], odd, random, the same in every process."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-(1 << 63), (1 << 63) - 1, (count,), generator=generator) | 1).to(device)
 
 
-# What rounding explains in any model, by the precision of model and engine: (statistic, largest value). Measured against
+# Gap that rounding explains in any model, by the precision of model and engine: (statistic, largest value). Measured against
 # transformers on CPU: fp32 4e-6 at most; bf16 0.011 to 0.014 on average (4 and 12 layers), single tokens up to 0.07. fp8
-# is of the policy alone, the engine stays in bf16: .12 to .16 on average, emulated (tests/rollout/test_gap_limits.py).
+# applies to the policy only, the engine stays in bf16: .12 to .16 on average, emulated (tests/rollout/test_gap_limits.py).
 GAP_LIMITS = {"fp32": ("max", 1e-4), "bf16": ("mean", 0.05), "fp8": ("mean", 0.2)}
-# A trained model may round worse: SmolLM2-135M-Instruct has a mean of 0.042 to 0.049 in bf16. So a run measures its own
-# model's, and stops at this multiple of it. In fp8 a lost layer of 12 is 1.6 to 1.8 times the rounding.
+# A trained model may round worse: SmolLM2-135M-Instruct has a mean of 0.042 to 0.049 in bf16. So a run measures the gap of
+# its own model, and stops at this multiple of it. In fp8 a lost layer of 12 is 1.6 to 1.8 times the rounding.
 GAP_MULTIPLES = {"bf16": 2.0, "fp8": 1.5}
 
 
 @dataclass(frozen=True)
 class GapLimit:
-    """How far vLLM's and the policy's log-probs may be apart: `value` bounds the "mean" or "max" of |difference|."""
+    """Largest allowed difference of vLLM's and the policy's log-probs: `value` bounds the "mean" or "max" of |difference|."""
 
     statistic: str
     value: float
@@ -181,8 +181,8 @@ class GapLimit:
 
     @classmethod
     def of(cls, precision: str, measured: float | None, threshold: float | None = None) -> GapLimit:
-        """precision: "fp32", "bf16" or "fp8". measured: the mean at the first comparison of this run, after a refit whose
-        fingerprints were right; None: this is the first. threshold: what the user takes instead, of the mean."""
+        """Return the limit. precision: "fp32", "bf16" or "fp8". measured: the mean at the first comparison of this run, after
+        a refit whose fingerprints were right; None: this is the first. threshold: the user's limit of the mean instead."""
         if threshold is not None:
             return cls("mean", threshold, "rollout.logprob_gap_threshold")
         statistic, usual = GAP_LIMITS[precision]
@@ -196,7 +196,7 @@ class GapLimit:
 
 
 def logprob_gap(rollout_logprobs: Tensor, megatron_logprobs: Tensor) -> tuple[float, float]:
-    """(mean, largest) |difference| over response tokens; both float [R]. (0, 0) of none; NaN where either has NaN."""
+    """Return (mean, largest) |difference| over response tokens; both float [R]. (0, 0) for none; NaN if either has NaN."""
     if rollout_logprobs.numel() == 0:
         return 0.0, 0.0
     gap = (rollout_logprobs.double() - megatron_logprobs.double()).abs()
@@ -211,8 +211,8 @@ def check_logprob_gap(
     step: int,
     limit: GapLimit,
 ) -> tuple[float, float]:
-    """logprob_gap of responses [R] = sum(response_lengths [N]); RefitError if it is larger than `limit`. No collective: give
-    the result of `raise_on_all_ranks` its message where other ranks would otherwise wait."""
+    """Return logprob_gap of responses [R] = sum(response_lengths [N]). Raises RefitError if it is larger than `limit`. Not
+    collective: pass its message to `raise_on_all_ranks` where other ranks would otherwise wait."""
     mean, largest = logprob_gap(rollout_logprobs, megatron_logprobs)
     value = mean if limit.statistic == "mean" else largest
     if value <= limit.value:
@@ -229,7 +229,7 @@ def check_logprob_gap(
 
 
 def raise_on_all_ranks(message: str | None) -> None:
-    """Collective over the world: if any rank brings a message, all raise RefitError with the first and its rank."""
+    """Raise RefitError on all ranks if any rank has a message, with the first one and its rank. Collective over the world."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     failed = [rank for rank, each in enumerate(messages) if each is not None]

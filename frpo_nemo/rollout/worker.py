@@ -1,7 +1,7 @@
-"""Rollouts of a step: prompts through the colocated vLLM engines and the rewards, as one global ragged batch.
+"""Make the rollouts of a step: send prompts through the colocated vLLM engines and the rewards into one global ragged batch.
 
-Every engine generates whole groups for its share of the prompts; the ranks of an engine share the scoring; the
-results (token ids, small) are gathered on every rank, in the order of the prompts.
+Every engine generates whole groups for its share of the prompts; the ranks of an engine share the scoring. The results
+(token ids, small) are gathered on every rank, in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from frpo_nemo.rollout.refit_check import GapLimit, check_logprob_gap
 
 @dataclass
 class Rollouts:
-    """A step's responses: `batch` has the columns group, task (index into tasks), truncated, reward, the weighted sum of
-    what was scored, and its parts reward/NAME (NaN: unscored), compared, the reward for the objective (NaN: no part in
-    it), partly_scored, and the token column rollout_logprobs. failures: reward -> kind -> count."""
+    """A step's responses. `batch` has the columns group, task (index into tasks), truncated, reward (the weighted sum of
+    the scored parts), reward/NAME (a part; NaN: unscored), compared (the reward for the objective; NaN: takes no part),
+    partly_scored, and the token column rollout_logprobs. failures: reward -> kind -> count."""
 
     batch: SequenceBatch
     tasks: list[str | None]
@@ -42,7 +42,7 @@ class Rollouts:
 
     @property
     def rewards(self) -> Tensor:
-        """What the objective compares."""
+        """Return the rewards that the objective compares."""
         return self.batch.columns["compared"]
 
     @property
@@ -50,7 +50,7 @@ class Rollouts:
         return self.batch.columns["group"]
 
     def require_scores(self) -> None:
-        """Raise RuntimeError if not one response has a reward: there is nothing to learn from."""
+        """Raise RuntimeError if no response has a reward, because there is nothing to learn from."""
         if self.rewards.isnan().all():
             raise RuntimeError(
                 f"None of {len(self.rewards)} responses could be scored; the rewards failed as shown above."
@@ -59,7 +59,7 @@ class Rollouts:
 
 @dataclass
 class ScoredPrompts:
-    """Prompts, and the rewards that score responses to them. `tasks`: all that may occur, a response's is an index."""
+    """Prompts, and the rewards that score responses to them. `tasks`: all that may occur; responses have an index into it."""
 
     prompts: PromptSet
     rewards: RewardSet
@@ -67,9 +67,9 @@ class ScoredPrompts:
 
     @classmethod
     def load(cls, sources: Sequence[SourceConfig], rewards: RewardSet, chat, max_prompt_tokens: int) -> ScoredPrompts:
-        """chat: of the policy, or its tokenizer. Raises ConfigError if a task has no reward."""
+        """Load prompts. chat: the policy's Chat or tokenizer. Raises ConfigError if a task has no reward."""
         prompts = load_prompts(sources, chat, max_prompt_tokens=max_prompt_tokens)
-        rewards.check_tasks(prompts.tasks, all_rewards=False)  # prompts that are too long may have been all of a task's
+        rewards.check_tasks(prompts.tasks, all_rewards=False)  # all prompts of a task may be too long
         return cls(prompts, rewards, sorted(prompts.tasks, key=str))
 
 
@@ -88,9 +88,9 @@ class RolloutWorker:
         moment: datetime | None = None,
         measured: dict[str, float] | None = None,
     ):
-        """torch.distributed runs; Megatron's model does not exist yet (vLLM measures free memory). seed: of sampling.
-        max_model_len: of the longest prompt and response together, in tokens. load_format: "dummy" waits for the weights
-        of a refit, "auto" reads them from model.path. moment: as of `load_chat`. measured: of the run, as Run.measured."""
+        """Start the engine. torch.distributed must be initialised, and Megatron's model must not exist yet (vLLM measures free
+        memory). seed: for sampling. max_model_len: the longest prompt and response together, in tokens. load_format: "dummy"
+        waits for the weights of a refit, "auto" reads them from model.path. moment: see `load_chat`. measured: Run.measured."""
         self.model, self.rollout, self.phases, self.seed = model, rollout, phases, seed
         self.chat = load_chat(model, moment)
         self.tokenizer = self.chat.tokenizer
@@ -113,7 +113,7 @@ class RolloutWorker:
         self.measured = {} if measured is None else measured
 
     def refit(self, actor: PolicyActor) -> None:
-        """Send the policy's weights to the engine and check that they arrived. Raises RefitError."""
+        """Send the policy's weights to the engine and verify that they arrived. Raises RefitError."""
         with self.phases("refit"):
             actor.finish_training()  # the optimizer's GPU memory is vLLM's until the next update
             self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.rollout.refit_bucket_mb << 20))
@@ -121,20 +121,20 @@ class RolloutWorker:
     def roll_out(
         self, scored: ScoredPrompts, indices: Sequence[int], *, samples: int, max_tokens: int, seed_step: int
     ) -> Rollouts:
-        """`samples` scored responses of at most `max_tokens` to each of the prompts `indices`. seed_step: decides, with
-        the run's seed, what is sampled: the step, or a constant of its own for what is measured on the side."""
+        """Return `samples` scored responses of at most `max_tokens` to each of the prompts `indices`. seed_step: determines,
+        with the run's seed, what is sampled: the step, or a constant of their own for validation and probes."""
         examples = [scored.prompts.examples[i] for i in indices]
         with self.phases("generate"):
             mine, completions = self._generate_share(examples, samples, max_tokens, seed_step)
             self.engine.sleep()
-            world.wait_for_all()  # generation ends with the slowest engine, and its time is told so
-        with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw from it as well
+            world.wait_for_all()  # so that the phase times the slowest engine
+        with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw random numbers
             scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
             return self._gather(examples, samples, mine, completions, scores, scored)
 
     def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
-        """(places of the prompts whose responses this rank scores, their responses)."""
+        """Return (places of the prompts whose responses this rank scores, their responses)."""
         engine, rollout = self.engine, self.rollout
         share = range(engine.engine_index, len(examples), engine.num_engines)
         generated = engine.generate(
@@ -150,7 +150,7 @@ class RolloutWorker:
         return list(share)[rank::size], generated[rank::size]
 
     def _reward_seed(self, seed_step: int) -> int:
-        """Of what rewards draw in this process, which is no part of the run's random state."""
+        """Return the seed of the random numbers that rewards draw in this process, apart from the run's random state."""
         return zlib.crc32(f"reward {sampling_seed(self.seed, seed_step)} {world.rank()}".encode())
 
     def _score(self, rewards: RewardSet, examples: list[Prompt], completions: list[list]):
@@ -163,7 +163,7 @@ class RolloutWorker:
         return rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
 
     def _gather(self, examples, samples, mine, completions, scores, scored: ScoredPrompts) -> Rollouts:
-        """All ranks' responses in the order of the prompts."""
+        """Gather all ranks' responses in the order of the prompts."""
         flat = [c for group in completions for c in group]
         responses = (  # as tensors: pickled in bulk
             torch.tensor([len(c.token_ids) for c in flat], dtype=torch.int64),
@@ -208,15 +208,15 @@ class RolloutWorker:
 
     @property
     def gap_limit(self) -> GapLimit:
-        """Of the next comparison of log-probs."""
+        """Return the limit for the next comparison of log-probs."""
         precision = "fp8" if self.model.fp8 else self.model.precision
         return GapLimit.of(precision, self.measured.get("logprob_gap"), self.rollout.logprob_gap_threshold)
 
     def check_logprobs(self, step: int, batch: SequenceBatch, logprobs: Tensor) -> None:
-        """Compare the policy's log-probs [R] of responses with those that vLLM sampled them with. Raises RefitError.
+        """Compare the policy's log-probs [R] of responses with those of vLLM when it sampled them. Raises RefitError.
 
-        Part of every refit's proof: the policy computes these numbers anyway before it changes again. The first comparison
-        of a run measures what rounding does to its model.
+        This is part of the check of every refit: the policy computes these numbers anyway before it changes again. The first
+        comparison of a run measures the effect of rounding on its model.
         """
         rollout = batch.token_columns["rollout_logprobs"]
         gap = check_logprob_gap(rollout, logprobs, batch.response_lengths, step=step, limit=self.gap_limit)
@@ -233,7 +233,7 @@ class RolloutWorker:
         self.engine.close()
 
     def write_samples(self, path: Path, rollouts: Rollouts) -> None:
-        """Prompts, responses and rewards as JSON lines, to read."""
+        """Write prompts, responses and rewards as JSON lines, for a reader."""
         path.parent.mkdir(parents=True, exist_ok=True)
         batch = rollouts.batch
         pairs = batch.unpack()
@@ -254,7 +254,7 @@ class RolloutWorker:
 
 
 def _comparison(columns: dict[str, Tensor], rewards: RewardSet) -> dict[str, Tensor]:
-    """The columns compared and partly_scored, from those of the rewards. What failed takes no part, in a mean neither."""
+    """Return the columns compared and partly_scored, from those of the rewards. Failed rewards enter no mean."""
     parts = torch.stack([columns[f"reward/{reward.name}"] for reward in rewards.rewards], 1)
     parts[columns["reward"].isnan()] = math.nan
     weights = torch.tensor([reward.weight for reward in rewards.rewards], dtype=torch.float64)
@@ -263,15 +263,15 @@ def _comparison(columns: dict[str, Tensor], rewards: RewardSet) -> dict[str, Ten
 
 
 def response_texts(responses: list[list[int]], tokenizer, stop_token_ids: list[int]) -> list[str]:
-    """What rewards read: all that was written but the token that ended it. Tags such as <think>, which some tokenizers
-    hold for special tokens, stay."""
+    """Return the texts that rewards read: each response without the token that ended it. Tags such as <think>, which some
+    tokenizers treat as special tokens, stay."""
     written = [ids[:-1] if ids[-1:] and ids[-1] in stop_token_ids else ids for ids in responses]
     return tokenizer.batch_decode(written, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def failure_lines(said: list[dict], silent: set[str], reported: set[tuple[str, str]]) -> list[str]:
-    """What to tell of a batch's failures. said: Scores.said of each rank. silent: the rewards that scored no response.
-    reported: (reward, kind) of what was told before; this adds to it."""
+    """Return the lines to print on a batch's failures. said: Scores.said of each rank. silent: the rewards that scored no
+    response. reported: (reward, kind) of the failures printed before; this adds to it."""
     first: dict[tuple[str, str], str] = {}
     for name, kinds in (item for rank in said for item in rank.items()):
         for kind, text in kinds.items():
@@ -286,7 +286,7 @@ def failure_lines(said: list[dict], silent: set[str], reported: set[tuple[str, s
 
 
 def sampling_seed(run_seed: int, step: int) -> int:
-    """One seed per (run, step), so that a resumed run draws what the first would have drawn. The engine adds its index."""
+    """Return one seed per (run, step), so that a resumed run samples the same. The engine adds its index."""
     return run_seed << 32 | step
 
 

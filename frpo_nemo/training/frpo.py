@@ -1,6 +1,6 @@
-"""FRPO, or a GRPO baseline: the whole loop. Generate, score, learn, refit, in that order and nothing else.
+"""Train with FRPO or a GRPO baseline, the whole loop: generate, score, learn, refit, in that order and nothing else.
 
-Phases (sleep and wake of the engine, timing, the watchdog) belong to the objects named here, not to the loop.
+The objects used here handle phases (sleep and wake of the engine, timing, the watchdog), not the loop.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from frpo_nemo.training.statistics import rollout_statistics, sampling_logprobs,
 
 
 def train(cfg: FRPORun) -> bool:
-    """Run the job that `cfg` (FRPORun, validated) describes, in every process of the world. False if a signal
-    ended it early."""
+    """Run the job that `cfg` (FRPORun, validated) describes, in every process of the world. Returns False if a
+    signal ended it early."""
     with Run(cfg) as run:
         objective = build_objective(cfg.objective)
         with run.phases("load"):
@@ -50,7 +50,7 @@ def train(cfg: FRPORun) -> bool:
                 seed=cfg.trainer.seed,
             )
             if objective.beta > 0 or cfg.trainer.val_interval or probe:
-                actor.freeze_reference()  # before a checkpoint is loaded: it is the model that training began with
+                actor.freeze_reference()  # before a checkpoint is loaded: the model with which training began
         run.attach(
             actor,
             train=training.prompts,
@@ -88,7 +88,7 @@ def train(cfg: FRPORun) -> bool:
 
 
 def load_prompts(cfg: FRPORun, worker: RolloutWorker) -> tuple[ScoredPrompts, ScoredPrompts | None]:
-    """(what to train on, what to validate on or None), with the same rewards. The second does not depend on
+    """Return (training prompts, validation prompts or None), with the same rewards. The second does not depend on
     val_interval: its fingerprint is in the checkpoints, and a resumed run may begin to validate."""
     rewards = build_rewards(cfg.reward)
     training = ScoredPrompts.load(cfg.data.train, rewards, worker.chat, cfg.data.max_prompt_tokens)
@@ -98,7 +98,7 @@ def load_prompts(cfg: FRPORun, worker: RolloutWorker) -> tuple[ScoredPrompts, Sc
 
 
 def longest_sequence(cfg: FRPORun) -> int:
-    """Tokens of the longest prompt and response that the engine may see."""
+    """Return the tokens of the longest prompt and response that the engine may see."""
     probe = cfg.probe.max_response_tokens if cfg.probe.interval else 0
     return cfg.data.max_prompt_tokens + max(cfg.rollout.max_response_tokens, probe)
 
@@ -106,10 +106,10 @@ def longest_sequence(cfg: FRPORun) -> int:
 def learn(
     run: Run[FRPORun], objective: Objective, worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
 ) -> list[StepResult]:
-    """One optimizer update for each of updates_per_rollout minibatches of whole groups.
+    """Do one optimizer update for each of updates_per_rollout minibatches of whole groups.
 
     With several, the log-probs of the rollout's policy are computed first, and an objective that uses importance gets it
-    for each minibatch under the policy of that moment; with one, both are known without a forward pass.
+    for each minibatch under the current policy; with one, both are known without a forward pass.
     """
     cfg, batch = run.cfg, rollouts.batch
     updates = cfg.trainer.updates_per_rollout
@@ -159,7 +159,7 @@ def policy_loss(cfg: FRPORun, objective: Objective, minibatch: SequenceBatch) ->
 def update(
     run: Run[FRPORun], actor: PolicyActor, minibatch: SequenceBatch, columns: tuple, step: int, number: int
 ) -> StepResult:
-    """One optimizer step, update `number` of the run, with the gradient of `minibatch`, which gave `columns`."""
+    """Do one optimizer step, update `number` of the run, with the gradient of `minibatch`, which gave `columns`."""
     trainer = run.cfg.trainer
     try:
         return actor.optimizer_step(
@@ -171,7 +171,7 @@ def update(
 
 
 def measure(run: Run[FRPORun], worker: RolloutWorker, actor: PolicyActor, held_out, probe: Probe | None, step: int) -> None:
-    """What is due after `step`: validation on held-out prompts, and the probe of an earlier stage's skill."""
+    """Run what is due after `step`: validation on held-out prompts, and the probe of an earlier stage's skill."""
     if held_out and run.validation_due(step):
         validate(run, worker, actor, held_out, step)
     if probe:
@@ -179,8 +179,8 @@ def measure(run: Run[FRPORun], worker: RolloutWorker, actor: PolicyActor, held_o
 
 
 def validate(run: Run[FRPORun], worker: RolloutWorker, actor: PolicyActor, held_out: ScoredPrompts, step: int) -> None:
-    """One response to each held-out prompt, sampled as in training with the same randomness at every step: its reward,
-    and the KL from the reference."""
+    """Measure the reward of one response to each held-out prompt, and the KL from the reference. Samples as in training, with
+    the same randomness at every step."""
     with run.phases("validate"):
         everything, limit = range(len(held_out.prompts)), run.cfg.rollout.max_response_tokens
         rollouts = worker.roll_out(held_out, everything, samples=1, max_tokens=limit, seed_step=VALIDATION)

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: console, metrics.jsonl, TensorBoard, W&B.
+"""Log a run's numbers: console, metrics.jsonl, TensorBoard, W&B.
 
-Nothing is reduced here: values come in as the global numbers that they are. A `step` counts finished
-optimizer steps, so that what was logged at a step belongs to the checkpoint of that step.
+Nothing is reduced here: values are global numbers already. A `step` counts finished optimizer steps, so values logged at
+a step belong to the checkpoint of that step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from frpo_nemo.records import read_jsonl, write_whole
 
-# metric, heading, format: what a line on the console shows of a training step, where the run has it
+# (metric, heading, format) that a line on the console shows of a training step, if the run has the metric
 COLUMNS = (
     ("loss", "loss", ".4f"),
     ("reward/mean", "reward", ".3f"),
@@ -32,11 +32,11 @@ HEADING_EVERY = 20  # lines
 
 
 class MetricsLogger:
-    """Writes metrics into run_dir and onto the console. Only rank 0's is `enabled`; the others do nothing.
+    """Write metrics to run_dir and the console. Only rank 0's is `enabled`; the others do nothing.
 
-    resume_step: the step of the checkpoint that this run continues; what an earlier attempt logged beyond it
-    is dropped, so that the files are the history of the run that survived. None: a new run, nothing earlier
-    is kept. config: what W&B shows as the configuration. WANDB_MODE=offline is respected.
+    resume_step: the step of the checkpoint that this run continues. Later values of an earlier attempt are dropped, so
+    that the files hold the history of the run that survived. None: a new run, which keeps nothing earlier. config: what
+    W&B shows as the configuration. WANDB_MODE=offline is respected.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class MetricsLogger:
         self.sinks.append(_Console(max_steps, resume_step or 0))
 
     def log(self, step: int, values: dict[str, float], *, kind: str = "") -> None:
-        """Record `values` of `step`; what is measured on the side has a kind (validation, probe) and is recorded as
-        KIND/NAME. One-element tensors will do."""
+        """Record `values` of `step`. Validations and probes have a kind (validation, probe) and are recorded as KIND/NAME.
+        Values may be one-element tensors."""
         if not self.sinks:
             return
         prefix = f"{kind}/" if kind else ""
@@ -86,7 +86,7 @@ class MetricsLogger:
 
 
 class _JsonLines:
-    """One object per line: step, time (seconds since 1970) and the values, null where not finite."""
+    """Write one object per line: step, time (seconds since 1970) and the values, null where not finite."""
 
     def __init__(self, path: Path, resume_step: int | None):
         last = -1 if resume_step is None else resume_step
@@ -135,10 +135,10 @@ class _Wandb:
             dir=str(run_dir),
             id=id_file.read_text(),
             resume="allow",
-            # W&B would add the command line, the git remote and the console's text, in all of which secrets may stand.
+            # W&B would add the command line, the git remote and the console's text, all of which may contain secrets.
             settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
         )
-        # W&B's own step may only grow, and a resumed run repeats steps: let a metric of ours be the axis.
+        # W&B's own step may only grow, but a resumed run repeats steps: use our own metric as the axis.
         self.run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -149,8 +149,8 @@ class _Wandb:
 
 
 class _Console:
-    """A progress bar with ETA on a terminal; elsewhere short lines only. At most some LINES_PER_RUN lines or
-    one a minute, whichever is more; every validation and probe has its line."""
+    """Show a progress bar with ETA on a terminal; elsewhere only short lines. Prints about LINES_PER_RUN lines or one per
+    minute, whichever is more; every validation and probe has its line."""
 
     def __init__(self, max_steps: int, first_step: int):
         from rich import progress
@@ -174,7 +174,7 @@ class _Console:
             )
             self.task = self.bar.add_task("", total=max_steps, completed=first_step)
             self.bar.start()
-            self.console.show_cursor(True)  # a killed run would leave the terminal without one
+            self.console.show_cursor(True)  # a killed run would leave the cursor hidden
 
     def log(self, step: int, values: dict[str, float]) -> None:
         kinds = {name.partition("/")[0] for name in values}
@@ -205,7 +205,7 @@ class _Console:
         self._print(f"{step:>6} {kind}: {shown}", style="green")
 
     def _print(self, text: str, style: str | None = None) -> None:
-        # soft_wrap: where the output is a file there is no width to wrap at
+        # soft_wrap: an output file has no width at which to wrap
         self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def _eta(self, step: int) -> str:

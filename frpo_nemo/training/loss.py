@@ -1,4 +1,4 @@
-"""The losses that the actor differentiates: summands per sequence of a sum over the global batch."""
+"""Define the losses that the actor differentiates: summands per sequence of a sum over the global batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PolicyLoss:
     """An objective's loss over a minibatch of `num_sequences` in all (of which a microbatch sees some).
 
     Reads the columns advantage and coefficient, and the token columns rollout_logprobs, reference_logprobs (if the
-    objective has a KL term) and old_logprobs (off-policy; without it the present policy is the old one).
-    token_gap_limit: nats by which vLLM and Megatron may differ about a token that counts in the loss; None: any.
+    objective has a KL term) and old_logprobs (off-policy; without it the current policy is the old one).
+    token_gap_limit: nats by which vLLM and Megatron may differ on a token that counts in the loss; None: any.
     importance_correction: none, token or sequence weights for the mismatch between vLLM and Megatron.
     """
 
@@ -44,7 +44,7 @@ class PolicyLoss:
         return Losses(losses, per_sequence, {"ratio": torch.exp(logprobs.detach() - old), "masked": 1 - counted})
 
     def _token_weights(self, old: Tensor, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Factors [R] of the tokens' KL terms, which are 0 or 1, and of their reward terms."""
+        """Return factors [R] of the tokens' KL terms, which are 0 or 1, and of their reward terms."""
         counted = torch.ones_like(old)
         if self.token_gap_limit is None and self.importance_correction == "none":
             return counted, counted
@@ -53,7 +53,7 @@ class PolicyLoss:
             counted = agreement(old, rollout, self.token_gap_limit)
         if self.importance_correction == "none":
             return counted, counted
-        # A token that is left out must not decide about the others of its sequence either.
+        # A token that is left out must not affect the weights of the others in its sequence either.
         compared, lengths = torch.where(counted == 0, old, rollout), sequences.response_lengths
         correction = truncated_importance(old, compared, lengths, self.importance_correction, self.importance_limit)
         return counted, counted * correction
@@ -61,7 +61,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class CompletionLoss:
-    """Supervised training: mean cross-entropy over the `num_tokens` completion tokens of the global batch."""
+    """Loss of supervised training: mean cross-entropy over the `num_tokens` completion tokens of the global batch."""
 
     num_tokens: int
 

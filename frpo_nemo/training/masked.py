@@ -1,5 +1,5 @@
-"""The tokens that leave a step's loss because vLLM and the trainer disagree about them, for a reader to look at:
-run_dir/masked/step_N.jsonl. The share of them is in the metrics."""
+"""Write the tokens that a step's loss leaves out because vLLM and the trainer disagree about them, for a reader:
+run_dir/masked/step_N.jsonl. Their share is in the metrics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from frpo_nemo.objective.mismatch import agreement
 from frpo_nemo.rollout.worker import RolloutWorker
 from frpo_nemo.training.run import Run
 
-MOST = 32  # rows of a file
+MOST = 32  # most rows of a file
 
 
 def save_masked(
     run: Run[FRPORun], worker: RolloutWorker, batch: SequenceBatch, trained: Tensor, step: int
 ) -> None:
-    """Write the masked tokens of a step, if there are any, and say so the first time. trained: log-probs [R] under the
-    policy that sampled."""
+    """Write the masked tokens of a step, if there are any, and print a line the first time. trained: log-probs [R] under
+    the policy that sampled."""
     limit = run.cfg.rollout.token_gap_limit
     if run.rank or limit is None:
         return
@@ -36,14 +36,14 @@ def save_masked(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     worker.say_once(
         "masked tokens",
-        f"step {step}: {len(masked)} of {len(trained)} tokens left the loss, because vLLM and the trainer differ by more "
-        f"than rollout.token_gap_limit={limit:g} nats about them (by {gaps[masked].max():.1f} at most): {path}. "
+        f"step {step}: {len(masked)} of {len(trained)} tokens are left out of the loss: vLLM's and the trainer's log-probs "
+        f"differ by more than rollout.token_gap_limit={limit:g} nats (by {gaps[masked].max():.1f} at most): {path}. "
         "rollout_mismatch/share_masked has the later steps.",
     )
 
 
 def masked_rows(batch: SequenceBatch, trained: Tensor, places: list[int], tokenizer) -> list[dict]:
-    """For each of the response tokens `places` (of [R]): its text, what precedes it, and its log-probs."""
+    """Return a row for each of the response tokens `places` (of [R]): its text, the text before it, and its log-probs."""
     lengths, sequences = batch.response_lengths, batch.unpack()
     owner = segment_ids(lengths)
     first = torch.cumsum(lengths, 0) - lengths

@@ -1,8 +1,8 @@
-"""Probes: does the policy keep what it had learned, while it is trained on something else?
+"""Probe whether the policy keeps what it learned earlier while it is trained on something else.
 
 A probe samples responses to prompts of an earlier stage, scores them with that stage's rewards, and measures how far
-the policy has moved from the one that this run began with. It reads weights and draws from generators of its own: the
-run's trajectory is the same, bit for bit, with probes and without.
+the policy has moved from the one with which this run began. It only reads weights, and draws from its own generators: the
+run's trajectory is the same, bit for bit, with and without probes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.run import Run
 from frpo_nemo.training.statistics import rollout_statistics, scored_counts
 
-VALIDATION, PROBE = 1 << 31, 1 << 31 | 1  # take the step's place in sampling seeds: no randomness of training is shared
+VALIDATION, PROBE = 1 << 31, 1 << 31 | 1  # replace the step in sampling seeds: training has others
 
 
 class Probe:
-    """The `probe` part of a configuration, at work in a run."""
+    """Run the `probe` part of a configuration."""
 
     def __init__(self, cfg: TrainingRun, worker: RolloutWorker):
         self.cfg, self.worker = cfg, worker
@@ -28,8 +28,8 @@ class Probe:
         self.scored = ScoredPrompts.load(cfg.probe.prompts, rewards, worker.chat, cfg.data.max_prompt_tokens)
 
     def run_if_due(self, run: Run, actor: PolicyActor, step: int, *, refit: bool) -> None:
-        """Before the first step (0), every `interval` steps, and after the last. refit: the engine does not have the
-        policy's present weights yet."""
+        """Probe before the first step (0), every `interval` steps, and after the last. refit: the engine does not have the
+        policy's current weights yet."""
         if step % self.cfg.probe.interval and step != self.cfg.trainer.max_steps:
             return
         with run.phases("probe"):
@@ -55,8 +55,8 @@ class Probe:
 def distance_from_reference(
     worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
 ) -> dict[str, float]:
-    """KL of the policy from the frozen reference on responses that the policy sampled, in nats: per token (k3 with the
-    objective's bound), and of whole responses by three estimates: the mean log-ratio, k3 of every token, and the exact
+    """Return the KL of the policy from the frozen reference on responses that the policy sampled, in nats: per token (k3 with
+    the objective's bound), and of whole responses by three estimates: the mean log-ratio, k3 of every token, and the exact
     KL of every next-token distribution, which varies least."""
     batch = rollouts.batch
     lengths = batch.response_lengths

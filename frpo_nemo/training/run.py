@@ -1,9 +1,9 @@
-"""What every training run has besides its algorithm: processes, run directory, steps, records, checkpoints, signals.
+"""Run training, apart from its algorithm: processes, run directory, steps, records, checkpoints, signals.
 
 run_dir/config.yaml       resolved configuration        run_dir/environment.jsonl  each start: command, versions, commit
-run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       what a resumed run continues from
-run_dir/hf/               the trained model in Hugging Face format (at the end); adapter/: only what was trained, for PEFT
-run_dir/masked/           tokens that left the loss (masked.py)
+run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       to continue from
+run_dir/hf/               the trained model in Hugging Face format (at the end); adapter/: only the adapters, for PEFT
+run_dir/masked/           tokens that the loss leaves out (masked.py)
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ class Run(Generic[Config]):
         self.cfg: Config = cfg
         self.dir = Path(cfg.run_dir)
         self._as_given = redact.values(OmegaConf.to_container(OmegaConf.structured(cfg)))
-        # cli.py downloads a hub name in one rank of a node. The others wait here, as long as it takes, and not in the
+        # cli.py downloads a hub name on one rank of a node. The others wait here, as long as it takes, and not in the
         # rendezvous, which has a time limit.
         cfg.model.path = local_model(cfg.model.path, download=True)
         self.rank, self.world_size = world.start_world()
         self.watchdog = Watchdog(self.rank, self.world_size, self.dir, phase_timeout=cfg.trainer.phase_timeout)
         self.phases = PhaseTimer(self.watchdog)
         self.step = 0
-        self.objective_state: dict[str, float] = {}  # what the objective keeps from step to step
-        self.measured: dict[str, float] = {}  # of the model at the run's first step, and kept for all later starts
+        self.objective_state: dict[str, float] = {}  # values that the objective keeps from step to step
+        self.measured: dict[str, float] = {}  # values of the model at the run's first step, kept for all later starts
         self._validated: tuple[int, float] | None = None  # (step, score) of the last validation
         self._stop_signal: int | None = None
         self._actor: PolicyActor | None = None
         self.logger: MetricsLogger | None = None
         self._resumed_from: Path | None = None
-        self.moment: datetime | None = None  # what chat templates take for the present, also after a restart
+        self.moment: datetime | None = None  # time on chat templates' clock, also after a restart
         self._saved_step: int | None = None
 
     def __enter__(self) -> Run:
@@ -92,16 +92,16 @@ class Run(Generic[Config]):
         with ExitStack() as leaving:
             if kind is None:
                 leaving.push(self.watchdog)
-            else:  # a failure is told first: closing the logs may fail as well, or wait for a network
+            else:  # report the failure first: closing the logs may fail as well, or wait for a network
                 self.watchdog.__exit__(kind, error, traceback)
             if self.logger is not None:
                 self.logger.close()
-            if kind is None and dist.is_initialized():  # vLLM's shutdown takes the process group down as well
+            if kind is None and dist.is_initialized():  # vLLM's shutdown destroys the process group as well
                 dist.destroy_process_group()
 
     def attach(self, actor: PolicyActor, **sets: PromptSet | SFTSet | None) -> None:
-        """Give the run its actor: loads the checkpoint to resume from. sets: the data sets that there are, which must
-        be those that the checkpoint was made with."""
+        """Give the run its actor, and load the checkpoint to resume from. sets: the run's data sets, which must be those with
+        which the checkpoint was made."""
         forget_files()
         self._actor = actor
         present = {name: examples for name, examples in sets.items() if examples}
@@ -119,7 +119,7 @@ class Run(Generic[Config]):
             self.objective_state = state["memory"]
             self.measured |= state.get("measured", {})  # absent in checkpoints of older versions
             self.say(f"resumed from {self._resumed_from} after step {self.step}")
-        gc.freeze()  # what is loaded stays, and is not searched again
+        gc.freeze()  # loaded objects stay, and are not searched again
         gc.enable()
         if self.rank == 0:
             self._write_description()
@@ -136,7 +136,7 @@ class Run(Generic[Config]):
         )
 
     def steps(self) -> Iterator[int]:
-        """Step numbers that remain. Ends early, after a checkpoint, when a signal asks for it."""
+        """Yield the step numbers that remain. Ends early, after a checkpoint, when a signal asks for it."""
         self.phases.pop()
         while self.step < self.cfg.trainer.max_steps:
             if self._someone_was_signalled():
@@ -150,11 +150,11 @@ class Run(Generic[Config]):
 
     @property
     def finished(self) -> bool:
-        """All steps are done; a signal may end a run before."""
+        """Return whether all steps are done; a signal may end a run before."""
         return self.step >= self.cfg.trainer.max_steps
 
     def record(self, step: int, values: dict[str, float], batch_tokens: int) -> None:
-        """The step is done: log it, and save when due. batch_tokens: prompt and response tokens of the global batch."""
+        """Log a finished step, and save when due. batch_tokens: prompt and response tokens of the global batch."""
         self.step = step
         seconds = self.phases.pop()
         speed = {"tokens_per_second": batch_tokens / seconds["seconds/step"]}
@@ -174,12 +174,12 @@ class Run(Generic[Config]):
         self.logger.log(step, values, kind="probe")
 
     def validation_due(self, step: int) -> bool:
-        """Before the first step (0), every val_interval steps, and after the last."""
+        """Return whether to validate: before the first step (0), every val_interval steps, and after the last."""
         interval = self.cfg.trainer.val_interval
         return bool(interval) and (step % interval == 0 or step == self.cfg.trainer.max_steps)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step and delete those that need not be kept."""
+        """Write a checkpoint of the current step and delete those that need not be kept."""
         keep = self.cfg.checkpoint
         with self.phases("checkpoint"):
             state = {"data": self._data, "memory": self.objective_state, "measured": self.measured}
@@ -202,7 +202,7 @@ class Run(Generic[Config]):
         return best_score is None or score > best_score
 
     def export(self) -> Path:
-        """Write the trained model to run_dir/hf, and adapters by themselves to run_dir/adapter as well."""
+        """Write the trained model to run_dir/hf, and adapters also separately to run_dir/adapter."""
         actor, model, named = self._actor, self.cfg.model, self._as_given["model"]["path"]
         with self.phases("export"):
             out = self.dir / "hf"
@@ -226,19 +226,19 @@ class Run(Generic[Config]):
         return path
 
     def say(self, text: str) -> None:
-        """One line on the console, from rank 0."""
+        """Print one line on the console, from rank 0."""
         if self.rank == 0:
             print(text, flush=True)
 
     def _checkpoint_to_resume(self) -> Path | None:
-        """The newest of this run_dir, or for a new run what the configuration names."""
+        """Return the newest checkpoint of this run_dir; for a new run, the one that the configuration names."""
         resume = self.cfg.checkpoint.resume
         own = broadcast(checkpoint_files.newest(self.dir) if self.rank == 0 else None)
         return own or (None if resume in ("auto", "never") else Path(resume))
 
     def _moment(self) -> str:
-        """When the run began, by the checkpoint or, for one of an older version, by the record of starts: a template that
-        writes the date gives the prompts that the run began with."""
+        """Return when the run began, by the checkpoint or, for one of an older version, by the record of starts. With it, a
+        template that writes the date gives the same prompts as at the run's beginning."""
         if self._resumed_from is None:
             return datetime.now().isoformat()
         saved = checkpoint_files.read(self._resumed_from)["state"].get("moment")
@@ -253,8 +253,8 @@ class Run(Generic[Config]):
         return bool(flag.item())
 
     def _gpu_use(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Peak memory, and the model FLOP/s of training as a share of the GPUs' bf16 peak: 6 per parameter and token, of
-        which frozen weights leave out the 2 of their gradient."""
+        """Return peak memory, and the model FLOP/s of training as a share of the GPUs' bf16 peak: 6 FLOP per parameter and
+        token, or 4 for frozen weights, which have no gradient."""
         if not torch.cuda.is_available():
             return {}
         values = {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -270,7 +270,7 @@ class Run(Generic[Config]):
         before = OmegaConf.load(saved).trainer.max_steps if self.step and saved.is_file() else steps
         if before != steps:
             self.say(
-                f"trainer.max_steps={steps} (was {before}): warm-up and schedule of optim.lr go by the new one from here"
+                f"trainer.max_steps={steps} (was {before}): warm-up and schedule of optim.lr follow the new value from here"
             )
         start_record.write_config(self.dir, self._as_given)
         start_record.add_start(
@@ -286,14 +286,14 @@ class Run(Generic[Config]):
 
 
 def ignore_warnings_of_libraries() -> None:
-    """They concern the libraries' own code (deprecated calls, unfused kernels), once per rank and call site."""
+    """Ignore warnings about the libraries' own code (deprecated calls, unfused kernels), once per rank and call site."""
     for module in (r"torch\.", r"megatron\.", r"vllm\.", r"frpo_nemo\.megatron\.cpu"):
         warnings.filterwarnings("ignore", module=module)
     logging.getLogger("megatron").setLevel(logging.WARNING)
 
 
 def broadcast(value):
-    """Rank 0's picklable `value` on every rank: another rank's view of a shared file system may lag behind."""
+    """Return rank 0's picklable `value` on every rank: another rank's view of a shared file system may lag behind."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on prompt/completion data, through the same actor. Loss on completions only."""
+"""Fine-tune on prompt/completion data with the same actor. Only completions have a loss."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from frpo_nemo.training.run import Run
 
 
 def train(cfg: SFTRun) -> bool:
-    """Run the job that `cfg` (SFTRun, validated) describes, in every process of the world. False if a signal
-    ended it early."""
+    """Run the job that `cfg` (SFTRun, validated) describes, in every process of the world. Returns False if a
+    signal ended it early."""
     with Run(cfg) as run:
         with run.phases("load"):
             examples, held_out = load_data(cfg, load_chat(cfg.model, run.moment))
@@ -40,7 +40,7 @@ def train(cfg: SFTRun) -> bool:
                 cfg.model, cfg.optim, microbatch_tokens=cfg.trainer.microbatch_tokens, seed=cfg.trainer.seed
             )
             if probe:
-                actor.freeze_reference()  # before a checkpoint is loaded: it is the model that fine-tuning began with
+                actor.freeze_reference()  # before a checkpoint is loaded: the model with which fine-tuning began
         run.attach(actor, train=examples, validation=held_out, probe=probe.scored.prompts if probe else None)
         sampler = PromptSampler(len(examples), cfg.data.sequences_per_step, cfg.trainer.seed, cfg.data.shuffle)
         if run.step == 0:
@@ -66,7 +66,7 @@ def train(cfg: SFTRun) -> bool:
 
 
 def learn(run: Run[SFTRun], actor: PolicyActor, batch: SequenceBatch, step: int) -> StepResult:
-    """One gradient and optimizer step on the completions of `batch`."""
+    """Do one gradient and optimizer step on the completions of `batch`."""
     tokens, total = int(batch.response_lengths.sum()), run.cfg.trainer.max_steps
     actor.prepare_for_training()
     with run.phases("train"):
@@ -78,7 +78,7 @@ def learn(run: Run[SFTRun], actor: PolicyActor, batch: SequenceBatch, step: int)
 
 
 def measure(run: Run[SFTRun], actor: PolicyActor, held_out: SFTSet | None, probe: Probe | None, step: int) -> None:
-    """What is due after `step`: validation of what is learned, and the probe of what was learned before."""
+    """Run what is due after `step`: validation of what is learned, and the probe of what was learned before."""
     if run.validation_due(step):
         validate(run, actor, held_out, step)
     if probe:
@@ -86,7 +86,7 @@ def measure(run: Run[SFTRun], actor: PolicyActor, held_out: SFTSet | None, probe
 
 
 def load_data(cfg: SFTRun, chat: Chat) -> tuple[SFTSet, SFTSet | None]:
-    """(training examples, held-out examples or None)."""
+    """Return (training examples, held-out examples or None)."""
     limits = dict(max_prompt_tokens=cfg.data.max_prompt_tokens, max_tokens=cfg.data.max_tokens)
     examples = load_examples(cfg.data.train, chat, **limits)
     held_out = load_examples(cfg.data.validation, chat, **limits) if cfg.data.validation else None
@@ -94,8 +94,8 @@ def load_data(cfg: SFTRun, chat: Chat) -> tuple[SFTSet, SFTSet | None]:
 
 
 def validate(run: Run[SFTRun], actor: PolicyActor, held_out: SFTSet, step: int) -> None:
-    """On held-out completions: mean cross-entropy per token, the share of tokens that are the policy's likeliest, and
-    the share of completions made of such tokens only, which is what greedy decoding would get exactly right."""
+    """Measure on held-out completions: mean cross-entropy per token, the share of tokens that are the policy's likeliest,
+    and the share of completions made of such tokens only, which greedy decoding would get exactly right."""
     with run.phases("validate"):
         columns, lengths = actor.get_inference_columns(held_out.batch), held_out.batch.response_lengths
         loss = -columns["logprobs"].mean().item()

@@ -1,5 +1,4 @@
-"""What is written down of each start of a run: run_dir/environment.jsonl has one line for each, with the command that
-resumes the run."""
+"""Record each start of a run: run_dir/environment.jsonl has one line for each, with the command that resumes the run."""
 
 from __future__ import annotations
 
@@ -39,9 +38,9 @@ def add_start(
     resumed_from: Path | None,
     files: dict[str, str] | None = None,
 ) -> None:
-    """Add this start to the record. model: its directory, also where model.path is a hub name. data: name -> fingerprint
-    of each data set. moment: what chat templates take for the present. resume: checkpoint.resume. files: option -> digest
-    of the files that it names."""
+    """Add this start to the record. model: its directory, even if model.path is a hub name. data: name -> fingerprint of
+    each data set. moment: time on the chat templates' clock. resume: checkpoint.resume. files: option -> digest of the
+    files that it names."""
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "host": socket.gethostname(),
@@ -67,14 +66,14 @@ def add_start(
 
 
 def write_config(run_dir: Path, values: dict) -> None:
-    """Make `values` run_dir's config.yaml, all of it or none: a run whose configuration is lost could not be continued."""
+    """Write `values` to run_dir's config.yaml, all or nothing: a run that lost its configuration could not be continued."""
     write_whole(run_dir / "config.yaml", OmegaConf.to_yaml(values))
 
 
 def resume_command(resume: str = "auto") -> str:
-    """A line for a shell that continues this run from its newest checkpoint, from any directory; what the line cannot
-    say is in a comment at its end. FRPO_RESUME_COMMAND, set by who started this process, is taken as it is. Secrets
-    are hidden, but for those given as ${oc.env:NAME}."""
+    """Return a line for a shell that continues this run from its newest checkpoint, from any directory; a comment at its end
+    has what the line cannot express. FRPO_RESUME_COMMAND, set by the starting process, is used as it is. Secrets are
+    hidden, except those given as ${oc.env:NAME}."""
     given = os.environ.get("FRPO_RESUME_COMMAND")
     if given:
         return redact.shell_line(given)
@@ -85,7 +84,7 @@ def resume_command(resume: str = "auto") -> str:
 
 
 def began(run_dir: Path) -> str | None:
-    """When the first start of a run was recorded, in local time without a zone; None where there is no record."""
+    """Return when the first start of a run was recorded, in local time without a zone; None if there is no record."""
     first = next(iter(starts(run_dir)), None)
     if first is None:
         return None
@@ -93,14 +92,14 @@ def began(run_dir: Path) -> str | None:
 
 
 def starts(run_dir: Path) -> list[dict]:
-    """The record of a run, in order; [] where there is none."""
+    """Return the record of a run, in order; [] if there is none."""
     path = run_dir / FILE
     lines = path.read_text().splitlines() if path.is_file() else []
     return [start for line in lines if (start := _parsed(line)) is not None]
 
 
 def _parsed(line: str) -> dict | None:
-    """None for a line that was cut."""
+    """Return the record on a line; None if the line was cut."""
     try:
         return json.loads(line)
     except json.JSONDecodeError:
@@ -108,7 +107,7 @@ def _parsed(line: str) -> dict | None:
 
 
 def _own_command() -> tuple[list[str], str]:
-    """(what started the world, a comment on where to type it)."""
+    """Return (the command that started the world, a comment on where to type it)."""
     env, own = os.environ, [sys.executable, *sys.orig_argv[1:]]
     if "TORCHELASTIC_RUN_ID" in env:
         agent, nodes = psutil.Process(os.getppid()).cmdline(), int(env["GROUP_WORLD_SIZE"])
@@ -122,7 +121,7 @@ def _own_command() -> tuple[list[str], str]:
 
 
 def _uncommitted() -> list[str] | None:
-    """Files of the program that differ from the commit; None outside of a checkout."""
+    """Return the files of the program that differ from the commit; None outside of a checkout."""
     changed = _git("status", "--porcelain", "--", *_CODE)
     return None if changed is None else [line[3:] for line in changed.splitlines()]
 

@@ -1,4 +1,4 @@
-"""What is logged about a step, computed from the global batch: plain means over plain tensors, no reductions by name."""
+"""Compute what is logged about a step from the global batch: plain means over plain tensors, no reductions by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from frpo_nemo.rollout.worker import Rollouts
 
 
 def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
-    """Rewards as they were scored, in all, per task and per reward function, none of them filled; lengths; truncated,
+    """Return rewards as they were scored, in all, per task and per reward function, without filled parts; lengths; truncated,
     unscored, partly scored and failed responses."""
     columns, lengths = rollouts.batch.columns, rollouts.batch.response_lengths.double()
     values = _mean_and_std("reward", columns["reward"])
@@ -42,14 +42,14 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
 
 
 def scored_counts(rollouts: Rollouts) -> dict[str, float]:
-    """How many responses each reward scored: with its std, what the standard error of its mean follows from."""
+    """Return how many responses each reward scored. With its std, this gives the standard error of its mean."""
     parts = {name: values for name, values in rollouts.batch.columns.items() if name.startswith("reward/")}
     return {f"scored/{name.removeprefix('reward/')}": float((~values.isnan()).sum()) for name, values in parts.items()}
 
 
 def step_statistics(objective: Objective, batch: SequenceBatch, results: list[StepResult]) -> dict[str, float]:
-    """The objective's own statistics, the share of scored responses that it leaves out, and statistics of the updates:
-    means over all minibatches."""
+    """Return the objective's own statistics, the share of scored responses that it leaves out, and statistics of the
+    updates: means over all minibatches."""
     columns = batch.columns
     stats = objective.statistics(columns["compared"], columns["group"], columns["advantage"])
     values = {f"objective/{name}": value for name, value in stats.items()}
@@ -73,13 +73,13 @@ def step_statistics(objective: Objective, batch: SequenceBatch, results: list[St
 
 
 def sampling_logprobs(batch: SequenceBatch, results: list[StepResult]) -> Tensor:
-    """Return the trainer's log-probs [R] under the policy that sampled: of the pass before the first update, or of the
-    only minibatch's forward pass."""
+    """Return the trainer's log-probs [R] under the policy that sampled: from the pass before the first update, or from
+    the only minibatch's forward pass."""
     return batch.token_columns.get("old_logprobs", results[0].per_token["logprobs"])
 
 
 def _mean_and_std(name: str, values: Tensor) -> dict[str, float]:
-    """Mean and sample standard deviation of what is not NaN; nothing for nothing."""
+    """Return mean and sample standard deviation of the values that aren't NaN; empty if there are none."""
     values = values[~values.isnan()].double()
     if values.numel() == 0:
         return {}

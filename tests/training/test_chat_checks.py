@@ -42,7 +42,7 @@ def test_a_response_ends_in_eos_the_templates_end_of_turn_and_what_is_named(toke
     assert stop_token_ids(str(tmp_path), tokenizer, ["<|eom_id|>"]) == sorted(
         [7, 9, *ids(["<|endoftext|>", "<|im_end|>", "<|eom_id|>"])]
     )
-    with pytest.raises(ConfigError, match="rollout.stop_tokens names '<stop>', which is no token of .* but 6 of them"):
+    with pytest.raises(ConfigError, match="rollout.stop_tokens names '<stop>', which isn't a token of .* but 6 tokens"):
         stop_token_ids(str(tmp_path), tokenizer, ["<stop>"])
 
 
