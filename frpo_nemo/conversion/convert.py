@@ -1,7 +1,7 @@
 """Convert a checkpoint of a run or a GGUF file to the Hugging Face format, in one process that never holds the model.
 
-Here is the order of the work. How tensors correspond is the business of megatron/weights/, how the bytes of a
-checkpoint lie on disk that of megatron/checkpoint/weights.py, what a GGUF file says that of gguf_file.py.
+This module has the order of the work. megatron/weights/ maps tensors to each other, megatron/checkpoint/weights.py reads
+the bytes of a checkpoint from disk, and gguf_file.py reads a GGUF file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from frpo_nemo.megatron.weights.files import CARD, begin_export, publish_export
 
 
 def convert(cfg: ConvertRun, conversion: Conversion | None = None) -> Path:
-    """Write `cfg.out`; returns it. Raises ConfigError before anything is written, and VerificationError with nothing under
-    the name of `cfg.out`; what is written until then is below OUT.incomplete, which the next start removes. conversion: of
+    """Write `cfg.out` and return it. Raises ConfigError before anything is written, and VerificationError with nothing at
+    `cfg.out`; until then everything is below OUT.incomplete, which the next start removes. conversion: the result of
     `check_conversion`, if that was called."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as it should be
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, as intended
     conversion = conversion or check_conversion(cfg)
     if conversion.gguf is not None:
         _from_gguf(conversion, cfg)
@@ -45,7 +45,7 @@ def _to_hugging_face(conversion: Conversion, cfg: ConvertRun) -> None:
         stored: MergedWeights | StoredWeights = MergedWeights(conversion.checkpoint, arch, conversion.model)
     else:
         stored = StoredWeights(conversion.checkpoint, arch)
-    # First: no mistake in a run's records costs a conversion.
+    # First, so that a mistake in a run's records does not cost a conversion.
     card = model_card(conversion.checkpoint, arch, adapter=cfg.adapter)
     temporary = begin_export(conversion.out)
     with _progress(conversion) as advance:
@@ -79,7 +79,7 @@ def _from_gguf(conversion: Conversion, cfg: ConvertRun) -> None:
 
 @contextmanager
 def _progress(conversion: Conversion) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; gives the function that adds bytes to it."""
+    """Show a bar on a terminal, nothing elsewhere; yield the function that adds bytes to it."""
     console = Console(stderr=True)
     title = TextColumn(str(conversion.out), markup=False)
     columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -1,8 +1,8 @@
-"""A model in a GGUF file: its configuration in the words of config.json, and its tensors under their Hugging Face names.
+"""A model in a GGUF file: its configuration in the terms of config.json, and its tensors under their Hugging Face names.
 
-The package gguf finds and dequantises the tensors. What they mean is read here, because transformers' reader leaves out a
-part of it without an error: the rotary scaling of Llama 3, and head sizes other than the family's. A file that says
-something that isn't known here is refused. Tokenizers: gguf_tokenizer.py.
+The package gguf finds and dequantises the tensors. Their meaning is read here, because transformers' reader silently leaves
+out part of it: the rotary scaling of Llama 3, and head sizes other than the family's. A file with a setting that isn't known
+here is refused. Tokenizers: gguf_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCHITECTURES = {
 }
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROPE = "rope_freqs.weight"  # factors of the rotary embedding's wavelengths, float32 [head_dim / 2]
-LLAMA3 = {  # llama.cpp writes the factors that follow from these, and not the settings; only the first differs between models
+LLAMA3 = {  # llama.cpp writes the factors that follow from these, not the settings; only the first differs between models
     "rope_type": "llama3",
     "factor": None,
     "low_freq_factor": 1.0,
@@ -43,7 +43,7 @@ CHUNK = 1 << 22  # values that are dequantised at a time
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """path: of the file. fields: its metadata. tensors: by their Hugging Face names. arch: what config.json would say."""
+    """path: of the file. fields: its metadata. tensors: by their Hugging Face names. arch: the content of config.json."""
 
     path: Path
     fields: dict[str, Any]
@@ -52,19 +52,19 @@ class GGUFFile:
 
     @property
     def stored_as(self) -> dict[str, int]:
-        """Type of storage -> number of tensors."""
+        """Return storage type -> number of tensors."""
         return dict(Counter(tensor.tensor_type.name for tensor in self.tensors.values()).most_common())
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order. Memory: the tensor, and
-        once more where its rows change their places. Raises ConfigError when a weight does not fit into float16."""
+        """Yield (name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order. Memory: one tensor,
+        twice that where its rows are reordered. Raises ConfigError when a weight does not fit into float16."""
         for name, shape in hf_shapes(self.arch).items():
             whole = self._dequantised(self.tensors[name], shape, dtype)
             check_range(whole, name)
             yield name, self._in_order(name, whole)
 
     def _dequantised(self, tensor: gguf.ReaderTensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Read by the file and not by its mapping: pages of a mapping count as this process's memory."""
+        """Read through the file, not its mapping: pages of a mapping count as this process's memory."""
         rows, whole = _rows(tensor), torch.empty(shape, dtype=dtype)
         target, step = whole.view(len(rows), -1), max(1, CHUNK // shape[-1])
         with self.path.open("rb") as file:
@@ -77,8 +77,8 @@ class GGUFFile:
         return whole
 
     def _in_order(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """llama.cpp rotates neighbours, transformers a head's first half with its second: for that, the rows of llama's
-        queries and keys are interleaved in the file."""
+        """Restore the order of rows. llama.cpp rotates neighbours, transformers a head's first half with its second, so the
+        file interleaves the rows of llama's queries and keys."""
         if self.fields["general.architecture"] != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
             return whole
         heads = whole.shape[0] // self.arch.head_dim
@@ -86,8 +86,8 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Everything but the weights. Raises ConfigError for a file that is cut, or whose model, tokenizer or quantisation is
-    not supported."""
+    """Read everything except the weights. Raises ConfigError for a file that is cut off, or whose model, tokenizer or
+    quantisation is not supported."""
     fields, stored = _content(path)
     config = _config(fields, stored, path)
     arch = Architecture.from_config(config, path)
@@ -100,7 +100,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
 
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
-    """(metadata, tensors by their own names)."""
+    """Return (metadata, tensors by their own names)."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -123,7 +123,7 @@ def _content(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
 
 
 def _config(fields: dict[str, Any], stored: dict[str, gguf.ReaderTensor], path: Path) -> dict[str, Any]:
-    """What config.json would hold."""
+    """Return the content of config.json."""
     family = str(fields.get("general.architecture"))
     if family not in ARCHITECTURES:
         raise ConfigError(
@@ -166,20 +166,20 @@ def _config(fields: dict[str, Any], stored: dict[str, gguf.ReaderTensor], path: 
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
         "dtype": FLOATS.get(_type_of_matrices(stored), "float32"),
     }
-    # What is refused by sentences of its own, and config.json need not have.
+    # Settings that have their own error messages, and that config.json need not have.
     Architecture.from_config(config | {"num_experts": number("expert_count", 0)}, path)
     Architecture.from_config(config | {"partial_rotary_factor": rotary / head_dim}, path)
     return config
 
 
 def _type_of_matrices(stored: dict[str, gguf.ReaderTensor]) -> str:
-    """The type of storage of most of them."""
+    """Return the storage type of most matrices."""
     types = Counter(tensor.tensor_type.name for tensor in stored.values() if len(tensor.shape) == 2)
     return max(types, key=types.__getitem__, default="F32")
 
 
 def _rope_scaling(number, fields: dict[str, Any], stored: dict[str, gguf.ReaderTensor], path: Path) -> dict[str, Any]:
-    """rope_parameters of config.json without theta. number: reads a number of the model from the metadata."""
+    """Return rope_parameters of config.json without theta. number: reads a number of the model from the metadata."""
     if ROPE in stored:
         return LLAMA3 | {"factor": float(stored[ROPE].data.max())}
     kind = fields.get(f"{fields['general.architecture']}.rope.scaling.type", "none")
@@ -192,27 +192,27 @@ def _rope_scaling(number, fields: dict[str, Any], stored: dict[str, gguf.ReaderT
 
 
 def _check_rope(arch: Architecture, factors: gguf.ReaderTensor) -> None:
-    """Raise ConfigError unless the settings that were made of `factors` give these factors again."""
+    """Raise ConfigError unless the settings derived from `factors` give the same factors again."""
     expected = replace(arch, rope_scaling=None).rope_frequencies() / arch.rope_frequencies()
     if factors.data.shape != expected.shape or not np.allclose(factors.data, expected, rtol=1e-4):
         known = ", ".join(f"{key}={LLAMA3[key]}" for key in ("low_freq_factor", "high_freq_factor"))
         raise ConfigError(
             f"{arch.source} scales its rotary embedding by factors ({ROPE}) that Llama 3's scaling with {known} does not give; "
-            "another scaling cannot be told from its factors."
+            "another scaling cannot be recognised from its factors."
         )
 
 
 def _named(
     arch: Architecture, family: str, stored: dict[str, gguf.ReaderTensor], path: Path
 ) -> dict[str, gguf.ReaderTensor]:
-    """Hugging Face name -> tensor, of just the tensors that the model has."""
+    """Return Hugging Face name -> tensor, for exactly the tensors of the model."""
     names, tensors, left = gguf.get_tensor_name_map(ARCHITECTURES[family], arch.num_layers), {}, dict(stored)
     left.pop(ROPE, None)
     for name, shape in hf_shapes(arch).items():
         module, _, kind = name.rpartition(".")
         own = f"{names.get_name(module)}.{kind}"
         if own not in left:
-            raise ConfigError(f"{path} lacks {own}, which a model of architecture {family} with its metadata has.")
+            raise ConfigError(f"{path} lacks {own}, which its metadata requires in a model of architecture {family}.")
         tensors[name] = left.pop(own)
         if (found := tuple(reversed(tensors[name].shape.tolist()))) != shape:
             raise ConfigError(f"{path}: {own} has shape {list(found)}; its metadata gives {list(shape)}.")
@@ -235,5 +235,5 @@ def _check_types(tensors: dict[str, gguf.ReaderTensor], path: Path) -> None:
 
 
 def _rows(tensor: gguf.ReaderTensor) -> np.ndarray:
-    """[rows, values or bytes], of a vector one row."""
+    """Return [rows, values or bytes]; a vector is one row."""
     return tensor.data.reshape(-1, tensor.data.shape[-1])

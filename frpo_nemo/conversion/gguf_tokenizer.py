@@ -1,9 +1,9 @@
-"""The tokenizer and the generation configuration of a GGUF file, as Hugging Face writes them.
+"""The tokenizer and the generation configuration of a GGUF file, in Hugging Face format.
 
-A GGUF file has vocabulary, merges and the kinds of tokens, but only a name for how text is cut into words before the merges.
-transformers reads such files, too, with differences that change token ids: it cuts numbers otherwise (smollm), doesn't take a
-word whole that is a token (Llama 3), and loses special tokens with characters beyond the byte alphabet (DeepSeek). So the
-tokenizer is put together here, and a name that isn't known is refused.
+A GGUF file has the vocabulary, merges and kinds of tokens, but only a name for how text is cut into words before the merges.
+transformers reads such files too, but with differences that change token ids. It cuts numbers otherwise (smollm), doesn't
+keep a word whole that is a token (Llama 3), and loses special tokens with characters beyond the byte alphabet (DeepSeek). So
+the tokenizer is built here, and an unknown name is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 @dataclass(frozen=True)
 class Words:
     """How a byte-level tokenizer cuts text into words. split: key of transformers' table of regular expressions; None:
-    GPT-2's. digits: every digit is a word. nfc: text is brought to Unicode's NFC first. whole: a word that is a token is
+    GPT-2's. digits: every digit is a word. nfc: text is first converted to Unicode's NFC. whole: a word that is a token stays
     that token, whatever the merges would make of it. bos: a text begins with BOS unless the file says otherwise."""
 
     split: str | None = None
@@ -54,11 +54,11 @@ def check_tokenizer(fields: Mapping[str, Any], path: Path) -> None:
         )
     needed = ("tokens", "merges" if kind == BYTE_LEVEL else "scores")
     if missing := [f"tokenizer.ggml.{key}" for key in needed if f"tokenizer.ggml.{key}" not in fields]:
-        raise ConfigError(f"{path} has no {' and no '.join(missing)}, without which there is no tokenizer.")
+        raise ConfigError(f"{path} has no {' and no '.join(missing)}, which a tokenizer needs.")
     size = len(fields["tokenizer.ggml.tokens"])
     for key, value in fields.items():
         if re.fullmatch(r"tokenizer\.ggml\.\w+_token_id", key) and not 0 <= value < size:
-            raise ConfigError(f"{path} has {key}={value}, but {size} tokens.")
+            raise ConfigError(f"{path} has {key}={value}, but only {size} tokens.")
     if kind == BYTE_LEVEL and name not in WORDS:
         raise ConfigError(
             f"{path} cuts text into words by {name!r} (tokenizer.ggml.pre); known are {', '.join(WORDS)}, and another way "
@@ -67,7 +67,7 @@ def check_tokenizer(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def build_tokenizer(fields: Mapping[str, Any]):
-    """The tokenizer, with its chat template, of metadata that `check_tokenizer` has passed."""
+    """Return the tokenizer, with its chat template, from metadata that `check_tokenizer` has accepted."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
@@ -91,7 +91,7 @@ def build_tokenizer(fields: Mapping[str, Any]):
 
 
 def generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What generation_config.json holds: all tokens that end a turn, of which a file may name several."""
+    """Return the content of generation_config.json: all tokens that end a turn, of which a file may name several."""
     ids = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")}
     ends = sorted({ids[name] for name in ("eos", "eot", "eom")} - {None})
     return {"bos_token_id": ids["bos"], "eos_token_id": ends, "pad_token_id": ids["padding"]}
@@ -117,7 +117,7 @@ def _byte_level(own: Mapping[str, Any]):
 
 
 def _sentencepiece(own: Mapping[str, Any]):
-    """Of the way of Llama 2: a space before every text, which decoding takes away again."""
+    """Build a tokenizer like Llama 2's: a space precedes every text, and decoding removes it again."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.tokenization_utils_base import generate_merges
 
@@ -143,7 +143,7 @@ def _vocabulary(own: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _add_bos(backend, own: Mapping[str, Any], *, by_default: bool) -> None:
-    """Let a text that is no conversation begin with BOS, where the file says so."""
+    """Make a text that isn't a conversation begin with BOS, where the file says so."""
     from tokenizers import processors
 
     bos = own.get("bos_token_id")

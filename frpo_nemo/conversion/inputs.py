@@ -1,5 +1,5 @@
-"""What a conversion is asked for, what its input is, and what can be wrong with both. Nothing here imports torch, except
-to read a GGUF file, so a mistake is told at once."""
+"""The options of a conversion, its input, and the checks of both. Nothing here imports torch, except to read a GGUF file,
+so errors are reported immediately."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from frpo_nemo.conversion.gguf_file import GGUFFile
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SLACK = 64 << 20  # bytes of disk for what is no weight: tokenizers, indices, the headers of chunks
+_SLACK = 64 << 20  # bytes of disk for everything except weights: tokenizers, indices, the headers of chunks
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ConvertRun:
     """recipes/convert.py"""
 
     input: str = option(
-        "Checkpoint, run directory or GGUF file, to be converted to Hugging Face format.",
+        "Checkpoint, run directory or GGUF file to convert to Hugging Face format.",
         example="runs/first",
     )
     out: str = option(
@@ -43,29 +43,29 @@ class ConvertRun:
         "Which checkpoint of a run directory; best is by validation.", "newest", choices=("newest", "best")
     )
     base: str | None = option(
-        "Model that gives configuration and tokenizer, and to adapters the frozen weights; null: the one that the checkpoint "
+        "Model that gives configuration and tokenizer, and for adapters the frozen weights; null: the one that the checkpoint "
         "was trained from.",
         None,
     )
     adapter: bool = option(
-        "Of a run with adapters (model.lora): write them alone, for PEFT, instead of merging them into the base.", False
+        "For a run with adapters (model.lora): write only the adapters, for PEFT, instead of merging them.", False
     )
     dtype: str | None = option(
-        "Of the weights written; null: what config.json names, or what most matrices of a GGUF file are stored in.",
+        "Type of the written weights; null: what config.json names, or how most matrices of a GGUF file are stored.",
         None,
         choices=tuple(ITEM_BYTES),
     )
     max_shard_gb: float = option(
-        "Largest safetensors file in 10^9 bytes; memory is a file and the largest weight.", 5.0, above=0
+        "Largest safetensors file in 10^9 bytes; needs memory for one file and the largest weight.", 5.0, above=0
     )
     verify: bool = option("Compare log-probs by transformers and Megatron; needs memory for the whole model.", False)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a ConvertRun comes to. checkpoint: what is converted, or None when it is a GGUF file, `model`, read as `gguf`.
-    model: else the directory that gives configuration and tokenizer, and to adapters (`lora`: their record) the frozen
-    weights. base: its name. adapter: they alone are written."""
+    """A checked ConvertRun. checkpoint: what is converted, or None when it is a GGUF file, `model`, read as `gguf`. model:
+    otherwise the directory that gives configuration and tokenizer, and for adapters (`lora`: their record) the frozen
+    weights. base: its name. adapter: only the adapters are written."""
 
     checkpoint: Path | None
     gguf: GGUFFile | None
@@ -79,15 +79,15 @@ class Conversion:
 
     @property
     def weight_bytes(self) -> int:
-        """That are written."""
+        """Return the bytes of the weights to write."""
         arch = self.arch
         count = arch.num_layers * adapter_parameters(arch, self.lora["rank"], 1) if self.adapter else parameters(arch)
         return count * ITEM_BYTES[self.dtype]
 
 
 def check_conversion(cfg: ConvertRun) -> Conversion:
-    """Raises ConfigError for what is wrong with options, input, base, `out` or the disk, as far as that can be seen without
-    a look into files of weights. Downloads what is a hub name."""
+    """Check options, input, base, `out` and the disk, as far as possible without reading weights. Downloads the model of a
+    hub name. Raises ConfigError."""
     _check_options(cfg)
     out = _out(cfg)
     if Path(cfg.input).is_file():
@@ -115,10 +115,10 @@ def check_conversion(cfg: ConvertRun) -> Conversion:
 
 
 def _of_gguf(cfg: ConvertRun, out: Path) -> Conversion:
-    for package in ("gguf", "accelerate") if cfg.verify else ("gguf",):  # transformers, of the second
+    for package in ("gguf", "accelerate") if cfg.verify else ("gguf",):  # transformers needs the second
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"input={cfg.input} is a file, and to read GGUF files takes {package}: pip install {package}."
+                f"input={cfg.input} is a file, and reading GGUF files needs {package}: pip install {package}."
             )
     if cfg.adapter:
         raise ConfigError(f"adapter=true, but input={cfg.input} holds no adapters.")
@@ -136,7 +136,7 @@ def _of_gguf(cfg: ConvertRun, out: Path) -> Conversion:
 def _check_options(cfg: ConvertRun) -> None:
     check_values(cfg)
     if started_world()[1] > 1:
-        raise ConfigError(f"{started_world()[1]} processes were started; conversion is the work of one.")
+        raise ConfigError(f"{started_world()[1]} processes were started; a conversion needs exactly one.")
     if cfg.adapter and cfg.verify and importlib.util.find_spec("peft") is None:
         raise ConfigError(
             "verify=true loads an adapter (adapter=true) with peft, which is not installed; pip install peft."
@@ -144,7 +144,7 @@ def _check_options(cfg: ConvertRun) -> None:
 
 
 def _checkpoint(cfg: ConvertRun) -> Path:
-    """The checkpoint that `cfg.input` means."""
+    """Return the checkpoint that `cfg.input` names."""
     path = Path(cfg.input)
     if (path / checkpoint_files.RECORD).is_file():
         return path
@@ -165,33 +165,33 @@ def _checkpoint(cfg: ConvertRun) -> Path:
 def _base(cfg: ConvertRun, checkpoint: Path) -> str:
     base = cfg.base or trained_from(checkpoint)
     if base is None:
-        raise ConfigError(f"{checkpoint} does not say which model it was trained from; name it by base=.")
+        raise ConfigError(f"{checkpoint} does not record which model it was trained from; name it with base=.")
     if not Path(base).is_dir() and not is_hub_name(base):
         named = f"base={base}" if cfg.base else f"{base}, which {checkpoint} was trained from,"
         raise ConfigError(
-            f"{named} is no directory (working directory: {Path.cwd()}); name by base= the model that gives configuration "
+            f"{named} isn't a directory (working directory: {Path.cwd()}); name with base= the model that gives configuration "
             "and tokenizer."
         )
     return base
 
 
 def _out(cfg: ConvertRun) -> Path:
-    """Where `cfg.out` lies: a link stays, and what it leads to is written."""
+    """Return the location of `cfg.out`: a link stays, and its target is written."""
     out, here = Path(cfg.out).resolve(), Path.cwd()
     if out == here or out in here.parents:
-        raise ConfigError(f"out={cfg.out} is the working directory or holds it ({here}); name a new directory.")
+        raise ConfigError(f"out={cfg.out} is the working directory or contains it ({here}); name a new directory.")
     return out
 
 
 def _check_replaceable_adapter(out: Path) -> None:
     if out.exists() and others(out, (PEFT_CONFIG, PEFT_WEIGHTS, CARD)):
         raise ConfigError(
-            f"out={out} exists and is not an earlier adapter alone; choose another directory or remove it."
+            f"out={out} exists and isn't an earlier adapter alone; choose another directory or remove it."
         )
 
 
 def _check_disk(conversion: Conversion) -> None:
-    """What an earlier conversion takes does not count: it goes when the new one is complete."""
+    """Check the free space. An earlier conversion's space does not count: it is removed when the new one is complete."""
     out, needed = conversion.out, conversion.weight_bytes + _SLACK
     existing = next(parent for parent in (out, *out.parents) if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -1,7 +1,7 @@
-"""What a run says of one of its checkpoints: the model that it began from, and the README.md of its conversion.
+"""What a run's records say about one of its checkpoints: the model that it began from, and the README.md of its conversion.
 
-The configuration goes into a file that is meant to be published, so its secrets are hidden (redact.py), and the
-directories of this machine.
+The README.md holds the configuration and is meant to be published, so secrets (redact.py) and the directories of this
+machine are hidden in it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.records import read_jsonl
 from frpo_nemo.training import start_record
 
-# /home/me/data.jsonl, ~/data.jsonl or file:///home/me/data.jsonl, also inside a command; no part of a URL
+# /home/me/data.jsonl, ~/data.jsonl or file:///home/me/data.jsonl, also inside a command; not a part of a URL
 _ABSOLUTE = re.compile(
     r"""(?<![^\s=:,'"(\[{])(?:file://)?(?:~[^\s/'"]*|/[^\s/'"]+)(?:/[^\s/'"]+)*/([^\s/'",:)\]}]+)/?"""
 )
 
 
 def trained_from(checkpoint: Path) -> str | None:
-    """Return the model that the checkpoint's run began from: a hub name, or a path that is right from here. None if no run
-    is around it. The run may have been started in another directory than this one, and model.path be relative to that."""
+    """Return the model that the checkpoint's run began from: a hub name, or a path that is valid from here. None if the
+    checkpoint isn't in a run. The run may have started in another directory, to which its model.path may be relative."""
     config = _config(checkpoint)
     if config is None:
         return None
@@ -39,9 +39,9 @@ def trained_from(checkpoint: Path) -> str | None:
 
 
 def model_card(checkpoint: Path, arch: Architecture, *, adapter: bool = False) -> str:
-    """The README.md of `checkpoint` in Hugging Face format, as far as there is a run around it to tell from. Of absolute
-    paths it has the last part: it is for others, who need not know whose directories those are. adapter: of PEFT's
-    directory with the checkpoint's adapters alone."""
+    """Return the README.md of `checkpoint` in Hugging Face format, as far as the run around it has the records. Absolute
+    paths are cut to their last part, because readers need not know whose directories those are. adapter: for PEFT's
+    directory with only the checkpoint's adapters."""
     record, config, run_dir = checkpoint_files.read(checkpoint), _config(checkpoint), _run_dir(checkpoint)
     origin = trained_from(checkpoint)
     front = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
@@ -66,8 +66,8 @@ def model_card(checkpoint: Path, arch: Architecture, *, adapter: bool = False) -
 
 
 def gguf_card(path: Path, fields: dict[str, Any], stored_as: dict[str, int], dtype: str) -> str:
-    """The README.md of the GGUF file `path`, with metadata `fields`, in Hugging Face format: with the licence that it names.
-    stored_as: type of storage -> number of tensors. dtype: of the weights that were written."""
+    """Return the README.md of the GGUF file `path`, with metadata `fields`, in Hugging Face format, with the licence that
+    it names. stored_as: storage type -> number of tensors. dtype: of the weights that were written."""
     front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if licence := fields.get("general.license"):
         front["license"] = str(licence)
@@ -85,14 +85,16 @@ def _run_dir(checkpoint: Path) -> Path:
 
 
 def _config(checkpoint: Path) -> dict[str, Any] | None:
-    """The configuration of the run that saved a checkpoint; None when there is none around it, or only a stranger's."""
+    """Return the configuration of the run that saved a checkpoint; None when there is none, or only another program's."""
     file = _run_dir(checkpoint) / "config.yaml"
     if not file.is_file():
         return None
     try:
         config = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is no YAML, so what {checkpoint} was trained from cannot be read there.") from error
+        raise ConfigError(
+            f"{file} isn't valid YAML, so the model that {checkpoint} was trained from is unknown."
+        ) from error
     return config if _has(config, "model", "path") and _has(config, "trainer", "max_steps") else None
 
 
@@ -105,7 +107,7 @@ def _last_start(checkpoint: Path) -> dict[str, Any]:
 
 
 def _public(nested: Any) -> Any:
-    """Nested values without secrets, and with the last part alone of absolute paths."""
+    """Return nested values without secrets, and with only the last part of absolute paths."""
     return _without_places(redact.values(nested))
 
 
@@ -127,7 +129,7 @@ def _method(config: dict[str, Any]) -> str:
 
 
 def _figures(file: Path, step: int) -> list[str]:
-    """A table of rewards and KL where the run measured them first, and last before or at `step`."""
+    """Return a table of rewards and KL at the run's first measurement and at the last one up to `step`."""
     measured: dict[str, list[tuple[int, float]]] = {}
     for row in read_jsonl(file) if file.is_file() else []:
         for name, value in row.items():
@@ -151,7 +153,7 @@ def _is_figure(name: str) -> bool:
 
 
 def _versions(of_checkpoint: dict[str, str], start: dict[str, Any]) -> str:
-    """Of the programs that trained, by the record of the run's last start, and of the one that converts."""
+    """Return the versions of the programs that trained, from the record of the run's last start, and of the converter."""
     listed = of_checkpoint | {"commit": start.get("commit"), "python": start.get("python")} | start.get("packages", {})
     listed["converted by frpo-nemo"] = __version__
     return "\n".join(f"- {name}: {version}" for name, version in listed.items() if version)

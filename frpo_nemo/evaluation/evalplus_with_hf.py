@@ -1,9 +1,9 @@
-"""evalplus's command line, with answers of its hf backend that end at their own stop strings.
+"""evalplus's command line with a corrected hf backend, whose answers end at their own stop strings.
 
     python -m frpo_nemo.evaluation.evalplus_with_hf --model ... --backend=hf
 
-evalplus 0.3.1 hangs the stopping criterion of every prompt into the model and never takes one out. A criterion looks for
-stop strings behind as many tokens as its prompt has; behind a longer prompt's first tokens it finds that prompt's own
+evalplus 0.3.1 attaches the stopping criterion of every prompt to the model and never removes one. A criterion looks for
+stop strings after as many tokens as its prompt has. After a longer prompt's first tokens it finds that prompt's own
 "\\n```\\n", and the answer ends with its first token.
 """
 

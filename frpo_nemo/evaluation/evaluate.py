@@ -26,9 +26,9 @@ from frpo_nemo.processes.launcher import started_world
 
 
 def evaluate(cfg: EvaluateRun, *, only_check: bool = False) -> bool:
-    """Measure what has no result in cfg.out yet; returns whether everything has one in the end. Raises ConfigError,
-    before anything is measured, for a mistake in the options. only_check: nothing is exported or measured; of a checkpoint
-    the options alone are checked, because its context and tokenizer are those of its export."""
+    """Measure what has no result in cfg.out yet; returns whether everything has one in the end. Raises ConfigError for a
+    mistake in the options before anything is measured. only_check: export and measure nothing; for a checkpoint only the
+    options are checked, because its context and tokenizer are those of its export."""
     from frpo_nemo.training.run import ignore_warnings_of_libraries
 
     ignore_warnings_of_libraries()
@@ -37,21 +37,19 @@ def evaluate(cfg: EvaluateRun, *, only_check: bool = False) -> bool:
         check_host_memory(cfg.probe, processes=started_world()[1])
     if (Path(cfg.model.path) / checkpoint_files.RECORD).is_file():
         if only_check:
-            print(
-                f"the options are right; {cfg.model.path} is a checkpoint, and its export is checked when it is there"
-            )
+            print(f"options OK; {cfg.model.path} is a checkpoint, and its export is checked after it is written")
             return True
         cfg.model.path = str(exported(Path(cfg.model.path), Path(cfg.out) / "hf"))
     model = check_model(cfg) if cfg.benchmarks else model_directory(cfg.model.path)
     if only_check:
-        print(f"the configuration is right for {model}")
+        print(f"configuration OK for {model}")
         return True
     probed = _probe(cfg, model) if cfg.probe.prompts else True
     return (run_benchmarks(cfg, model) if cfg.benchmarks else True) and probed
 
 
 def check_options(cfg: EvaluateRun) -> None:
-    """What can be wrong whatever the model and the machine. Raises ConfigError."""
+    """Check the options as far as neither the model nor the machine matters. Raises ConfigError."""
     if not cfg.benchmarks and not cfg.probe.prompts:
         raise ConfigError("Nothing to measure: give benchmarks=[...], or a probe with prompts and reward.")
     if cfg.benchmarks:
@@ -61,9 +59,11 @@ def check_options(cfg: EvaluateRun) -> None:
 
 
 def exported(checkpoint: Path, out: Path) -> Path:
-    """`out`, with the checkpoint in Hugging Face format: written unless it is there from an earlier start."""
+    """Return `out`, with the checkpoint in Hugging Face format: written unless an earlier start wrote it."""
     if started_world()[1] > 1:
-        raise ConfigError(f"model.path={checkpoint} is a checkpoint, which one process exports; start one first.")
+        raise ConfigError(
+            f"model.path={checkpoint} is a checkpoint, which one process has to export; start one process."
+        )
     source = out / "exported_from.json"
     if source.is_file():
         if json.loads(source.read_text()) != str(checkpoint.resolve()):
@@ -71,12 +71,12 @@ def exported(checkpoint: Path, out: Path) -> Path:
         return out
     conversion = ConvertRun(input=str(checkpoint), out=str(out))
     check_conversion(conversion)
-    # A process of its own: what lets megatron-core run on a CPU must not be there when vLLM starts.
+    # In a separate process: what lets megatron-core run on a CPU must not be loaded when vLLM starts.
     process = multiprocessing.get_context("spawn").Process(target=_convert, args=(conversion,))
     process.start()
     process.join()
     if process.exitcode:
-        raise ConfigError(f"{checkpoint} could not be exported (exit code {process.exitcode}), for the reason above.")
+        raise ConfigError(f"{checkpoint} could not be exported (exit code {process.exitcode}); the reason is above.")
     write_json(source, str(checkpoint.resolve()))
     return out
 
@@ -88,8 +88,8 @@ def _convert(conversion: ConvertRun) -> None:
 
 
 def _probe(cfg: EvaluateRun, model: Path) -> bool:
-    """Measure, write and print. False if a reward scored none of the responses: then there is no result, so that the same
-    command measures again, but the responses and what the other rewards gave them are kept."""
+    """Measure, write and print. Returns False if a reward scored none of the responses. Then no result is written, so that
+    the same command measures again, but the responses and what the other rewards gave them are kept."""
     directory = Path(cfg.out) / PROBE
     file, settings = directory / "result.json", probe_settings(cfg) | {"weights": weights_stamp(model)}
     silent: list[str] = []
@@ -112,7 +112,7 @@ def _probe(cfg: EvaluateRun, model: Path) -> bool:
     console.print("probe: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     if silent:
         console.print(
-            f"probe failed: {', '.join(silent)} scored no response, for the reason above. The responses are in "
+            f"probe failed: {', '.join(silent)} scored no response; the reason is above. The responses are in "
             f"{directory / SAMPLES}; the same command measures again.",
             style="red",
         )

@@ -43,18 +43,18 @@ class EvaluateRun:
     """recipes/evaluate.py"""
 
     model: EvaluatedModel = option("The model to measure.", EvaluatedModel)
-    out: str = option("Directory for results; what is finished there is not repeated.", example="runs/first/eval")
+    out: str = option("Directory for results; finished measurements are not repeated.", example="runs/first/eval")
     benchmarks: list[str] = option(f"List of benchmarks: {', '.join(BENCHMARKS)}.", list)
     probe: RewardProbeConfig = option(
         "Reward on prompts of your own; probe=safety_benchmarks is a choice.", RewardProbeConfig
     )
     limit: int | None = option(
-        "Number of questions per task (of MMLU, per subject), for a try; null: all.", None, at_least=1
+        "Number of questions per task (for MMLU, per subject), for a quick try; null: all.", None, at_least=1
     )
     backend: str = option(
-        "What generates: vLLM, or transformers (hf) where there is no vLLM for GPUs.", "vllm", choices=("vllm", "hf")
+        "What generates: vLLM, or transformers (hf) where vLLM has no GPU.", "vllm", choices=("vllm", "hf")
     )
-    dtype: str = option("Of weights and computation.", "bfloat16")
+    dtype: str = option("Precision of weights and computation.", "bfloat16")
     tensor_parallel_size: int = option("GPUs that vLLM spreads the model over.", 1, at_least=1)
     batch_size: int | None = option(
         "Questions at a time in lm-eval; null: as vLLM decides, and 1 with hf.", None, at_least=1
@@ -74,7 +74,7 @@ class EvaluateRun:
         "Value of enable_thinking in the chat template; null: the template has no such variable.", None
     )
     include_path: str | None = option(
-        "Directory of lm-eval task files that come before its own: say, tasks with local data.", None
+        "Directory of lm-eval task files that take precedence over its own, such as tasks with local data.", None
     )
     antlr_path: str | None = option(
         "Directory with antlr4-python3-runtime 4.11, for math500; null: antlr-4.11 in sys.prefix.", None

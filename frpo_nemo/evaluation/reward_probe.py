@@ -1,4 +1,4 @@
-"""The reward of a finished model on any prompts, by the reward functions that training uses, with responses from vLLM."""
+"""Measures a finished model's reward on any prompts, with the reward functions of training and responses from vLLM."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SAMPLES = "samples.jsonl"
 
 
 def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
-    """What can be wrong before a model loads. Raises ConfigError."""
+    """Check the probe's options before a model loads. Raises ConfigError."""
     if not probe.reward:
         raise ConfigError("probe.prompts is given, but probe.reward is empty; name what scores the responses.")
     check_values(probe, "probe.")
     if probe.temperature != 1 and probe.top_p < 1:
-        raise ConfigError(f"probe.top_p={probe.top_p} needs probe.temperature=1, and it is {probe.temperature}.")
+        raise ConfigError(f"probe.top_p={probe.top_p} needs probe.temperature=1, but it is {probe.temperature}.")
     if probe.temperature == 0 and probe.samples > 1:
         raise ConfigError(
-            f"probe.samples={probe.samples}: with probe.temperature=0 they would all be the same; take 1."
+            f"probe.samples={probe.samples}: with probe.temperature=0 all would be the same; set probe.samples=1."
         )
     if dtype not in PRECISION:
         raise ConfigError(f"dtype={dtype} must be {' or '.join(PRECISION)} for a probe.")
@@ -40,21 +40,21 @@ def check_reward_probe(probe: RewardProbeConfig, dtype: str) -> None:
 
 
 def check_host_memory(probe: RewardProbeConfig, processes: int) -> None:
-    """Raise ConfigError when the reward models that each of this machine's `processes` loads exceed its memory, in which
-    the policy's weights have to find room besides."""
+    """Raise ConfigError when the reward models that each of this machine's `processes` loads exceed its memory, which also
+    has to hold the policy's weights."""
     each, host = sum(model.bytes for model in local_weights(probe.reward)), host_memory()
     if processes * each > host:
         raise ConfigError(
             f"Local reward models need {readable(processes * each)} of host memory, {readable(each)} in each of {processes} "
-            f"processes, but {readable(host)} are there; give the job more (sbatch --mem), or give them servers (remote.url, "
+            f"processes, but the host has {readable(host)}; give the job more (sbatch --mem), or use servers (remote.url, "
             "docs/reward_models.md)."
         )
 
 
 def run_reward_probe(cfg: EvaluateRun, model: Path, directory: Path) -> dict[str, float]:
-    """Rewards, lengths and shares of failures as training logs them, and how many responses each reward scored; every
-    response is in directory/SAMPLES, scored or not. Every process of the world calls this; all get
-    the numbers."""
+    """Return rewards, lengths and shares of failures as training logs them, and how many responses each reward scored.
+    Writes every response to directory/SAMPLES, scored or not. Every process of the world calls this, and all get the
+    numbers."""
     from frpo_nemo.processes import world
     from frpo_nemo.processes.phases import PhaseTimer
     from frpo_nemo.rollout.worker import RolloutWorker, ScoredPrompts
@@ -62,7 +62,7 @@ def run_reward_probe(cfg: EvaluateRun, model: Path, directory: Path) -> dict[str
 
     probe = cfg.probe
     rank, _ = world.start_world()
-    rewards = build_rewards(probe.reward)  # before the model: what is wrong with theirs is told sooner
+    rewards = build_rewards(probe.reward)  # first, so that reward errors surface before the model loads
     worker = RolloutWorker(
         ModelConfig(path=str(model), precision=PRECISION[cfg.dtype]),
         EngineConfig(
@@ -89,5 +89,5 @@ def run_reward_probe(cfg: EvaluateRun, model: Path, directory: Path) -> dict[str
 
 
 def probe_settings(cfg: EvaluateRun) -> dict[str, Any]:
-    """What makes two results comparable."""
+    """Return the settings that decide whether two results are comparable."""
     return redact.values(json.loads(json.dumps(asdict(cfg.probe)))) | {"dtype": cfg.dtype}

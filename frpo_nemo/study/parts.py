@@ -1,7 +1,7 @@
 """The parts of a forgetting study: which recipe runs with which options, where, and after which other part.
 
-Nothing here runs or records anything: run.py does on this machine, slurm_chain.py as a chain of jobs. Every part
-comes after one other part at most.
+This module runs and records nothing: run.py does so on this machine, slurm_chain.py as a chain of jobs. Every part
+comes after at most one other part.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CONFIG_DIR, CONFIG_NAME = "--config-dir", "--config-name"
 
 @dataclass
 class PartConfig:
-    """A recipe with its configuration. In texts {seed}, {out} (of the study) and {dir} (of the seed) are filled in."""
+    """A recipe with its configuration. {seed}, {out} (of the study) and {dir} (of the seed) are filled in in its texts."""
 
     recipe: str = option("Name of a script in recipes/, without .py.", "frpo")
     config: str | None = option("Its --config-name.", None)
-    overrides: list[str] = option("List of its overrides.", list)
+    overrides: list[str] = option("List of overrides of its configuration.", list)
     script: str | None = option(
         "Its job script; null: slurm/frpo_7b.sh or sft_7b.sh, slurm/recipe.sh for recipes that train nothing.", None
     )
@@ -56,12 +56,12 @@ class ServerConfig:
 
 @dataclass
 class StudyConfig:
-    """recipes/forgetting.py and slurm/forgetting.sh. run_dir, model.path and trainer.seed of a training are set by the study,
-    model.path and out of an evaluation as well."""
+    """recipes/forgetting.py and slurm/forgetting.sh. The study sets run_dir, model.path and trainer.seed of a training, and
+    model.path and out of an evaluation."""
 
     out: str = option("Directory of the study; continued if it exists.", example="runs/forgetting")
     seeds: list[int] = option("List of seeds; statistics compare arms within a seed.", lambda: [1])
-    num_seeds: int | None = option("Take the first so many of seeds; null: all.", None, at_least=1)
+    num_seeds: int | None = option("How many of seeds to take, from the first; null: all.", None, at_least=1)
     prepare: list[PartConfig] = option(
         "List of recipes to run first, once per seed, such as the training of a reference policy.", list
     )
@@ -69,7 +69,7 @@ class StudyConfig:
         "Hugging Face directory or hub name of the policy that stage one begins with.",
         example="Qwen/Qwen2.5-7B-Instruct",
     )
-    train: PartConfig = option("Stage one, which has to validate (trainer.val_interval).", PartConfig)
+    train: PartConfig = option("Stage one, which must validate (trainer.val_interval).", PartConfig)
     arms: dict[str, list[str]] = option("Mapping from a name to the list of overrides that make this arm.", dict)
     tasks: dict[str, PartConfig] = option(
         "Mapping from a name to a later fine-tuning, with probes (probe.interval).", dict
@@ -78,7 +78,7 @@ class StudyConfig:
         "Mapping from a name to a measurement of every model by recipes/evaluate.py.", dict
     )
     processes: int = option("Processes of each training, on this machine.", 1, at_least=1)
-    jobs: int = option("Trainings at one time, on this machine.", 1, at_least=1)
+    jobs: int = option("Trainings that run at the same time, on this machine.", 1, at_least=1)
     launcher: str | None = option(
         "Command before python instead of torchrun, on this machine, such as srun with its options.", None
     )
@@ -93,13 +93,13 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """One run of the study: what it is, its command, the directory that it writes, and the part that must have finished
+    """One run of the study: its kind, its command, the directory that it writes, and the part that must have finished
     before it starts."""
 
     seed: int
     arm: str | None  # None: preparation of the seed
     task: str | None  # None: stage one
-    evaluation: str | None  # of the arm's model: after the task, or after stage one
+    evaluation: str | None  # measures the arm's model: after the task, or after stage one
     config: PartConfig
     arguments: list[str]
     directory: Path
@@ -122,23 +122,23 @@ class Part:
 
     @property
     def log(self) -> Path:
-        """The output of its command, beside its directory. Names may have dots."""
+        """Return the path of its command's output, next to its directory. Names may have dots."""
         return self.directory.with_name(f"{self.directory.name}.log")
 
     @property
     def key(self) -> tuple:
-        """What its row in results.jsonl is known by."""
+        """Return the key of its row in results.jsonl."""
         return self.arm, self.seed, self.task, self.evaluation
 
     @property
     def recorded(self) -> list[str]:
-        """The arguments as they are written down and compared: without secrets, and without the directory of configurations,
-        which may have moved."""
+        """Return the arguments as they are recorded and compared: without secrets, and without the directory of
+        configurations, which may have moved."""
         return redact.arguments(self.arguments[2 * (self.arguments[:1] == [CONFIG_DIR]) :])
 
 
 def study_of_command_line(arguments: Sequence[str]) -> tuple[StudyConfig, str | None]:
-    """What sys.argv says, of which `arguments` are a copy: the study, and the directory in which it was found, where
+    """Return the study of sys.argv, of which `arguments` are a copy, and the directory in which it was found, where
     configurations of its parts may be too. Raises ConfigError."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(CONFIG_DIR, "-cd", "--config-path", "-cp", dest="config_dir")
@@ -147,8 +147,8 @@ def study_of_command_line(arguments: Sequence[str]) -> tuple[StudyConfig, str | 
 
 
 def compose_command(recipe: str, arguments: Sequence[str], before: Sequence[str] = ()) -> Any:
-    """The typed configuration that a recipe of SCHEMAS would run with. before: overrides that a job script puts before those
-    of the arguments. Raises ConfigError."""
+    """Return the typed configuration that a recipe of SCHEMAS would run with. before: overrides that a job script puts
+    before those of the arguments. Raises ConfigError."""
     options, own = {}, list(arguments)
     while own[:1] in ([CONFIG_DIR], [CONFIG_NAME]):
         options[own[0]], own = own[1], own[2:]
@@ -157,7 +157,7 @@ def compose_command(recipe: str, arguments: Sequence[str], before: Sequence[str]
 
 
 def check_command(recipe: str, arguments: list[str]) -> None:
-    """Compose what a recipe of SCHEMAS would run with; raises ConfigError. check.py looks closer."""
+    """Compose what a recipe of SCHEMAS would run with; raises ConfigError. check.py checks more."""
     cfg = compose_command(recipe, arguments)
     if recipe == "frpo":
         build_objective(cfg.objective)
@@ -165,7 +165,7 @@ def check_command(recipe: str, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def named(part: Part) -> Iterator[None]:
-    """A ConfigError names the part."""
+    """Name the part in a ConfigError."""
     try:
         yield
     except ConfigError as problem:
@@ -173,15 +173,15 @@ def named(part: Part) -> Iterator[None]:
 
 
 class StudyParts:
-    """The parts of a study. config_dir: where their configurations may be instead of in configs/. Raises ConfigError for
-    options that contradict each other."""
+    """The parts of a study. config_dir: where their configurations may be besides configs/. Raises ConfigError for options
+    that contradict each other."""
 
     def __init__(self, config: StudyConfig, config_dir: str | None = None):
         _check(config)
         self.config, self.out, self._config_dir = config, Path(config.out), config_dir
 
     def all(self, seeds: Iterable[int]) -> Iterator[Part]:
-        """In an order in which they can run."""
+        """Yield all parts, each after the one that it needs."""
         for seed in seeds:
             yield from self.preparation(seed)
             for arm in self.config.arms:
@@ -195,7 +195,7 @@ class StudyParts:
         return parts
 
     def chain(self, seed: int, arm: str) -> list[Part]:
-        """Stage one of an arm, then every task; after each the evaluations of its model."""
+        """Return stage one of an arm, then every task; after each the evaluations of its model."""
         directory, prepared = self._seed_dir(seed) / arm, self.preparation(seed)
         own = [self._fill(text, seed) for text in self.config.arms[arm]]
         model = self._fill(self.config.model, seed)
@@ -253,7 +253,7 @@ def _check(config: StudyConfig) -> None:
         if not value:
             raise ConfigError(f"{name} is empty; a study needs at least one.")
     if len(set(config.seeds)) < len(config.seeds):
-        raise ConfigError(f"seeds={config.seeds} names a seed twice.")
+        raise ConfigError(f"seeds={config.seeds} names a seed twice; every seed runs once.")
     if (config.num_seeds or 1) > len(config.seeds):
         raise ConfigError(f"num_seeds={config.num_seeds} must be at most {len(config.seeds)}, the number of seeds.")
     if "train" in config.tasks or any("/" in name for name in (*config.arms, *config.tasks, *config.evaluations)):
@@ -268,4 +268,4 @@ def _check(config: StudyConfig) -> None:
             raise ConfigError(f"evaluations.{name}.recipe={part.recipe} must be evaluate.")
     for part in config.prepare:
         if not (RECIPES / f"{part.recipe}.py").is_file():
-            raise ConfigError(f"prepare: there is no recipe {part.recipe}; recipes/ has it without .py.")
+            raise ConfigError(f"prepare: there is no recipe {part.recipe}; name a file in recipes/ without .py.")

@@ -1,4 +1,4 @@
-"""Recipes as commands of their own, one after the other: what `make demo` and `make smol` consist of."""
+"""Runs recipes as separate commands, one after the other: `make demo` and `make smol` consist of these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECIPES = ROOT / "recipes"
 
 
 def run_recipe(name: str, arguments: list[str], *, title: str, processes: int = 1, threads: int = 1) -> None:
-    """Print and run the recipe NAME.py; exit with its code if it fails. threads: of each process."""
+    """Print and run the recipe NAME.py; exit with its code if it fails. threads: per process."""
     script = str(from_here(RECIPES / f"{name}.py"))
     shown = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
     real = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", *shown[1:]]
@@ -24,10 +24,10 @@ def run_recipe(name: str, arguments: list[str], *, title: str, processes: int = 
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """The log level hides a note about NUMA."""
+    """Return the environment of a recipe's process. The log level hides a note about NUMA."""
     return {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def from_here(path: Path) -> Path:
-    """A file of the project as a short path, where this is its directory."""
+    """Return the path of a project file, shortened where the project is the working directory."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,8 +1,8 @@
 """Rows of a study, one for each run: of stage one ("train"), of a later fine-tuning ("finetune"), or of a model's evaluation
 ("evaluate").
 
-Reading and checking results.jsonl, and making a row from a run's directory (config.yaml, metrics.jsonl,
-environment.jsonl). Nothing of the run needs to be alive. What rows mean together is in study.py.
+Reads and checks results.jsonl, and makes a row from a run's directory (config.yaml, metrics.jsonl, environment.jsonl). The
+run itself need not be running. study.py interprets rows together.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from frpo_nemo.records import read_jsonl
 from frpo_nemo.training.start_record import starts
 
 ResultRow = dict[str, Any]
-SECTIONS = ("objective", "optim", "data", "rollout", "reward")  # of config.yaml: what can make two arms differ
+SECTIONS = ("objective", "optim", "data", "rollout", "reward")  # sections of config.yaml in which two arms can differ
 _REQUIRED = ("arm", "seed", "stage", "task", "status", "settings", "points")
 
 
 def read_results(path: str | Path) -> list[ResultRow]:
-    """The rows of a results.jsonl, checked. A last line without its end is still being written and left out.
+    """Return the checked rows of a results.jsonl. A last line without its end is still being written and is left out.
 
-    Raises ConfigError for a missing file and for a line that is no row, naming the line.
+    Raises ConfigError for a missing file and for an invalid line, naming the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +41,7 @@ def read_results(path: str | Path) -> list[ResultRow]:
 
 
 def check_row(row: Any, where: str = "row") -> ResultRow:
-    """`row` itself if it can be used; ConfigError, beginning with `where`, if not."""
+    """Return `row` itself if it is valid; raise ConfigError, whose message begins with `where`, if not."""
     if not isinstance(row, dict):
         raise ConfigError(f"{where} must be an object with {', '.join(_REQUIRED)}.")
     missing = [key for key in _REQUIRED if key not in row]
@@ -59,7 +59,7 @@ def check_row(row: Any, where: str = "row") -> ResultRow:
         raise ConfigError(f"{where}: task={row['task']!r}; a finetune row names its task, a train row has null.")
     steps = [point.get("step") for point in row["points"]]
     if None in steps or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-        raise ConfigError(f"{where}: the steps of its points must grow, but are {steps}.")
+        raise ConfigError(f"{where}: the steps of its points must increase, but are {steps}.")
     if row["status"] == "finished" and not steps:
         raise ConfigError(f"{where}: a finished run needs points.")
     return row
@@ -68,8 +68,8 @@ def check_row(row: Any, where: str = "row") -> ResultRow:
 def row_of_evaluation(
     directory: str | Path, *, arm: str, seed: int, task: str | None, evaluation: str, error: str | None = None
 ) -> ResultRow:
-    """The row of what recipes/evaluate.py measured in `directory`, of the model after `task` (None: after stage one). It
-    has failed with an `error`, or where there are no results."""
+    """Return the row of what recipes/evaluate.py measured in `directory`, of the model after `task` (None: after stage one).
+    The evaluation has failed if there is an `error` or no results."""
     path = Path(directory) / "results.json"
     if error is None and not path.is_file():
         error = f"{path} was not written"
@@ -91,12 +91,12 @@ def row_of_evaluation(
 def row_of_run(
     run_dir: str | Path, *, arm: str, seed: int, stage: str, task: str | None = None, error: str | None = None
 ) -> ResultRow:
-    """The row of a run: stage "train" (its points are validations) or "finetune" of a `task` (its points are probes,
+    """Return the row of a run: stage "train" (its points are validations) or "finetune" of a `task` (its points are probes,
     with the run's own validation as downstream/NAME).
 
     The run has finished if it logged its last step; otherwise it failed, with `error` or where it stopped. With an
-    `error`, files that the run did not come to write may be missing. tokens and seconds are those of the steps.
-    Raises ConfigError if run_dir is no run, or a finished one without points to report.
+    `error`, files that the run did not get to write may be missing. tokens and seconds are those of the steps.
+    Raises ConfigError if run_dir isn't a run, or is a finished one without points to report.
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir) if error is None or (run_dir / "config.yaml").exists() else {}
@@ -128,7 +128,7 @@ def row_of_run(
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """config.yaml of a run."""
+    """Return config.yaml of a run."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is not a run's directory: it has no config.yaml.")
@@ -136,7 +136,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, in the order of logging."""
+    """Return the complete lines of metrics.jsonl, in the order of logging."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"{run_dir} has no metrics.jsonl: the run has not made a step.")
@@ -144,8 +144,8 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _points(records: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
-    """One point for each step that was measured. In stage one a validation is the point; in fine-tuning the probe is,
-    and the validation goes below downstream/."""
+    """Return one point for each step that was measured. In stage one a validation is the point; in fine-tuning the probe is
+    the point, and the validation goes below downstream/."""
     by_step: dict[int, dict[str, Any]] = {}
     for record in records:
         values = {}
@@ -161,7 +161,7 @@ def _points(records: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
 
 
 def _settings(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """What may differ between arms. Later fine-tuning begins with each arm's own model, so its path is no setting."""
+    """Return what may differ between arms. The model's path isn't a setting: later fine-tuning begins with each arm's own."""
     settings = {name: config[name] for name in SECTIONS if name in config}
     trainer = config.get("trainer", {})
     settings |= {name: trainer[name] for name in ("max_steps", "updates_per_rollout") if name in trainer}
@@ -171,6 +171,6 @@ def _settings(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def _environment(run_dir: Path) -> dict[str, Any]:
-    """Of the run's last start."""
+    """Return the record of the run's last start."""
     found: dict[str, Any] = next(reversed(starts(run_dir)), {})
     return {name: found[name] for name in ("commit", "packages", "world_size") if name in found}

@@ -1,9 +1,9 @@
-"""A forgetting study: train each arm, fine-tune each result on each later task, measure them, for each seed, and keep what
-was seen.
+"""A forgetting study: for each seed, train each arm, fine-tune each result on each later task, measure the models, and keep
+the measurements.
 
-Every part (parts.py) is a recipe in processes of its own, the same command that a user would type, with its output beside
-its directory. results.jsonl has a row for each that ended; a finished part is not repeated, a failed or interrupted one
-continues from its checkpoints when the study is started again.
+Every part (parts.py) is a recipe in its own processes, the same command that a user would type, with its output next to
+its directory. results.jsonl has a row for each that ended. When the study is started again, a finished part is not
+repeated, and a failed or interrupted one continues from its checkpoints.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from frpo_nemo.study.parts import SCHEMAS, TRAINING_RECIPES, Part, StudyConfig, 
 from frpo_nemo.study.recipe import RECIPES
 from frpo_nemo.study.results import ResultRow, read_results, row_of_evaluation, row_of_run
 
-LAST_LINES = 15  # of a failed part's output, kept in its row
+LAST_LINES = 15  # lines of a failed part's output, kept in its row
 
 
 class ForgettingStudy:
     """The parts of a study, and the record of those that ended."""
 
     def __init__(self, config: StudyConfig, check: Callable[[str, list[str]], None], config_dir: str | None = None):
-        """check(recipe, arguments): raises ConfigError for a command whose configuration is wrong. Nothing is run
-        before the commands of all arms and tasks were checked; those that differ in paths and seeds alone are once.
-        config_dir: where configurations of parts may be instead of in configs/."""
+        """check(recipe, arguments): raises ConfigError for a command whose configuration is wrong. Nothing runs before the
+        commands of all arms and tasks are checked; commands that differ only in paths and seeds are checked once.
+        config_dir: where configurations of parts may be besides configs/."""
         self._plan = StudyParts(config, config_dir)
         self.out = self._plan.out
         self.config = replace(config, seeds=config.seeds[: config.num_seeds])
@@ -52,33 +52,33 @@ class ForgettingStudy:
                 check_same_settings(part, self._rows[part.key]["arguments"])
 
     def parts(self, seeds: Iterable[int]) -> Iterator[Part]:
-        """In an order in which they can run."""
+        """Yield the parts, each after the one that it needs."""
         return self._plan.all(seeds)
 
     def check(self) -> None:
-        """Raise ConfigError for what can be known to go wrong (check.py) when `run` starts the parts here."""
-        from frpo_nemo.study.check import check_parts  # seconds of imports, which the report does without
+        """Raise ConfigError for what check.py can find wrong before `run` starts the parts here."""
+        from frpo_nemo.study.check import check_parts  # seconds of imports, which the report doesn't need
 
         processes = None if self.config.launcher else self.config.processes
         parts = self.parts(self.config.seeds)
         check_parts(parts, self.out, started=lambda part: ([], processes), finished=self.finished)
 
     def finished(self, part: Part) -> bool:
-        """Whether its end is on record."""
+        """Return whether the part's end is recorded as finished."""
         if part.stage == "prepare":
             done = part.directory.with_suffix(".done")
             return done.exists() and json.loads(done.read_text()) == part.recorded
         return part.key in self._rows and self._rows[part.key]["status"] == "finished"
 
     def record(self, part: Part, error: str | None = None) -> None:
-        """That it ended: well, or with an error. A preparation that failed leaves no record, but its output."""
+        """Record that a part ended, successfully or not. A failed preparation leaves no record, only its output."""
         if part.stage == "prepare":
             if error is None:
                 part.directory.with_suffix(".done").write_text(json.dumps(part.recorded))
             return
         try:
             row = _row(part, error)
-        except ConfigError as problem:  # it ended, and left nothing to report
+        except ConfigError as problem:  # it ended and left nothing to report
             row = _row(part, str(problem))
         row |= {"arguments": part.recorded}
         with self._lock:
@@ -87,15 +87,15 @@ class ForgettingStudy:
                 file.write(json.dumps(row) + "\n")
 
     def rows(self) -> list[ResultRow]:
-        """Of this study's parts that ended, failed ones included. results.jsonl may have more: of seeds, arms and tasks
-        that the configuration named before."""
+        """Return the rows of this study's parts that ended, including failed ones. results.jsonl may have more, for seeds,
+        arms and tasks that the configuration named before."""
         return [self._rows[part.key] for part in self.parts(self.config.seeds) if part.key in self._rows]
 
     def run(self) -> list[ResultRow]:
-        """Everything that has not finished yet, on this machine; returns `rows`."""
+        """Run everything that has not finished yet, on this machine; returns `rows`."""
         if self.config.servers:
             raise ConfigError(
-                "servers are started by slurm/forgetting.sh only; here, start them first (python slurm/serve.py 127.0.0.1 "
+                "only slurm/forgetting.sh starts servers; here, start them first (python slurm/serve.py 127.0.0.1 "
                 f"{self.out}/servers/NAME.url MODEL) and add ~servers to this command."
             )
         with ThreadPoolExecutor(self.config.jobs) as pool:
@@ -104,7 +104,7 @@ class ForgettingStudy:
             list(pool.map(lambda chain: self._run_chain(*chain), chains))
         unprepared = [seed for seed in self.config.seeds if not ready[seed]]
         if unprepared:
-            raise RuntimeError(f"The preparation of seeds {unprepared} failed; their output is in {self.out}.")
+            raise RuntimeError(f"The preparation of seeds {unprepared} failed; its output is in {self.out}.")
         return self.rows()
 
     def _prepare(self, seed: int) -> bool:
@@ -119,7 +119,7 @@ class ForgettingStudy:
         return True
 
     def _run_chain(self, seed: int, arm: str) -> None:
-        lost: list[Part] = []  # failed, or after one that failed: there is nothing to fine-tune or to measure
+        lost: list[Part] = []  # failed, or after one that failed: there is no model to fine-tune or to measure
         for part in self._plan.chain(seed, arm):
             if self.finished(part):
                 continue
@@ -131,7 +131,7 @@ class ForgettingStudy:
                 lost.append(part)
 
     def _start(self, part: Part) -> str | None:
-        """Run the part's command to its end; the last lines of its output if it failed."""
+        """Run the part's command to its end; return the last lines of its output if it failed."""
         part.log.parent.mkdir(parents=True, exist_ok=True)
         command, started = self._command(part), time.monotonic()
         with part.log.open("a") as file:
@@ -153,7 +153,7 @@ class ForgettingStudy:
         return [sys.executable, *(torchrun if self.config.processes > 1 else []), *script]
 
     def _environment(self) -> dict[str, str]:
-        """Threads for each rank, so that the jobs do not get in each other's way; what the user set stays."""
+        """Set the threads of each rank so that the jobs do not slow each other down; the user's own settings stay."""
         threads = max(1, (os.cpu_count() or 1) // (self.config.jobs * self.config.processes))
         return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
@@ -163,12 +163,12 @@ class ForgettingStudy:
 
 
 def check_same_settings(part: Part, before: list[str]) -> None:
-    """Raises ConfigError if the part ran, or runs, with other arguments than it has now."""
+    """Raise ConfigError if the part ran, or runs, with other arguments than it has now."""
     if before != part.recorded:
         then, now = set(before) - set(part.recorded), set(part.recorded) - set(before)
         raise ConfigError(
             f"{part.directory.parent} has {part.title} with other settings: {' '.join(sorted(then)) or 'none'} then, "
-            f"{' '.join(sorted(now)) or 'none'} now; name the arm or task anew, or take another out."
+            f"{' '.join(sorted(now)) or 'none'} now; rename the arm or task, or choose another out."
         )
 
 

@@ -1,7 +1,7 @@
 """A study as a chain of Slurm jobs: one for each part that has not finished, after the one that it needs, and a report.
 
-Slurm says what is in the queue; that a part has finished says slurm_finished in its directory, which slurm/lib.sh writes;
-what was submitted, and with which settings, is in OUT/jobs.jsonl. Jobs write no rows: the report does, when all ended.
+Slurm reports what is in the queue. A part has finished when its directory has slurm_finished, which slurm/lib.sh writes.
+OUT/jobs.jsonl records what was submitted, with which settings. Jobs write no rows: the report does, when all have ended.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from frpo_nemo.study.run import LAST_LINES, ForgettingStudy, check_same_settings
 
 REPORT = "report"
 REPORT_SCRIPT = "slurm/forgetting.sh"
-ATTEMPTS, PAUSE = 6, 3.0  # of a question to Slurm, and seconds between them
+ATTEMPTS, PAUSE = 6, 3.0  # how often Slurm is asked, and seconds between attempts
 _SIZES = ("(?:--nodes|-N)", "--ntasks-per-node")  # options of sbatch
 
 
 @dataclass(frozen=True)
 class Job:
-    """What sbatch is asked for."""
+    """What sbatch receives for one job."""
 
     name: str  # a part's directory below the study's; servers/NAME; report
     script: str
     arguments: list[str]
     options: list[str]  # of sbatch
     log: Path
-    recorded: list[str]  # arguments that make two jobs of one name the same: without secrets
-    needs: list[str] = field(default_factory=list)  # names of jobs that must have ended well, if they are in the queue
-    follows: list[str] = field(default_factory=list)  # ... that must have ended, well or not
+    recorded: list[str]  # arguments that make two jobs with one name the same: without secrets
+    needs: list[str] = field(default_factory=list)  # names of jobs that must have succeeded, if they are in the queue
+    follows: list[str] = field(default_factory=list)  # ... that must have ended, successfully or not
     uses: list[str] = field(default_factory=list)  # ... that must have started
     ends: list[str] = field(default_factory=list)  # ... that it cancels at its end
 
 
 class SlurmChain:
-    """The jobs of a study. arguments: of the command line that named it, for the report's job."""
+    """The jobs of a study. arguments: the command line that named the study, for the report's job."""
 
     def __init__(self, study: ForgettingStudy, arguments: Sequence[str]):
         self.study, self.arguments = study, list(arguments)
@@ -56,16 +56,16 @@ class SlurmChain:
                 raise ConfigError(f"{job.name}: script={job.script} does not exist; job scripts are in slurm/.")
 
     def check(self) -> None:
-        """Raise ConfigError for what can be known to go wrong in a job (check.py). A login node has to see the data."""
-        from frpo_nemo.study.check import check_parts  # seconds of imports, which the report does without
+        """Raise ConfigError for what check.py can find wrong before a job starts. The login node must see the data."""
+        from frpo_nemo.study.check import check_parts  # seconds of imports, which the report doesn't need
 
         parts = self._parts()
         check_parts(parts, self.study.out, started=lambda part: _sizes(self._job(part)), finished=self._is_done)
 
     def submit(self, dry_run: bool = False) -> list[dict[str, Any]]:
-        """Submit what has neither finished nor is in the queue: all of it, or, if Slurm refuses a job, nothing. Returns the
-        new lines of jobs.jsonl. With dry_run commands are printed instead. Raises ConfigError, or RuntimeError with
-        Slurm's words."""
+        """Submit what has neither finished nor is in the queue: all of it, or nothing if Slurm refuses a job. Returns the
+        new lines of jobs.jsonl. dry_run: print the commands instead. Raises ConfigError, or RuntimeError with Slurm's
+        message."""
         queue, free = self._queue() if not dry_run or self._submitted else ({}, set())
         jobs = self.missing(queue, free)
         if dry_run:
@@ -80,8 +80,8 @@ class SlurmChain:
         return self._submit(jobs, queue)
 
     def collect(self) -> list[Part]:
-        """Record what ended; returns the parts that have not finished: failed, or never started because of one that did.
-        For when no job of the study is left. Raises ConfigError if a part ran with other settings than it has now."""
+        """Record what ended; return the parts that have not finished: failed, or never started because another failed.
+        Call it when no job of the study is left. Raises ConfigError if a part ran with other settings than it has now."""
         for part in self._parts():
             if self.study.finished(part):
                 continue
@@ -93,9 +93,9 @@ class SlurmChain:
         return [part for part in self._parts() if not self.study.finished(part)]
 
     def missing(self, queue: dict[str, str], free: Collection[str] = ()) -> list[Job]:
-        """What is neither finished nor in the queue ({name: number}), in an order in which it can be submitted. Jobs that
-        wait for one that failed are taken out of the queue. free: those of the queue that run, or wait for no other: what
-        they need ended well, though another machine's file system may not show it yet."""
+        """Return what is neither finished nor in the queue ({name: number}), in an order in which it can be submitted.
+        Removes from the queue the jobs that wait for a failed one. free: jobs of the queue that run, or wait for no other:
+        what they need has succeeded, though another machine's file system may not show it yet."""
         parts = [part for part in self._parts() if not self.study.finished(part)]
         for part in parts:
             if self._name(part) in queue or self._has_finished(part):
@@ -145,31 +145,31 @@ class SlurmChain:
         return entries
 
     def _queue(self) -> tuple[dict[str, str], set[str]]:
-        """({name: number} of this study's jobs that are pending or running, names of those that run or wait for no other).
-        Numbers may come again: the name decides too."""
+        """Return ({name: number} of this study's pending or running jobs, names of those that run or wait for no other).
+        Slurm may reuse numbers, so the name decides too."""
         lines = _slurm("squeue", "--me", "--noheader", "--format=%A %E %j").splitlines()  # %E: what it still waits for
         queued = {(number, name): needs for number, needs, name in (line.strip().split(" ", 2) for line in lines)}
         mine = {name: job["job"] for name, job in self._submitted.items() if (job["job"], name) in queued}
         return mine, {name for name, number in mine.items() if queued[number, name] == "(null)"}
 
     def _cancel_report(self, number: str) -> None:
-        """The waiting one: another will wait for the new jobs as well."""
+        """Cancel the waiting report: another will wait for the new jobs as well."""
         _slurm("scancel", "--state=PENDING", number)
         if REPORT in self._queue()[0]:
-            raise ConfigError(f"The report is just being written, by job {number}; start again when that has ended.")
+            raise ConfigError(f"Job {number} is writing the report; start again when it has ended.")
 
     def _parts(self) -> list[Part]:
         return list(self.study.parts(self.study.config.seeds))
 
     def _has_finished(self, part: Part) -> bool:
-        """Whether a job of this chain ended well; it may not be on record yet."""
+        """Return whether a job of this chain succeeded; it may not be recorded yet."""
         return self._name(part) in self._submitted and (part.directory / "slurm_finished").exists()
 
     def _is_done(self, part: Part) -> bool:
         return self.study.finished(part) or self._has_finished(part)
 
     def _report_is_new(self) -> bool:
-        """Whether it was written after the last row: the job that adds the last ones may have died before it did."""
+        """Return whether the report was written after the last row; the job that adds the last rows may have died before."""
         page, rows = self.study.out / "report.html", self.study.out / "results.jsonl"
         return page.exists() and page.stat().st_mtime_ns >= rows.stat().st_mtime_ns
 
@@ -224,7 +224,7 @@ class SlurmChain:
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
-    """The lines of jobs.jsonl. Raises ConfigError for one that is cut: without it a job could be submitted twice."""
+    """Return the lines of jobs.jsonl. Raises ConfigError for a cut-off line: without it a job could be submitted twice."""
     lines = file.read_text().splitlines() if file.exists() else []
     try:
         return [json.loads(line) for line in lines]
@@ -236,20 +236,20 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 
 
 def _sizes(job: Job) -> tuple[list[str], int | None]:
-    """(the overrides that slurm/lib.sh adds, the number of processes), by what the job script and its options ask for. A
-    script without --nodes or --ntasks-per-node is not one of ours, and tells nothing."""
+    """Return (the overrides that slurm/lib.sh adds, the number of processes), from the job script and its options. A script
+    without --nodes or --ntasks-per-node isn't one of ours and gives neither."""
     asked = [
         line.removeprefix("#SBATCH ") for line in (ROOT / job.script).read_text().splitlines() if line[:8] == "#SBATCH "
     ]
     found = [re.findall(rf"(?:^|\s){name}[= ]?(\d+)(?=\s|$)", " ".join([*asked, *job.options])) for name in _SIZES]
     if not all(found):
         return [], None
-    nodes, ranks = (int(numbers[-1]) for numbers in found)  # of several options the last counts
+    nodes, ranks = (int(numbers[-1]) for numbers in found)  # the last of several options counts
     return [f"trainer.num_nodes={nodes}", f"trainer.devices={ranks}"], nodes * ranks
 
 
 def _command(job: Job, numbers: dict[str, str]) -> list[str]:
-    """sbatch for the job. numbers: {name: number} of the jobs in the queue; nothing else has to be waited for."""
+    """Return the sbatch command of the job. numbers: {name: number} of the jobs in the queue, the only ones to wait for."""
     kinds = {"afterok": job.needs, "afterany": job.follows, "after": job.uses}
     found = {kind: [numbers[name] for name in names if name in numbers] for kind, names in kinds.items()}
     dependency = ",".join(":".join([kind, *ids]) for kind, ids in found.items() if ids)
@@ -261,13 +261,13 @@ def _command(job: Job, numbers: dict[str, str]) -> list[str]:
 
 
 def _last_words(part: Part) -> str:
-    """What its processes said last (srun puts a number before their lines), or else what the job said."""
+    """Return the last output of the part's processes (srun puts a number before their lines), or else of the job."""
     lines = part.log.read_text().splitlines()
     return "\n".join(([line for line in lines if re.match(r"\d+: ", line)] or lines)[-LAST_LINES:])
 
 
 def _slurm(*command: str) -> str:
-    """The output of a Slurm command; of squeue, asked again for a while where it fails: the controller may be busy."""
+    """Return the output of a Slurm command. A failing squeue is tried again for a while: the controller may be busy."""
     attempts = ATTEMPTS if command[0] == "squeue" else 1
     for attempt in range(attempts):
         time.sleep(PAUSE * bool(attempt))
@@ -275,7 +275,7 @@ def _slurm(*command: str) -> str:
             done = subprocess.run(command, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"There is no {command[0]} here; start this on a login node of a Slurm cluster."
+                f"{command[0]} is not installed here; start this on a login node of a Slurm cluster."
             ) from error
         if done.returncode == 0:
             return done.stdout

@@ -173,7 +173,7 @@ def test_of_a_run_directory_the_newest_or_the_best_is_converted(workers, model, 
         (dict(input="{tmp}/nothing"), "is neither a checkpoint .state.json., nor a run directory"),
         (dict(input="{tmp}/empty_run"), "is a run directory without a complete checkpoint"),
         (dict(input="{saved}", base="{other}"), r"another model than base=.*: num_layers=4 \(here 2\)"),
-        (dict(input="{saved}", base="{tmp}/absent/model"), "base=.*/absent/model is no directory"),
+        (dict(input="{saved}", base="{tmp}/absent/model"), "base=.*/absent/model isn't a directory"),
         (dict(input="{saved}", checkpoint="last"), "checkpoint=last must be one of newest, best"),
         (dict(input="{saved}", dtype="int8"), "dtype=int8 must be one of null, float32, bfloat16, float16"),
         (dict(input="{saved}", max_shard_gb=0.0), "max_shard_gb=0.0 must be a number above 0"),
@@ -242,7 +242,7 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "here/below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here/below")
     for out in (".", "..", "../../here"):
-        with pytest.raises(ConfigError, match="is the working directory or holds it"):
+        with pytest.raises(ConfigError, match="is the working directory or contains it"):
             convert(ConvertRun(input="anything", out=out))
 
 

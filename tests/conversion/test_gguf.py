@@ -301,5 +301,5 @@ def test_options_of_runs_do_not_fit_a_file(file, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="exists and is not an exported model"):
         converted(file, tmp_path / "notes")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="to read GGUF files takes gguf: pip install gguf"):
+    with pytest.raises(ConfigError, match="reading GGUF files needs gguf: pip install gguf"):
         converted(file, tmp_path / "out")

@@ -78,7 +78,7 @@ def test_records_that_are_cut_off_or_not_ours_cost_no_conversion(model, saved, t
 
 def test_a_broken_configuration_is_told_before_anything_is_written(model, saved, tmp_path):
     as_if_trained(saved, tmp_path / "run", "model: [", "")
-    with pytest.raises(ConfigError, match="config.yaml is no YAML"):
+    with pytest.raises(ConfigError, match="config.yaml isn't valid YAML"):
         convert(ConvertRun(input=str(tmp_path / "run"), base=model, out=str(tmp_path / "out")))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -113,7 +113,7 @@ def test_a_relative_model_path_is_that_of_the_directory_in_which_the_run_was_sta
     run = ConvertRun(input=str(tmp_path / "run"), out=str(tmp_path / "out"))
     assert (convert(run) / "LICENSE").read_text() == "of the base"
     base.rename(started / "models/renamed")  # now it reads like a hub name, but models/ is there
-    with pytest.raises(ConfigError, match="started/models/base, which .* was trained from, is no directory.* base="):
+    with pytest.raises(ConfigError, match="started/models/base, which .* was trained from, isn't a directory.* base="):
         convert(run)
 
 

@@ -164,11 +164,11 @@ def test_a_prompt_that_would_be_cut_ends_lm_eval(hf_backend, strict):
     generation = GREEDY | {"max_gen_toks": 10}
     hf_backend.generate_until(requests("generate_until", "0123456789", generation))
     with pytest.raises(
-        SystemExit, match=r"no room for a prompt and its answer.*truncating to last 10 tokens.*lower max_gen"
+        SystemExit, match=r"prompt and its answer do not fit.*truncating to last 10 tokens.*lower max_gen"
     ):
         hf_backend.generate_until(requests("generate_until", "0123456789a", generation))
     hf_backend.loglikelihood(requests("loglikelihood", "0123456789012345678", " A"))
-    with pytest.raises(SystemExit, match=r"no room for a prompt and its answer.*Truncating \d tokens"):
+    with pytest.raises(SystemExit, match=r"prompt and its answer do not fit.*Truncating \d tokens"):
         hf_backend.loglikelihood(requests("loglikelihood", "01234567890123456789", " A"))
 
 
@@ -177,13 +177,13 @@ def test_a_prompt_that_would_be_cut_ends_lm_eval_with_vllm(strict):
     from lm_eval.models.utils import maybe_truncate
 
     assert maybe_truncate([1, 2, 3], max_gen_toks=7, max_model_len=10) == ([1, 2, 3], 7)
-    with pytest.raises(SystemExit, match="no room for a prompt and its answer.*Truncating context from"):
+    with pytest.raises(SystemExit, match="prompt and its answer do not fit.*Truncating context from"):
         maybe_truncate([1, 2, 3, 4], max_gen_toks=7, max_model_len=10)
     backend = (LM_EVAL / "models" / "vllm_causallms.py").read_text()
     assert (
         "maybe_truncate(" in backend and '"Context length %s exceeds max length (%s). Truncating context.",' in backend
     )
-    with pytest.raises(SystemExit, match="no room for a prompt"):
+    with pytest.raises(SystemExit, match="A prompt and its answer do not fit"):
         logging.getLogger("lm_eval.models").warning(
             "Context length %s exceeds max length (%s). Truncating context.", 9, 8
         )
@@ -210,7 +210,7 @@ def test_an_instruction_that_would_be_left_out_ends_lm_eval(hf_backend, strict):
             ["math500"],
             2048,
             {},
-            "math500: answers of up to 2048 tokens leave no room .* max_position_embeddings is 2048; set max_gen",
+            "math500: answers of up to 2048 tokens leave no room .* max_position_embeddings is 2048; lower max_gen",
         ),
         (["math500"], 2049, {}, None),
         (["math500"], 2048, {"max_gen_tokens": 1000}, None),
@@ -279,7 +279,7 @@ def test_the_recipe_checks_without_running(model, tmp_path, monkeypatch, capsys)
             runpy.run_path(str(RECIPE), run_name="__main__")
         return end.value.code
 
-    assert check() == 0 and capsys.readouterr().out == f"the configuration is right for {model}\n"
+    assert check() == 0 and capsys.readouterr().out == f"configuration OK for {model}\n"
     assert check("max_model_len=2048") == 2
     assert capsys.readouterr().err.startswith("evaluate.py: math500: answers of up to 2048 tokens leave no room")
     assert not (tmp_path / "out").exists()
@@ -309,7 +309,7 @@ def test_lm_eval_with_vllm_needs_a_package_of_that_name(model, tmp_path):
     if list(importlib.metadata.distributions(name="vllm")):
         check_benchmarks(cfg)
     else:
-        with pytest.raises(ConfigError, match="finds no package vllm.*use backend=hf"):
+        with pytest.raises(ConfigError, match="needs the package vllm, .*use backend=hf"):
             check_benchmarks(cfg)
 
 
@@ -331,6 +331,6 @@ def test_a_model_is_a_directory_or_the_export_of_a_run(model, tmp_path):
 def test_a_directory_of_something_else_is_never_emptied(model, tmp_path):
     (tmp_path / "mmlu").mkdir()
     (tmp_path / "mmlu" / "questions.csv").touch()
-    with pytest.raises(ConfigError, match="mmlu exists and is not of an earlier start"):
+    with pytest.raises(ConfigError, match="mmlu exists and no earlier start wrote it"):
         evaluate(config(model, tmp_path, "mmlu", backend="hf"))
     assert (tmp_path / "mmlu" / "questions.csv").exists()

@@ -166,7 +166,7 @@ def test_an_evaluation_without_its_judge_fails_and_keeps_responses_and_other_sco
     _, _, process, out = runs
     assert process.returncode == 1, process.stdout[-3000:]
     assert "reward harmbench_refusal failed for all of its responses" in process.stdout
-    assert "probe failed: harmbench_refusal scored no response, for the reason above." in process.stdout
+    assert "probe failed: harmbench_refusal scored no response; the reason is above." in process.stdout
     assert [file.name for file in out.rglob("*.json*")] == ["samples.jsonl"], "no result that would be taken for one"
     kept = samples(out / "probe" / "samples.jsonl")
     assert {task: len(rows) for task, rows in kept.items()} == PROMPTS
@@ -186,9 +186,9 @@ def test_at_temperature_0_responses_are_those_of_greedy_decoding(runs, tiny):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"samples": 2}, r"probe\.samples=2: with probe\.temperature=0 they would all be the same"),
+        ({"samples": 2}, r"probe\.samples=2: with probe\.temperature=0 all would be the same"),
         ({"temperature": -1.0}, r"probe\.temperature=-1\.0 must be a number at least 0\.01, or 0"),
-        ({"top_p": 0.9}, r"probe\.top_p=0\.9 needs probe\.temperature=1, and it is 0\.0"),
+        ({"top_p": 0.9}, r"probe\.top_p=0\.9 needs probe\.temperature=1, but it is 0\.0"),
         ({"reward": ["judged"]}, r"reward\.judged\.tasks: no example has task 'strongreject'; the data has harmbench"),
     ],
 )

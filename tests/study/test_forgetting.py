@@ -127,9 +127,9 @@ LAYOUT = "model.tensor_model_parallel_size=2"
         ({"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", [LAYOUT])}}, "5 arm a: .*does not divide"),
         ({"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", [PROBE])}}, r"5 arm a: probe.*needs probe\.prompts"),
         ({"tasks": {"a": PartConfig("sft", "experiment/forgetting_alpaca", ["probe.interval=0", "probe.prompts=[]"])}},
-         r"5 arm a: probe\.interval=0 measures nothing to report; set it above 0"),
+         r"5 arm a: probe\.interval=0 measures nothing for the report; set it above 0"),
         ({"train": PartConfig("frpo", "experiment/forgetting_train", ["trainer.val_interval=0"])},
-         r"5 arm train: trainer\.val_interval=0 measures nothing to report; set it above 0"),
+         r"5 arm train: trainer\.val_interval=0 measures nothing for the report; set it above 0"),
         ({"evaluations": {"e": EvaluationConfig()}}, "5 arm train e: Nothing to measure"),
         ({"model": "no/such/model"}, "5 arm train: model.path=no/such/model does not exist"),
         ({"processes": 2}, "5 arm train: .*is not the number of processes that started, 2"),
@@ -164,7 +164,7 @@ def test_parts_find_configurations_where_the_study_was_found_and_a_file_that_cha
     ForgettingStudy(mine, check_command, str(tmp_path)).check()
     (tmp_path / "experiment/forgetting_train.yaml").write_text(yaml.replace("lr: 1.0e-3", "lr: 2.0e-3"))
     changed = ForgettingStudy(mine, check_command, str(tmp_path))
-    with pytest.raises(ConfigError, match=r"5 frpo train: .*optim.lr=0.002 \(was 0.001\).*name the arm or task anew"):
+    with pytest.raises(ConfigError, match=r"5 frpo train: .*optim.lr=0.002 \(was 0.001\).*rename the arm or task"):
         changed.check()
     named = {part.stage: part.arguments[:2] for part in changed.parts([5])}
     assert named["train"] == ["--config-dir", str(tmp_path)]
@@ -186,7 +186,7 @@ def test_a_configuration_that_a_run_cannot_go_on_with_is_told_with_what_to_do(st
     run = tmp_path / "out/seed_5/frpo/train"
     shutil.copytree(Path(config.out) / "seed_5/frpo/train", run)
     corrected = tiny_study(tmp_path / "out", arms={"frpo": ["objective=frpo", "objective.lambda_=0.7"]})
-    with pytest.raises(ConfigError, match=rf"lambda_=0.7 \(was 0.5\).*name the arm or task anew, or remove {run}, so"):
+    with pytest.raises(ConfigError, match=rf"lambda_=0.7 \(was 0.5\).*rename the arm or task, or remove {run}, so"):
         ForgettingStudy(corrected, check_command).check()
     shutil.rmtree(run)
     ForgettingStudy(corrected, check_command).check()

@@ -164,7 +164,7 @@ def test_results_are_read_and_a_line_that_is_still_written_is_left_out(tmp_path)
         ({"task": "math"}, "line 1: task='math'; a finetune row names its task, a train row has null"),
         ({"status": "ok"}, "line 1: status='ok' must be finished or failed"),
         ({"points": []}, "line 1: a finished run needs points"),
-        ({"points": [{"step": 2}, {"step": 1}]}, r"the steps of its points must grow, but are \[2, 1\]"),
+        ({"points": [{"step": 2}, {"step": 1}]}, r"the steps of its points must increase, but are \[2, 1\]"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path, change, message):

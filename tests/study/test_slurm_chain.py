@@ -195,7 +195,7 @@ def test_a_job_script_that_does_not_exist_is_told_before_anything_is_submitted(s
 
 def test_servers_are_not_for_a_study_on_this_machine(tmp_path):
     study = ForgettingStudy(tiny_study(tmp_path / "out", servers={"judge": ServerConfig("m")}), lambda *_: None)
-    with pytest.raises(ConfigError, match=r"servers are started by slurm/forgetting\.sh only.*add ~servers"):
+    with pytest.raises(ConfigError, match=r"only slurm/forgetting\.sh starts servers.*add ~servers"):
         study.run()
 
 
