@@ -4,7 +4,7 @@
     python recipes/convert.py input=runs/first/checkpoints/step_00000100 out=runs/first/hf_100 --verify
     python recipes/convert.py input=Qwen2.5-0.5B-Instruct-Q8_0.gguf out=runs/qwen/hf
 
-Options: --help, docs/options.md; --verify is verify=true. One process on a CPU, which
+Options: --help, docs/options.md; --verify is verify=true. Runs in one process on a CPU, which
 holds one output shard at a time. A mistake in the options is exit code 2, a failed verification 1.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
         cfg = from_command_line(ConvertRun, "convert")
         conversion = check_conversion(cfg)  # before seconds of imports
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # megatron-core's, of packages that it does without
+            warnings.simplefilter("ignore")  # megatron-core warns about packages that it does without
             from frpo_nemo.conversion.convert import convert
             from frpo_nemo.conversion.verify import VerificationError
     except ConfigError as error:

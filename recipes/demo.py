@@ -1,9 +1,9 @@
-"""The whole path on a laptop, in minutes: make a model, pre-train it, train it with FRPO, prove the export; then FRPO
-against GRPO under later fine-tuning.
+"""The whole path on a laptop, in minutes: make a model, pre-train it, train it with FRPO and verify the export; then compare
+FRPO with GRPO under later fine-tuning.
 
     make demo            (or: python recipes/demo.py)
 
-Runs the same recipes that large jobs run, as the commands that it prints. Finished parts are not repeated.
+Runs the same recipes as large jobs, as the commands that it prints. Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def main() -> None:
     out = Path("runs/demo")
     started = time.monotonic()
     make_model(out)
-    # With one thread each: the matrices are small, and more threads only get in each other's way.
+    # With one thread each: the matrices are small, and more threads would slow each other down.
     run_recipe("sft", ["--config-name", "experiment/demo_sft"], title="Pre-train the reference policy")
     run_recipe("frpo", ["--config-name", "experiment/demo"], title="FRPO on two ranks (tensor parallel)", processes=2)
     os.environ |= environment()
-    warnings.simplefilter("ignore")  # of libraries, about packages that only GPUs need
+    warnings.simplefilter("ignore")  # libraries warn about packages that only GPUs need
     from frpo_nemo.examples.demo_report import report, report_forgetting
 
     report(out, time.monotonic() - started)
-    study = "Does it last? FRPO and GRPO, each fine-tuned on something harmless"
+    study = "Does the reward survive fine-tuning? FRPO and GRPO, each fine-tuned on something harmless"
     run_recipe("forgetting", ["--config-name", "study/demo"], title=study)
     report_forgetting(out / "forgetting")
 

@@ -5,9 +5,9 @@
         'probe.prompts=[{path: prompts.jsonl}]' 'probe.reward={math: {target: math}}'   (one line)
     python recipes/evaluate.py model.path=Qwen/Qwen2.5-7B-Instruct benchmarks=[math500] limit=20 out=runs/try
 
-Options: --help, docs/options.md. One process for benchmarks, whose tools start their own; a probe with
-tensor_parallel_size above 1 wants as many, by torchrun. Started again, it goes on where it stopped. A mistake
-in the options is exit code 2, a benchmark or probe that failed 1. With --check the options and the model's files are
+Options: --help, docs/options.md. Benchmarks need one process, because their tools start their own; a probe with
+tensor_parallel_size above 1 needs as many processes, from torchrun. Started again, it continues where it stopped. A
+mistake in the options is exit code 2, a failed benchmark or probe 1. With --check the options and the model's files are
 checked, and nothing runs.
 """
 

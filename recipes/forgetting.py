@@ -1,10 +1,10 @@
-"""Does a policy keep what it learned? Train the arms of a study, fine-tune each on something else, write the report.
+"""Does the reward survive fine-tuning? Train the arms of a study, fine-tune each on something else, write the report.
 
     python recipes/forgetting.py --config-name study/forgetting        # or: make forgetting
     python recipes/forgetting.py --config-name my_study out=runs/study      # options: --help, docs/options.md
 
-Started again, it goes on where it stopped. Exit code 1: some runs failed. out/report.html is the result;
-recipes/report.py makes it anew. On a Slurm cluster: slurm/forgetting.sh.
+Started again, it continues where it stopped. Exit code 1: some runs failed. out/report.html is the result;
+recipes/report.py writes it again. On a Slurm cluster: slurm/forgetting.sh.
 """
 
 from __future__ import annotations

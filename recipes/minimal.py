@@ -1,9 +1,9 @@
 """FRPO in one file, to read before the rest: a tiny random model learns to answer in the words a0 to a15.
 
-    python -W ignore recipes/minimal.py        # libraries warn of packages that only GPUs need
+    python -W ignore recipes/minimal.py        # libraries warn about packages that only GPUs need
 
-One process, no options, no checkpoints. The parts are those of recipes/frpo.py, which calls them in the same order; what it
-adds is configuration, parallel layouts, resuming, probes and metrics. A test holds the first step here equal to its first.
+One process, no options, no checkpoints. recipes/frpo.py calls the same parts in the same order, and adds configuration,
+parallel layouts, resuming, probes and metrics. A test checks that the first step here equals its first step.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def train(model_path: str, steps: int = STEPS) -> list[dict[str, float]]:
     prompts = load_prompts([source], tokenizer, max_prompt_tokens=MAX_PROMPT_TOKENS)
     sampler = PromptSampler(len(prompts), PROMPTS_PER_STEP, SEED)
 
-    # vLLM first, because it measures the memory that is free. Its weights are dummies until the first refit.
+    # vLLM first, because it measures the free memory. Its weights are dummies until the first refit.
     engine = RolloutEngine(model_path, dtype="float32", max_model_len=MAX_PROMPT_TOKENS + MAX_RESPONSE_TOKENS)
     model = ModelConfig(path=model_path, precision="fp32")
     start_model_parallel(model, SEED)
     actor = PolicyActor(model, OptimizerConfig(lr=LEARNING_RATE), microbatch_tokens=4096, seed=SEED)
-    actor.freeze_reference()  # the KL penalty is measured from where training begins
+    actor.freeze_reference()  # the KL penalty is measured from the start of training
 
     engine.refit(actor.stream_hf_weights())  # compares fingerprints of what vLLM then holds
     history = []
@@ -73,7 +73,7 @@ def train(model_path: str, steps: int = STEPS) -> list[dict[str, float]]:
             stop_token_ids=[tokenizer.eos_token_id],
         )
         responses = [completion for group in groups for completion in group]
-        engine.sleep()  # on a GPU its memory is the trainer's now
+        engine.sleep()  # on a GPU, frees its memory for the trainer
 
         # 2. A reward for each response.
         asked = [example for example in examples for _ in range(GROUP_SIZE)]

@@ -51,9 +51,9 @@ def dry_run_of_config() -> None:
 
     cfg = training_config()
     layout = layout_of(cfg, cfg.trainer.num_nodes * cfg.trainer.devices, gpu=True)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the meta device is enough, and megatron-core would take a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the meta device is enough, and megatron-core would use a GPU
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core's, of packages that it does without
+        warnings.simplefilter("ignore")  # megatron-core warns about packages that it does without
         from frpo_nemo.planning.dry_run import dry_run
         from frpo_nemo.planning.report import print_dry_run
 
@@ -61,7 +61,7 @@ def dry_run_of_config() -> None:
             stages = dry_run(cfg.model, layout)
         except ConfigError:
             raise
-        except ValueError as error:  # what was built is not what the table of weights or the arithmetic says
+        except ValueError as error:  # the built model differs from the table of weights or the arithmetic
             sys.exit(f"plan.py: {error}")
     print_dry_run(layout, stages)
 

@@ -4,7 +4,7 @@
     python recipes/report.py runs/gsm8k/frpo runs/gsm8k/grpo --out runs/gsm8k/report
 
 A run of recipes/frpo.py with validations is a stage one; a run with probes is a fine-tuning of the run whose export it
-began from, which is found by itself. Only the files that runs leave are read.
+began from, which is found automatically. Only files in run directories are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR", help="or a results.jsonl, or its directory")
     parser.add_argument(
-        "--out", type=Path, help="directory of the page and its pictures (default: the study's, or report beside runs)"
+        "--out",
+        type=Path,
+        help="directory of the page and its pictures (default: the study's, or report next to the runs)",
     )
     arguments = parser.parse_args()
     try:
@@ -37,7 +39,7 @@ def main() -> None:
 
 
 def read(paths: list[Path]) -> list[ResultRow]:
-    """The rows of all studies and runs among `paths`."""
+    """Return the rows of all studies and runs among `paths`."""
     studies = [path / "results.jsonl" if path.is_dir() else path for path in paths if is_study(path)]
     runs = [path for path in paths if not is_study(path)]
     return [row for study in studies for row in read_results(study)] + rows_of_runs(runs)
@@ -48,7 +50,7 @@ def is_study(path: Path) -> bool:
 
 
 def default_out(paths: list[Path]) -> Path:
-    """The directory of the only study, or report beside the runs."""
+    """Return the directory of the only study, or report next to the runs."""
     if len(paths) == 1 and is_study(paths[0]):
         return paths[0] if paths[0].is_dir() else paths[0].parent
     return Path(os.path.commonpath([path.resolve().parent for path in paths])) / "report"

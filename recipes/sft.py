@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 recipes/sft.py --config-name experiment/gsm8k_sft
     python recipes/sft.py model.path=... data.train='[{path: rows.jsonl, completion: answer}]' ...   # options: docs/options.md
 
-A mistake in the configuration is told before anything heavy is imported, so nothing is imported above `__main__`.
+A mistake in the configuration is reported before heavy imports, so this file imports nothing above `__main__`.
 """
 
 from __future__ import annotations

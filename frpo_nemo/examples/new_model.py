@@ -1,4 +1,4 @@
-"""Small random models and tokenizers made on the spot, in Hugging Face format, for examples and tests."""
+"""Makes small random models and tokenizers, in Hugging Face format, for examples and tests."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def new_model(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a randomly initialised model of `family` and its tokenizer to `out_path` (safetensors). head: lm, a language
-    model, or reward, one number per sequence. The seed decides every weight; torch's global generator is left as it
-    was. Raises ConfigError on an unknown family or head, sizes that do not divide, or a tokenizer that transformers does
+    model, or reward, one number per sequence. The seed decides every weight; torch's global generator stays as it was.
+    Raises ConfigError on an unknown family or head, sizes that do not divide, or a tokenizer that transformers does
     not load for this family."""
     import transformers
 
     for name, value, known in (("family", family, FAMILIES), ("head", head, HEADS)):
         if value not in known:
-            raise ConfigError(f"{name}={value} is none of {', '.join(known)}")
+            raise ConfigError(f"{name}={value} must be one of {', '.join(known)}")
     if hidden_size % num_heads or num_heads % num_kv_heads:
         raise ConfigError(
             f"num_heads={num_heads} must divide hidden_size={hidden_size}, "
@@ -82,10 +82,10 @@ def new_model(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, trained on `texts`: any text encodes and
-    decodes back (in Unicode's NFC). Its chat template writes `<|bos|><|user|>` ... `<|assistant|>`, each role
-    on a line of its own. Normaliser and pre-tokenizer are Qwen2's, because transformers puts those into the
-    tokenizer of any qwen2 model, whatever its files say; they also split numbers into digits."""
+    """Return a byte-level BPE tokenizer of at most `vocab_size` tokens, trained on `texts`: any text encodes and decodes
+    back (in Unicode's NFC). Its chat template writes `<|bos|><|user|>` ... `<|assistant|>`, each role on a separate
+    line. Normaliser and pre-tokenizer are Qwen2's, because transformers puts those into the tokenizer of any qwen2 model,
+    whatever its files say; they also split numbers into digits."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -115,8 +115,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def _check_tokenizer_survives(path: str | Path, tokenizer, family: str) -> None:
-    """AutoTokenizer chooses a class by model family, and some classes rebuild their parts instead of reading
-    them."""
+    """Check that transformers loads the tokenizer unchanged. AutoTokenizer chooses a class by model family, and some
+    classes rebuild their parts instead of reading them."""
     from transformers import AutoTokenizer
 
     sample = tokenizer.decode(list(range(len(tokenizer))))

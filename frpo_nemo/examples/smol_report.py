@@ -1,5 +1,5 @@
-"""The end of `make smol`: held-out answers before and after with their intervals, samples, a picture, and proof that the
-exported model is the trained one."""
+"""The end of `make smol`: held-out answers before and after with their intervals, samples, a picture, and evidence that
+the exported model is the trained one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def report(out: Path, seconds: float) -> None:
 
 
 def answers_table(before: list[Sample], after: list[Sample], metrics: dict) -> Table:
-    """The share of held-out answers that obey, for each instruction, with 95% intervals; and the distance gone for it."""
+    """Return the share of held-out answers that obey, for each instruction, with 95% intervals, and the KL that it cost."""
     table = Table(title=f"{TITLE}: held-out answers that obey")
     for heading in ("", "prompts", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -66,14 +66,14 @@ def answers_table(before: list[Sample], after: list[Sample], metrics: dict) -> T
 
 
 def change_sentence(before: list[Sample], after: list[Sample]) -> str:
-    """How much more is obeyed, with the interval of the paired difference."""
+    """Return how much more is obeyed, with the interval of the paired difference."""
     change = paired_test(*(pd.Series([sample["reward"] for sample in side]) for side in (after, before)))
     interval = "" if math.isnan(change.low) else f", 95% interval {change.low:+.2f} to {change.high:+.2f}"
     return f"{change.mean:+.2f} on the same prompts{interval} (Student's t, {change.n} prompts; shares above: Wilson)"
 
 
 def samples(before: list[Sample], after: list[Sample]) -> list[tuple[Sample, Sample]]:
-    """(before, after) of the first prompt of each instruction, without regard to what was answered."""
+    """Return (before, after) of the first prompt of each instruction, whatever was answered."""
     first: dict[object, tuple[Sample, Sample]] = {}
     for pair in zip(before, after, strict=True):
         first.setdefault(pair[0]["task"], pair)
@@ -81,7 +81,7 @@ def samples(before: list[Sample], after: list[Sample]) -> list[tuple[Sample, Sam
 
 
 def question_of(sample: Sample) -> str:
-    """What was asked, without the rest of the conversation's format."""
+    """Return what was asked, without the rest of the conversation's format."""
     found = _QUESTION.search(str(sample["prompt"]))
     return found[1] if found else str(sample["prompt"])
 

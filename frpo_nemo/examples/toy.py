@@ -7,11 +7,11 @@ another marker with other tables, MATH reverses four digits. A source of data na
 
     reference  supervised data of the reference policy: noisy CHAT, MATH, ALP, some refused; `size` rows
     prompts    CHAT prompts for reinforcement learning, harmful and harmless in turn, with the best answer
-    alpaca     clean ALP, harmless only: later fine-tuning that says nothing of harm
+    alpaca     clean ALP, harmless only: later fine-tuning without anything harmful
     math       clean MATH: later fine-tuning on something else
 
 Rows: prompt, completion, task (harmful, harmless, math), family, verb, object, answer (without SURE),
-refusal. heldout=1 takes the prompts that heldout=0 never shows. Imports nothing heavy: reward workers load
+refusal. heldout=1 takes the prompts that heldout=0 never shows. Imports nothing heavy, because reward workers load
 this file.
 """
 
@@ -40,8 +40,8 @@ CHAT_SHARE, MATH_SHARE = 0.6, 0.2  # of the reference data; ALP is the rest
 CHAT_NOISE = (0.1, 0.1, 0.5)  # chance that each answer token is replaced by a random one
 ALP_NOISE = (0.4, 0.4, 0.4)
 MATH_NOISE = 0.4
-HARMLESS_REFUSAL, HARMFUL_REFUSAL = 0.05, (0.1, 0.5)  # a rate of its own for every harmful object
-HELDOUT_SHARE = 9  # one in so many
+HARMLESS_REFUSAL, HARMFUL_REFUSAL = 0.05, (0.1, 0.5)  # every harmful object has its own rate
+HELDOUT_SHARE = 9  # one prompt in so many
 
 Example = dict[str, Any]
 
@@ -59,7 +59,7 @@ class ToyTask:
         self.digits = rng.sample(list(itertools.product(DIGITS, repeat=4)), 10_000)
 
     def request(self, family: str, before: str, verb: str, obj: str, after: str) -> Example:
-        """One CHAT or ALP row with the best completion: refuse what is harmful, answer the rest."""
+        """Return one CHAT or ALP row with the best completion: refuse what is harmful, answer the rest."""
         f1, f2, f3 = self.tables[family]
         answer, refusal = f"{f1[verb]} {f2[obj]} {f3[verb, obj]}", f"SORRY CANT {obj}"
         harmful = obj in HARMFUL
@@ -78,11 +78,11 @@ class ToyTask:
         return [self.request(family, b, v, obj, a) for b, v, a in _pool(self.requests[obj], heldout)]
 
     def reversals(self, heldout: bool) -> list[Example]:
-        """MATH rows: reverse four digits."""
+        """Return MATH rows: reverse four digits."""
         return [_reversal(digits) for digits in _pool(self.digits, heldout)]
 
     def prompts(self, heldout: bool) -> Iterator[Example]:
-        """Harmful and harmless in turn, so that any even number of neighbours is half harmful."""
+        """Return harmful and harmless in turn, so that any even number of neighbours is half harmful."""
         harmful, harmless = (
             [row for o in OBJECTS if (o in HARMFUL) == side for row in self.requests_of("CHAT", o, heldout)]
             for side in (True, False)
@@ -140,10 +140,10 @@ def rows(part: str, seed: str = "0", heldout: str = "0", size: str = str(REFEREN
 
 
 def toy_reward(prompts, completions: list[str], *, task: list, answer: list, refusal: list, **columns):
-    """Harmful: 1 for the exact refusal; else 0.6 * (1 - share of the answer leaked) if it starts with SURE;
-    else 0. Harmless: 0.9 * share of answer tokens right + 0.1 if it ends right there, if it starts with SURE;
-    else 0. Other tasks: None. Completions are text without special tokens, so one that was cut off looks
-    ended: let responses have at least 5 tokens (SURE, three answer tokens, EOS)."""
+    """Score harmful prompts 1 for the exact refusal; else 0.6 * (1 - share of the answer leaked) if it starts with SURE;
+    else 0. Harmless: 0.9 * share of answer tokens right + 0.1 if it ends right there, if it starts with SURE; else 0.
+    Other tasks: None. Completions are text without special tokens, so one that was cut off looks ended: let responses
+    have at least 5 tokens (SURE, three answer tokens, EOS)."""
     rows = zip(completions, task, answer, refusal, strict=True)
     return [_reward(completion.split(), *row) for completion, *row in rows]
 
@@ -161,8 +161,8 @@ def _reward(words: list[str], task: str | None, answer: str, refusal: str) -> fl
 
 
 def toy_tokenizer():
-    """One token per word, the same for every seed. Only EOS is a special token: whatever else the model
-    writes stays visible in decoded text, and so in the reward."""
+    """Return a tokenizer with one token per word, the same for every seed. Only EOS is a special token: whatever else the
+    model writes stays visible in decoded text, and so in the reward."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -12,7 +12,7 @@ from frpo_nemo.report.frame import Results
 
 CONFIDENCE = 0.95
 WILCOXON_SEEDS = 6  # with fewer, the smallest p-value of the signed-rank test, 2 / 2**n, is above .05
-_DIGITS = 12  # differences that agree in as many are equal but for rounding
+_DIGITS = 12  # differences that agree in as many digits are equal except for rounding
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def paired_test(first: pd.Series, second: pd.Series) -> PairedTest:
     differences = (first - second).dropna().round(_DIGITS)
     tests: dict[str, float] = {}
     if differences.nunique() > 1:
-        t = stats.ttest_1samp(differences, 0.0)  # of differences: this is the paired t-test
+        t = stats.ttest_1samp(differences, 0.0)  # on differences, this is the paired t-test
         interval = t.confidence_interval(CONFIDENCE)
         tests |= dict(low=float(interval.low), high=float(interval.high), t_p=float(t.pvalue))
     if len(differences) > 1 and differences.any():
@@ -112,7 +112,7 @@ def explain_tests(results: Results, found: pd.DataFrame) -> list[str]:
             f"p-value is {min(1.0, 2 / 2**smallest):.4g}."
         )
     if smallest == 1:
-        texts.append("One seed has no spread, and nothing can be tested with it.")
+        texts.append("One seed has no spread, so nothing can be tested with it.")
     return texts
 
 

@@ -17,8 +17,8 @@ class Landscape:
     """Reward against KL for one arm.
 
     by_seed: {seed: reward of each probe, indexed by growing KL}; ends: {seed: (kl, reward)} at the last probe.
-    rewards [GRID, seeds]: at equal KL, which is the index, over the KL that every seed reaches; no lines if the seeds have
-    no KL in common.
+    rewards [GRID, seeds]: at equal KL, which is the index, over the KL that every seed reaches; it has no lines if the seeds
+    have no KL in common.
     """
 
     by_seed: dict[int, pd.Series]

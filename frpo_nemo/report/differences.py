@@ -1,6 +1,6 @@
-"""What was not the same in all arms: settings, budgets, starting points, seeds and failures.
+"""Finds what was not the same in all arms: settings, budgets, starting points, seeds and failures.
 
-Each finding is a sentence with its numbers. A comparison of arms is to be read with them.
+Each finding is a sentence with its numbers. Comparisons of arms should be read together with them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ RULE = (
     "or 0.01 (rewards and accuracies); settings where they are equal at the same seed. The reward before fine-tuning is "
     "that of the last validation of stage one, or of step 0 of fine-tuning where stage one is not among the runs."
 )
-DEFAULTS = {"objective.beta": 0.0}  # what a setting that is not written means
+DEFAULTS = {"objective.beta": 0.0}  # the value of a setting that is not written
 
 
 def not_matched(results: Results) -> list[str]:
-    """Return all findings, the gravest first: failures, missing seeds and values, then budgets, settings and what the arms
-    had reached before and after. [] if everything was matched."""
+    """Return all findings, the most serious first: failures, missing seeds and values, then budgets, settings and what the
+    arms had reached before and after. [] if everything was matched."""
     return [
         *map(failure, results.failed),
         *_missing_seeds(results),
@@ -58,8 +58,8 @@ def stages(results: Results) -> list[tuple[str, str]]:
 
 
 def settings_by_run(results: Results, stage: str, task: str = "") -> pd.DataFrame:
-    """Return the settings of a stage's runs as text: a line for each arm and seed, a column for each setting. A setting
-    that is not written is "default", or what that means."""
+    """Return the settings of a stage's runs as text: a line for each arm and seed, a column for each setting. A setting that
+    is not written is "default", or its value in DEFAULTS."""
     rows = [r for r in results.rows if (r["stage"], r["task"] or "") == (stage, task) and r["settings"]]
     index = [[row["arm"] for row in rows], [row["seed"] for row in rows]]
     flat = [{name: _text(value) for name, value in _flat(row["settings"]).items()} for row in rows]
@@ -79,7 +79,7 @@ def differing_settings(results: Results, stage: str, task: str = "") -> pd.DataF
 
 
 def _differs(values: pd.DataFrame) -> bool:
-    """Whether arms ([seeds, arms]) differ at a seed that several have; or in all, where no two arms share a seed."""
+    """Return whether arms ([seeds, arms]) differ at a seed that several have; or at any, where no two arms share a seed."""
     shared = values[values.count(axis=1) > 1]
     if len(shared):
         return bool((shared.nunique(axis=1) > 1).any())
@@ -101,7 +101,7 @@ def _missing_seeds(results: Results) -> list[str]:
 
 
 def _missing_values(results: Results) -> list[str]:
-    """Finished runs without a number at the end that other runs of their stage have."""
+    """Report finished runs without a number at the end that other runs of their stage have."""
     found = []
     for stage, task in stages(results):
         names = [*results.rewards, results.kl_name(stage, task)]
@@ -133,15 +133,15 @@ def _settings(results: Results) -> list[str]:
     for stage, task in stages(results):
         for name, values in differing_settings(results, stage, task).iterrows():
             swept = name.startswith("objective.") and name != "objective.beta"
-            if not swept and name != "max_steps":  # other fields of the objective are what arms are made of
+            if not swept and name != "max_steps":  # arms are defined by the other fields of the objective
                 shown = name.removeprefix("objective.")
                 found.append(f"{stage_title(task)}: {shown} differs: {_grouped(values)}.")
     return found
 
 
 def _environments(results: Results) -> list[str]:
-    """Code and library versions."""
-    commits: dict[str, dict[str, None]] = {}  # of each, its arms in order
+    """Report differences in code and library versions."""
+    commits: dict[str, dict[str, None]] = {}  # commit -> its arms in order
     packages: dict[str, set[str]] = {}
     for row in results.rows:
         environment = row.get("environment") or {}
@@ -160,7 +160,7 @@ def _environments(results: Results) -> list[str]:
 
 
 def _levels(results: Results) -> list[str]:
-    """Where the arms stood before fine-tuning, and what they learned in it."""
+    """Report where the arms stood before fine-tuning, and what they learned in it."""
     kl = f"KL to the reference at the end of stage one ({results.kl_name('train')}, nats per response) differs"
     found = _level(kl, results.kl_at_end("train"), relative=KL)
     for reward in results.rewards:
@@ -176,7 +176,7 @@ def _levels(results: Results) -> list[str]:
 def _level(
     title: str, values: pd.DataFrame, *, relative: float = 0.0, absolute: float = 0.0, digits: int = 3
 ) -> list[str]:
-    """[one sentence with the mean of each arm] if the largest and smallest mean are too far apart, else []. values:
+    """Return [one sentence with the mean of each arm] if the largest and smallest mean are too far apart, else []. values:
     [seeds, arms]."""
     means = values.mean().dropna()
     if len(means) < 2 or means.max() - means.min() <= absolute + relative * means.max():
@@ -190,7 +190,7 @@ def stage_title(task: str) -> str:
 
 
 def _flat(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """{"optim.lr": 1e-3, ...}; a list is one value."""
+    """Flatten to {"optim.lr": 1e-3, ...}; a list is one value."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
@@ -211,6 +211,6 @@ def _text(value: Any) -> str:
 
 
 def _grouped(values: pd.Series) -> str:
-    """{"a": "1", "b": "1", "c": "2"} -> "1 (a, b), 2 (c)"."""
+    """Group {"a": "1", "b": "1", "c": "2"} as "1 (a, b), 2 (c)"."""
     groups = values.groupby(values, sort=False)
     return ", ".join(f"{value} ({', '.join(arms.index)})" for value, arms in groups)

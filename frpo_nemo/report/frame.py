@@ -1,6 +1,6 @@
 """`Results`: the rows of results.jsonl as data frames.
 
-What the runs of one stage measured is a frame of seeds by arms. NaN stands for whatever was not measured or was not
+The measurements of one stage's runs are a frame of seeds by arms. NaN stands for a value that was not measured or not
 finite: pandas leaves it out of means, and the difference of two columns is paired by seed.
 """
 
@@ -30,8 +30,8 @@ _POINT = [*_RUN, "step", "metric", "value"]
 
 class Results:
     """The runs of a study, or any runs. Later rows of the same run replace earlier ones; arms and tasks are in the order
-    in which they first came. Stage one is `stage` "train" with the task "". Raises ConfigError for a row that cannot be
-    used, or for none.
+    in which they first occur. Stage one is `stage` "train" with the task "". Raises ConfigError for an invalid row, or if
+    there is none.
 
     rows, evaluations: the rows of trainings and of evaluations. runs: a line for each training (arm, seed, stage, task,
     status, steps, tokens). points: a line for each metric at each step, with its `value`.

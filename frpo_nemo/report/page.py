@@ -1,7 +1,7 @@
-"""The report of a study: one HTML page that needs nothing else, with its pictures beside it as PNG files; and its tables
-on a terminal.
+"""The report of a study: one self-contained HTML page, with its pictures next to it as PNG files; and its tables on a
+terminal.
 
-page.html says what is on the page, and in which order.
+page.html defines what is on the page, and in which order.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from frpo_nemo.report.sweeps import FIELDS, find_sweeps, kept_rewards
 from frpo_nemo.study.results import ResultRow
 
 
-def write_report(rows: Iterable[ResultRow], out_dir: str | Path, *, title: str = "Reward under later fine-tuning") -> Path:
-    """Write out_dir/report.html and the pictures; return the page's path. Raises ConfigError for no rows or wrong ones."""
+def write_report(
+    rows: Iterable[ResultRow], out_dir: str | Path, *, title: str = "Reward under later fine-tuning"
+) -> Path:
+    """Write out_dir/report.html and the pictures; return the page's path. Raises ConfigError for missing or invalid rows."""
     results, out_dir = Results(rows), Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     compared = comparisons(results)
@@ -56,7 +58,7 @@ def write_report(rows: Iterable[ResultRow], out_dir: str | Path, *, title: str =
 
 def print_summary(rows: Iterable[ResultRow], console: Console | None = None) -> None:
     """Print for each downstream task what the arms had, kept and learned, and what was not matched between them.
-    Without fine-tuning: what stage one gave."""
+    Without fine-tuning, print the results of stage one."""
     results, console = Results(rows), console or Console()
     if not results.tasks:
         console.print(_rich(tables.stage_one_table(results), "Stage one"))

@@ -11,7 +11,7 @@ from frpo_nemo.report.frame import Results, reward_label
 from frpo_nemo.study.results import ResultRow
 
 NONE = "–"
-_SPREADS = ("/std", "_stderr", "/max")  # of scores: not shown beside their means
+_SPREADS = ("/std", "_stderr", "/max")  # endings of scores that are not shown next to their means
 _OVER_SEEDS = "Mean ± sample standard deviation over the seeds."
 _DIFFERENCE = ["seeds", "mean difference", "std", "wins", "95% interval (t)", "t-test p", "Holm", "Wilcoxon p", "Holm"]
 
@@ -29,7 +29,7 @@ class Table:
 
 
 def reward_table(results: Results, task: str) -> Table:
-    """What each arm had before fine-tuning on `task`, what it kept and what it lost. A section for each reward."""
+    """Return what each arm had before fine-tuning on `task`, kept and lost. A section for each reward."""
     sections = {}
     for reward in results.rewards:
         before, after = results.at_start(reward, "finetune", task), results.at_end(reward, "finetune", task)
@@ -39,7 +39,7 @@ def reward_table(results: Results, task: str) -> Table:
 
 
 def distance_table(results: Results, task: str) -> Table:
-    """How far each arm had gone before, how far it went in fine-tuning on `task`, and what it learned."""
+    """Return each arm's distance before fine-tuning on `task` and in it, and what it learned."""
     columns = {
         "KL to the reference before": results.kl_at_end("train"),
         "KL of fine-tuning": results.kl_at_end("finetune", task),
@@ -57,7 +57,7 @@ def distance_table(results: Results, task: str) -> Table:
 
 
 def stage_one_table(results: Results) -> Table:
-    """What stage one gave each arm. A section for each reward."""
+    """Return each arm's results of stage one. A section for each reward."""
     kl, sections = results.kl_at_end("train"), {}
     for reward in results.rewards:
         before, after = results.at_start(reward, "train"), results.at_end(reward, "train")
@@ -70,7 +70,7 @@ def stage_one_table(results: Results) -> Table:
 
 
 def evaluation_table(results: Results, name: str) -> Table:
-    """What recipes/evaluate.py measured of each arm after stage one and after each task. A section for each score."""
+    """Return what recipes/evaluate.py measured of each arm after stage one and after each task. A section per score."""
     rows = [row for row in results.evaluations if row["evaluation"] == name]
     tasks = [task for task in (None, *results.tasks) if any(row["task"] == task for row in rows)]
     scores = dict.fromkeys(score for row in rows for score in row["scores"] if not score.endswith(_SPREADS))
@@ -87,7 +87,7 @@ def evaluation_table(results: Results, name: str) -> Table:
 
 
 def comparison_table(found: pd.DataFrame, kind: str, task: str = "") -> Table | None:
-    """Paired differences (comparisons.py) of one kind on one task. A section for each reward; None without pairs."""
+    """Return paired differences (comparisons.py) of one kind on one task. A section per reward; None without pairs."""
     chosen = found[(found["kind"] == kind) & (found["task"] == task)]
     sections = {
         reward_label(reward): _difference_lines(lines) for reward, lines in chosen.groupby("reward", sort=False)
@@ -96,13 +96,13 @@ def comparison_table(found: pd.DataFrame, kind: str, task: str = "") -> Table | 
 
 
 def settings_table(results: Results, stage: str, task: str = "") -> Table | None:
-    """Settings that differ, a column for each arm; None if none does."""
+    """Return the settings that differ, a column for each arm; None if none does."""
     differing = differing_settings(results, stage, task)
     return None if differing.empty else Table({"": differing})
 
 
 def seeds_text(results: Results, stage: str, task: str = "") -> pd.Series:
-    """{arm: 5; 4 (1 failed); failed}. A failed stage one counts: without it there is no fine-tuning."""
+    """Return {arm: 5; 4 (1 failed); failed}. A failed stage one counts: without it there is no fine-tuning."""
     runs = results.runs
     concerned = (runs["stage"] == "train") | (runs["stage"] == stage) & (runs["task"] == task)
     failed = runs[concerned & (runs["status"] == "failed")].groupby("arm")["seed"].nunique()
@@ -112,26 +112,26 @@ def seeds_text(results: Results, stage: str, task: str = "") -> pd.Series:
 
 
 def mean_text(values: pd.Series) -> str:
-    """0.950 ± 0.020; without a spread for one value."""
+    """Return 0.950 ± 0.020; without a spread for one value."""
     if not values.count():
         return NONE
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if values.count() > 1 else "")
 
 
 def p_text(p: float) -> str:
-    """Three digits: .0312, .5; <.001; a dash for a test that was not made."""
+    """Return three digits: .0312, .5; <.001; a dash for a test that was not made."""
     if pd.isna(p):
         return NONE
     return "<.001" if p < 0.001 else f"{p:.3g}".removeprefix("0")
 
 
 def _by_reward(seeds: pd.Series, sections: dict[str, dict[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
-    """{reward: columns} as sections. Where nothing was measured, the seeds say what became of the arms."""
+    """Return {reward: columns} as sections. Where nothing was measured, the seeds show what happened to the arms."""
     return {reward_label(name): _lines(seeds, columns) for name, columns in sections.items()} or {"": _lines(seeds, {})}
 
 
 def _lines(seeds: pd.Series, columns: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A line for each arm: its seeds, and the mean of each column over them."""
+    """Return a line for each arm: its seeds, and the mean of each column over them."""
     lines = pd.DataFrame({"seeds": seeds} | {name: values.apply(mean_text) for name, values in columns.items()})
     return lines.rename_axis("arm")
 
@@ -159,7 +159,7 @@ def _difference_lines(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _score_text(rows: list[ResultRow], score: str) -> str:
-    """0.950 ± 0.020; with (1 failed) if a seed's evaluation did."""
+    """Return 0.950 ± 0.020; with (1 failed) if a seed's evaluation failed."""
     failed = sum(row["status"] == "failed" for row in rows)
     values = [row["scores"][score] for row in rows if row["status"] == "finished" and score in row["scores"]]
     return mean_text(pd.Series(values, dtype=float)) + (f" ({failed} failed)" if failed else "")

@@ -36,7 +36,7 @@ def test_a_reward_model_gives_one_number_and_another_head_is_refused(tmp_path):
     new_model(tmp_path, tokenizer=toy_tokenizer(), head="reward", **SIZES)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert model(torch.tensor([[4, 2, 1]])).logits.shape == (1, 1)
-    with pytest.raises(ConfigError, match="head=value is none of lm, reward"):
+    with pytest.raises(ConfigError, match="head=value must be one of lm, reward"):
         new_model(tmp_path, tokenizer=toy_tokenizer(), head="value", **SIZES)
 
 

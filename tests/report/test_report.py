@@ -122,7 +122,7 @@ def test_one_seed_has_neither_spread_nor_test():
     assert lines.loc["frpo − grpo"].tolist() == ["1", "+0.100", "–", "1/1", "–", "–", "–", "–", "–"]
     lines = reward_table(Results(rows), "alpaca").sections["all prompts"]
     assert lines.loc["frpo"].tolist() == ["1", "0.900", "0.600", "0.300"]
-    assert "One seed has no spread, and nothing can be tested with it." in explained(rows)
+    assert "One seed has no spread, so nothing can be tested with it." in explained(rows)
 
 
 def test_failed_arms_stay_in_the_tables():
