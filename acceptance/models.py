@@ -1,7 +1,7 @@
 """Random models in Hugging Face format, made when a check first asks for them. No hub.
 
-Every parameter is random, also those that transformers initialises to 0 or 1: a weight that is left out or swapped must
-show. They are saved in bf16, so that bf16 and fp32 computations have the same weights.
+Every parameter is random, also those that transformers initialises to 0 or 1, so that a missing or swapped weight is
+visible. They are saved in bf16, so that bf16 and fp32 computations have the same weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The product's policy as checks use it: actors in any layout, and what can be read out of them."""
+"""The product's policy for the checks: actors in any layout, and readings of their weights and gradients."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _use_layout(model: ModelConfig) -> None:
 
 
 def free() -> None:
-    """Give back the GPU memory of actors that nobody holds any more; they are full of cycles."""
+    """Free the GPU memory of actors that are no longer referenced, which contain reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -67,7 +67,7 @@ def local_layers() -> Iterator[None]:
 
 
 def has_transformer_engine_layers(actor: PolicyActor) -> bool:
-    """Look at what the model was really built of."""
+    """Return the layers that the model was really built from."""
     return type(actor.gpt.decoder.layers[0].mlp.linear_fc2).__module__ == "megatron.core.extensions.transformer_engine"
 
 

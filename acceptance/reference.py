@@ -1,4 +1,4 @@
-"""The same numbers from transformers' model by autograd: nothing of ours but the loss, which is given."""
+"""The same numbers from transformers' model by autograd. Nothing here is ours except the loss, which is given."""
 
 from __future__ import annotations
 

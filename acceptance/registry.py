@@ -26,7 +26,7 @@ class Check:
 @dataclass(frozen=True)
 class Group:
     """Checks that share `ranks` processes, one after the other. seconds: all of them together, start included. world:
-    False where the checks start processes of their own."""
+    False where the checks start their own processes."""
 
     name: str
     ranks: int

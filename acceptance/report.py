@@ -17,7 +17,7 @@ Limits = dict[str, dict[str, float]]  # number -> {"max": ...} or {"min": ...}
 
 @dataclass
 class Line:
-    """What the table says of a check. values: a number with a limit is the worst of all ranks', others are rank 0's."""
+    """A check's line of the table. values: a number with a limit is the worst of all ranks', others are rank 0's."""
 
     check: str
     passes: str
@@ -92,7 +92,7 @@ def _worst(values: list[dict[str, Any]], name: str, limit: dict[str, float]) -> 
 
 
 def _within(value: float | None, limit: dict[str, float]) -> bool:
-    """Compare; NaN and what nobody measured are never within."""
+    """Compare; NaN and unmeasured values are never within."""
     return value is not None and limit.get("min", -math.inf) <= value <= limit.get("max", math.inf)
 
 

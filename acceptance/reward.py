@@ -1,4 +1,4 @@
-"""The recipe check's reward: a random model never answers rightly, but its responses differ in this."""
+"""The recipe check's reward: a random model never answers correctly, but its responses differ in this."""
 
 
 def variety(prompts: list, completions: list[str], **columns) -> list[float]:

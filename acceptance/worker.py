@@ -35,7 +35,7 @@ def main() -> None:
                 _run(check, group.world, context, say)
         context.closing.close()
         _stop_world()
-        # A second vLLM, which no run has, may be left. How a run ends is the recipe check's affair.
+        # A second vLLM, which no run has, may be left. The recipe check covers how a run ends.
         sys.stdout.flush()
         os._exit(0)
 

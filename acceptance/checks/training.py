@@ -1,4 +1,4 @@
-"""The actor from step to step: where its memory goes and returns, and what a checkpoint, adapters and objectives do."""
+"""The actor from step to step: how its memory is freed and used again, and what a checkpoint, adapters and objectives do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def offload(context: Context) -> dict:
 
 
 def memory_flat(context: Context) -> dict:
-    """Train on the same cycle of batches again and again. Growth: from the first cycle to the last, in MiB."""
+    """Train repeatedly on the same cycle of batches. Growth: from the first cycle to the last, in MiB."""
     vocabulary, cycles = context.on(cuda=(32003, 5), cpu=(131, 3))
     longest = context.on(cuda=600, cpu=40)
     cycle = [batches.ragged(seed, groups=4, longest=longest, vocabulary=vocabulary) for seed in range(CYCLE)]

@@ -1,7 +1,7 @@
 """FRPO in NeMo-RL: an advantage estimator and a loss function with the signatures that its GRPO trainer expects.
 
 Written against NVIDIA-NeMo/RL 0.6.0 at commit 7ea279a (August 2026). Both classes read one place of its configuration,
-`loss_fn`; nemo_rl itself is imported only where an enum of its own is asked for. How to plug them in:
+`loss_fn`; nemo_rl itself is imported only where one of its own enums is needed. How to plug them in:
 docs/integrations/nemo_rl.md.
 """
 
@@ -19,7 +19,7 @@ from frpo_nemo.objective import FRPO, build_objective
 from frpo_nemo.objective.kl import k3, sequence_kl
 from frpo_nemo.objective.mismatch import truncated_importance
 
-# NeMo-RL's loss settings that would change what FRPO computes, with the values under which they change nothing.
+# NeMo-RL's loss settings that would change what FRPO computes, with the values that change nothing.
 NEUTRAL = {
     "token_level_loss": (False,),
     "disable_ppo_ratio": (False,),
@@ -38,7 +38,7 @@ NEUTRAL = {
 # Fields of FRPO that NeMo-RL's configuration already has a name for.
 NAMED_BY_NEMO_RL = {"clip_high": "ratio_clip_max", "beta": "reference_policy_kl_penalty"}
 
-# The metrics of FRPOLossFn, by what they are divided by.
+# The metrics of FRPOLossFn, by the count that each is divided by.
 SEQUENCE_MEANS = ("loss", "kl_penalty")
 TOKEN_MEANS = (
     "probs_ratio",
@@ -60,15 +60,15 @@ NOT_NORMALIZED = (
 
 
 class FRPOAdvantageEstimator:
-    """Rewards of a rollout batch -> FRPO's effective advantages, for FRPOLossFn.
+    """Turns the rewards of a rollout batch into FRPO's effective advantages, for FRPOLossFn.
 
     They carry the scale of the loss and the weights of the groups, so that NeMo-RL's division by the number of
     valid sequences gives FRPO's total loss; with several updates per rollout batch, on average over the updates.
     """
 
     def __init__(self, estimator_config: Any, loss_config: Any):
-        """estimator_config: not read, it is in the place where NeMo-RL puts it. loss_config: ClippedPGLossConfig with
-        an extra key `frpo`, a mapping of FRPO's fields. ConfigError for what FRPO cannot do."""
+        """estimator_config: accepted because NeMo-RL passes it, not read. loss_config: ClippedPGLossConfig with an extra
+        key `frpo`, a mapping of FRPO's fields. Raises ConfigError for what FRPO cannot do."""
         self.objective = frpo_objective(loss_config)
         self.objective_state: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
@@ -96,7 +96,7 @@ class FRPOLossFn:
     mean is over each sequence's tokens, the division by global counts. A `LossFunction` of NeMo-RL in structure."""
 
     def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False):
-        """As NeMo-RL's ClippedPGLossFn; cfg: see FRPOAdvantageEstimator."""
+        """Take NeMo-RL's ClippedPGLossFn arguments; cfg: see FRPOAdvantageEstimator."""
         self.objective = frpo_objective(cfg)
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.force_on_policy_ratio = cfg.force_on_policy_ratio
@@ -106,7 +106,7 @@ class FRPOLossFn:
 
     @property
     def reference_policy_kl_penalty(self) -> float:
-        """Not 0: under top-k or top-p NeMo-RL adds the unfiltered log-probs that the KL needs."""
+        """Return a nonzero value: under top-k or top-p NeMo-RL then adds the unfiltered log-probs that the KL needs."""
         return self.objective.beta
 
     @property
@@ -125,7 +125,7 @@ class FRPOLossFn:
 
     @property
     def metric_normalizations(self) -> dict[str, Any]:
-        """The global count that each metric is divided by, as MetricNormalizer."""
+        """Return the global count that each metric is divided by, as MetricNormalizer."""
         from nemo_rl.algorithms.loss.interfaces import MetricNormalizer
 
         return {
@@ -178,7 +178,7 @@ class FRPOLossFn:
     def _summed_over_sequences(
         self, tokens: dict[str, Tensor], lengths_N: Tensor, sample_mask_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The reward part and the KL to the reference, scalars."""
+        """Return the reward part and the KL to the reference, scalars."""
         logprobs_R, old_R = tokens["logprobs"], tokens["prev_logprobs"]
         if logprobs_R.numel() == 0:
             return logprobs_R.sum(), logprobs_R.new_zeros(())
@@ -197,7 +197,7 @@ class FRPOLossFn:
 
     @torch.no_grad()
     def _token_metrics(self, tokens: dict[str, Tensor], num_tokens: Tensor) -> dict[str, float]:
-        """Under NeMo-RL's names: this microbatch's part of means over tokens, and its extrema."""
+        """Return, under NeMo-RL's names, this microbatch's part of means over tokens, and its extrema."""
         logprobs_R, old_R, generation_R = tokens["logprobs"], tokens["prev_logprobs"], tokens["generation_logprobs"]
         mixture_R = torch.logaddexp(old_R, generation_R) - math.log(2)
         ratios = {"probs_ratio": torch.exp(logprobs_R - old_R)}
@@ -213,20 +213,20 @@ class FRPOLossFn:
         }
         metrics = {name: (values_R.sum() / num_tokens).item() for name, values_R in per_token.items()}
         for name, ratios_R in ratios.items():
-            # The sentinels of no token at all, which NeMo-RL leaves out when it takes extrema over microbatches.
+            # The sentinels for no tokens, which NeMo-RL leaves out when it takes extrema over microbatches.
             metrics[f"{name}_min"] = ratios_R.min().item() if ratios_R.numel() else math.inf
             metrics[f"{name}_max"] = ratios_R.max().item() if ratios_R.numel() else -math.inf
         return metrics
 
 
 def frpo_objective(loss_config: Any) -> FRPO:
-    """FRPO of NeMo-RL's `loss_fn`: its key `frpo`, with clip_high and beta under NeMo-RL's own names. ConfigError for a
-    setting that FRPO would ignore."""
+    """Return the FRPO of NeMo-RL's `loss_fn`: its key `frpo`, with clip_high and beta under NeMo-RL's own names. Raises
+    ConfigError for a setting that FRPO would ignore."""
     for field, allowed in NEUTRAL.items():
         value = getattr(loss_config, field)
         if value not in allowed:
             wanted = " or ".join(map(str, allowed))
-            raise ConfigError(f"loss_fn.{field}={value!r} has no meaning for FRPO, it must be {wanted}.")
+            raise ConfigError(f"loss_fn.{field}={value!r} has no meaning for FRPO; it must be {wanted}.")
     fields = getattr(loss_config, "frpo", None)
     if not isinstance(fields, Mapping):
         raise ConfigError(f"loss_fn.frpo={fields!r} must be a mapping of FRPO's settings, such as lambda_: 0.5.")

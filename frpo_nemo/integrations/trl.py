@@ -1,7 +1,7 @@
 """FRPO in TRL: `FRPOConfig` and `FRPOTrainer`, for GRPOConfig and GRPOTrainer.
 
-TRL generates, scores, computes log-probs and steps; from frpo_nemo.objective come the advantages, the weights and the
-loss. TRL spreads a group over microbatches and processes as it likes: FRPO's gradient is a sum over sequences.
+TRL generates, scores, computes log-probs and steps; frpo_nemo.objective provides the advantages, the weights and the
+loss. TRL may spread a group over microbatches and processes, because FRPO's gradient is a sum over sequences.
 docs/integrations/trl.md.
 """
 
@@ -25,7 +25,7 @@ from frpo_nemo.objective.ragged import token_mean
 
 MEMORY_FILE = "frpo_memory.json"  # in a checkpoint: what the objective keeps from step to step
 
-# Which option of FRPOConfig each field of the objective comes from.
+# The option of FRPOConfig for each field of the objective.
 OPTIONS = {
     "lambda_": "frpo_lambda",
     "kl_radius": "frpo_kl_radius",
@@ -39,7 +39,7 @@ OPTIONS = {
     "beta": "beta",
 }
 
-# Options of GRPOConfig that say something else than FRPO: the only value that goes with it, and why.
+# Options of GRPOConfig that contradict FRPO: the only value that agrees with it, and why.
 FIXED = {
     "loss_type": ("frpo", "the loss is FRPO's"),
     "epsilon": (None, "FRPO clips from above only, at epsilon_high"),
@@ -54,7 +54,7 @@ FIXED = {
     "use_bias_correction_kl": (False, "FRPO's KL term is the plain k3 estimate"),
 }
 
-# What a vision-language model takes beside token ids, by its name in TRL's batches.
+# Inputs of a vision-language model in addition to token ids, by their names in TRL's batches.
 MODEL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
@@ -73,8 +73,8 @@ MODEL_INPUTS = (
 class FRPOConfig(GRPOConfig):
     """GRPOConfig with FRPO's settings, frpo_*; frpo_nemo.objective.FRPO explains each.
 
-    TRL's `beta`, `epsilon_high` and `num_iterations` keep their meaning. ConfigError for an option that FRPO cannot
-    follow (FIXED), a value out of range, or an optimizer step that would span two generation batches.
+    TRL's `beta`, `epsilon_high` and `num_iterations` keep their meaning. Raises ConfigError for an option that FRPO
+    cannot follow (FIXED), a value out of range, or an optimizer step that would span two generation batches.
     """
 
     frpo_lambda: float | None = field(
@@ -100,7 +100,7 @@ class FRPOConfig(GRPOConfig):
     frpo_refresh_importance: bool = field(
         default=FRPO.refresh_importance,
         metadata={
-            "help": "With several optimizer steps per generation: compute the advantages anew before each, which costs "
+            "help": "With several optimizer steps per generation: compute the advantages again before each, which costs "
             "a forward pass over the generation batch. False: keep the first ones, an approximation."
         },
     )
@@ -127,7 +127,7 @@ class FRPOConfig(GRPOConfig):
         self.build_objective()
 
     def build_objective(self) -> FRPO:
-        """The objective of these options. ConfigError, in terms of the options, for a wrong value."""
+        """Return the objective of these options. Raises ConfigError, which names the options, for a wrong value."""
         try:
             return FRPO(**{name: getattr(self, option) for name, option in OPTIONS.items()})
         except ConfigError as error:
@@ -141,7 +141,7 @@ class FRPOConfig(GRPOConfig):
 class Rollout:
     """The generation batch that is being trained on: N sequences over all processes, in TRL's order."""
 
-    objective: FRPO  # of this batch
+    objective: FRPO  # for this batch
     rewards_N: Tensor
     groups_N: Tensor
     rows: Tensor  # int64: places of this process's sequences in the N
@@ -151,13 +151,13 @@ class FRPOTrainer(GRPOTrainer):
     """GRPOTrainer whose advantages and loss are FRPO's; `args` must be a FRPOConfig. Written for TRL 1.16.0.
 
     Overridden: `_calculate_rewards` (keeps the gathered rewards of every function), `_generate_and_score_completions`
-    (replaces the advantages), `_prepare_inputs` (computes them anew between optimizer steps), `_compute_loss`;
+    (replaces the advantages), `_prepare_inputs` (computes them again between optimizer steps), `_compute_loss`;
     `_save_checkpoint` and `_load_optimizer_and_scheduler` (what frpo_kl_radius with smoothing keeps).
 
     A completion without a reward (every reward function gave None) or without a token that counts (by
     mask_truncated_completions) leaves its group. A reward that some functions did not give is filled, as
-    `compared_rewards` says. ConfigError for another config, and for a mixture-of-experts model with a load-balancing
-    loss.
+    `compared_rewards` says. Raises ConfigError for another config, and for a mixture-of-experts model with a
+    load-balancing loss.
     """
 
     _tag_names = ["trl", "frpo"]
@@ -192,8 +192,8 @@ class FRPOTrainer(GRPOTrainer):
         objective = self.frpo.for_batch(rewards_N, groups_N, self.frpo_state if training else dict(self.frpo_state))
         advantages_N = objective.effective_advantages(rewards_N, groups_N)
         rows = all_rows[self.accelerator.process_index * len(inputs) :][: len(inputs)]
-        # Relative to a plain mean over the N sequences, which is what the trainer's averages over microbatches and
-        # processes amount to.
+        # Relative to a plain mean over the N sequences, which the trainer's averages over microbatches and processes
+        # amount to.
         weights_N = objective.coefficients(rewards_N, groups_N) * len(rewards_N)
         batch |= {"row": rows, "advantages": advantages_N[rows], "weights": weights_N[rows]}
         if training:
@@ -207,17 +207,17 @@ class FRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training and self._rollout.objective.uses_importance and self._policy_has_moved():
-            self._refresh_advantages()  # in the buffered batches, of which inputs is one
+            self._refresh_advantages()  # in the buffered batches, which include inputs
         return inputs
 
     def _policy_has_moved(self) -> bool:
-        """At the first microbatch of an optimizer step: is it not the first one of its generation batch?"""
+        """Return whether an optimizer step begins that isn't the first one of its generation batch."""
         steps = self._step % (self.args.steps_per_generation * self.num_iterations)
         return steps != 0 and steps % self.args.gradient_accumulation_steps == 0
 
     @torch.no_grad()
     def _refresh_advantages(self) -> None:
-        """Advantages under the present policy, from the importance of all sequences of the generation batch."""
+        """Compute advantages under the present policy, from the importance of all sequences of the generation batch."""
         rollout = self._rollout
         importance_n = torch.ones(len(rollout.rows), device=rollout.rows.device)
         for batch in self._buffered_inputs:
@@ -232,13 +232,13 @@ class FRPOTrainer(GRPOTrainer):
             batch["advantages"] = advantages_N[batch["row"]]
 
     def _compute_loss(self, model, inputs):
-        """This microbatch's part of a plain mean over the sequences of the optimizer step. Trainer adds the parts of
-        its microbatches up, and data parallelism averages over processes."""
+        """Return this microbatch's part of a plain mean over the sequences of the optimizer step. Trainer adds up the
+        parts of its microbatches, and data parallelism averages over processes."""
         spans_BT = _spans(inputs)
         lengths_B = spans_BT.sum(dim=1)
         logprobs_BT, entropies_BT = self._forward(model, inputs)
         logprobs_R = logprobs_BT[spans_BT]
-        # TRL leaves the old log-probs out where the policy is the old one.
+        # TRL leaves out the old log-probs where the policy is the old one.
         old_BT, mismatch_BT = inputs.get("old_per_token_logps"), inputs.get("importance_sampling_ratio")
         old_logprobs_R = logprobs_R.detach() if old_BT is None else old_BT[spans_BT]
         mismatch_R = None if mismatch_BT is None else mismatch_BT.expand_as(logprobs_BT)[spans_BT]  # [B, T] or [B, 1]
@@ -257,7 +257,7 @@ class FRPOTrainer(GRPOTrainer):
         return losses_B.mean() / (self.current_gradient_accumulation_steps if self.model.training else 1)
 
     def _forward(self, model, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies at the completions' positions, [B, T] each."""
+        """Return log-probs and entropies at the completions' positions, [B, T] each."""
         logprobs_BT, entropies_BT, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -271,13 +271,13 @@ class FRPOTrainer(GRPOTrainer):
     def _log_batch(self, statistics: dict[str, float], advantages_N: Tensor) -> None:
         for name, value in statistics.items():
             self._metrics[self._mode][f"frpo/{name}"].append(value)
-        logged = self._logs["advantages"]  # of completions; TRL has just put its own advantages there
+        logged = self._logs["advantages"]  # one per completion; TRL has just put its own advantages there
         for _ in range(min(len(advantages_N), len(logged))):
             logged.pop()
         logged.extend(advantages_N.tolist())
 
     def _log_means(self, values: dict[str, Tensor]) -> None:
-        """Means over the sequences of all processes."""
+        """Log means over the sequences of all processes."""
         means = self.accelerator.reduce(torch.stack([value.mean() for value in values.values()]), reduction="mean")
         for name, mean in zip(values, means.tolist(), strict=True):
             self._metrics[self._mode][name].append(mean)
@@ -299,13 +299,13 @@ class FRPOTrainer(GRPOTrainer):
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """The completions' tokens that the model wrote (not a tool) and that count. bool [B, T]"""
+    """Return which completion tokens the model wrote (rather than a tool) and count. bool [B, T]"""
     mask_BT = inputs["completion_mask"].bool()
     return mask_BT & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask_BT
 
 
 def _spans(inputs: dict[str, Any]) -> Tensor:
-    """The loss mask, but with the first position of a sequence that has no token in it, and no weight either: so that
+    """Return the loss mask, plus the first position of each sequence that has no token in it, whose weight is 0, so that
     every mean over a sequence is defined. bool [B, T]"""
     mask_BT = _loss_mask(inputs)
     first_BT = torch.zeros_like(mask_BT).index_fill(1, torch.tensor([0], device=mask_BT.device), True)

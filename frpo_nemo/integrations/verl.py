@@ -25,7 +25,7 @@ from frpo_nemo.objective import FRPO, build_objective
 
 LOSS_AGG_MODE = "seq-mean-token-mean"
 
-# Fields of FRPO that verl has its own place for, or that need what verl does not do.
+# Fields of FRPO that have their own place in verl, or that need what verl does not do.
 NOT_HERE = {
     "name": "the name is frpo",
     "clip_high": "set actor_rollout_ref.actor.clip_ratio_high",
@@ -46,11 +46,11 @@ def frpo_advantages(
     index: Iterable[Any] | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and, the same tensor, returns: float32 [N, R], one value per sequence at its response tokens.
+    """Return advantages and, the same tensor, returns: float32 [N, R], one value per sequence at its response tokens.
 
     token_level_rewards: float [N, R], summed per sequence; a NaN is an unscored sequence, and so is one whose row of
     response_mask [N, R] is 0 (verl's padding rows, rejected samples). index: N labels of the prompts, in any order.
-    config: verl's `algorithm` section, with FRPO's fields below `frpo`. ConfigError for what FRPO cannot do.
+    config: verl's `algorithm` section, with FRPO's fields below `frpo`. Raises ConfigError for what FRPO cannot do.
 
     The value is A_eff * coefficient * N. verl divides by the sequences of a mini-batch, padding included, so the
     mean of the losses of all mini-batches is FRPO's total loss; with one mini-batch they are equal.
@@ -82,11 +82,11 @@ def frpo_policy_loss(
     config: ActorConfig | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """-A min(ratio, 1 + clip_ratio_high) of a micro-batch, aggregated by verl over each sequence's tokens, then over
+    """Return -A min(ratio, 1 + clip_ratio_high) of a micro-batch, aggregated by verl over each sequence's tokens, then over
     the mini-batch's sequences; and metrics. All tensors: [n, R]; rollout_is_weights multiply the tokens' terms.
 
-    The bound holds whatever the sign of A: not PPO's clip. Bounded before exp, so that a ratio that overflows but is
-    clipped has gradient 0 and not NaN. ConfigError for another loss_agg_mode than seq-mean-token-mean.
+    The bound holds for either sign of A, unlike PPO's clip. The ratio is bounded before exp, so that one that overflows but
+    is clipped has gradient 0 and not NaN. Raises ConfigError for a loss_agg_mode other than seq-mean-token-mean.
     """
     if loss_agg_mode != LOSS_AGG_MODE:
         raise ConfigError(
@@ -107,8 +107,8 @@ def frpo_policy_loss(
 
 
 def frpo_objective(config: Mapping[str, Any]) -> FRPO:
-    """The objective of verl's `algorithm` section: FRPO's fields are the keys of algorithm.frpo. ConfigError for a
-    wrong field or value, or one that has another place in verl's configuration."""
+    """Return the objective of verl's `algorithm` section: FRPO's fields are the keys of algorithm.frpo. Raises ConfigError
+    for a wrong field or value, or one that has another place in verl's configuration."""
     fields = dict(config.get("frpo") or {})
     for field, instead in NOT_HERE.items():
         if field in fields:
@@ -120,7 +120,7 @@ def frpo_objective(config: Mapping[str, Any]) -> FRPO:
 
 
 def _check_algorithm(config: Mapping[str, Any]) -> None:
-    """ConfigError for what verl would do to the rewards or to the policy loss beside FRPO."""
+    """Raise ConfigError for settings by which verl would also change the rewards or the policy loss."""
     if config.get("use_kl_in_reward"):
         raise ConfigError(
             "algorithm.use_kl_in_reward=True changes the rewards that FRPO compares; set it to False and use "
@@ -139,7 +139,7 @@ def _check_algorithm(config: Mapping[str, Any]) -> None:
 
 
 def _neighbours(config: DictConfig) -> DictConfig | None:
-    """actor_rollout_ref, which stands beside `algorithm` in a whole configuration of verl; None of `algorithm` alone."""
+    """Return actor_rollout_ref, which is next to `algorithm` in a whole verl configuration; None for `algorithm` alone."""
     try:
         return OmegaConf.select(config, "..actor_rollout_ref")
     except ConfigKeyError:  # raised where there is no parent
@@ -147,7 +147,7 @@ def _neighbours(config: DictConfig) -> DictConfig | None:
 
 
 def _check_neighbours(sections: DictConfig, num_sequences: int) -> None:
-    """ConfigError if the estimator runs with another policy loss; says so once if m stays 1 for several updates."""
+    """Raise ConfigError if the estimator runs with another policy loss; warn once if m stays 1 for several updates."""
     actor = sections.actor
     if actor.policy_loss.loss_mode != "frpo":
         raise ConfigError(
@@ -169,6 +169,6 @@ def _say_once_that_importance_is_frozen(updates: int) -> None:
 
 
 def _numbered(labels: Iterable[Any]) -> Tensor:
-    """0, 1, ... in order of first appearance. int64 [N]."""
+    """Return 0, 1, ... in order of first appearance. int64 [N]."""
     numbers: dict[Any, int] = {}
     return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels], dtype=torch.int64)

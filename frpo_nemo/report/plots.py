@@ -34,7 +34,7 @@ STYLE = {
 }
 DOTS_PER_INCH = 140
 SIZES = {1: (7.0, 4.6), 2: (5.5, 4.0), 3: (4.4, 3.4)}  # columns: width and height of a panel in inches
-VACANT = "vacant"  # label of the place of a panel that is not there
+VACANT = "vacant"  # label of a place in the grid without a panel
 SYMBOLS = {"lambda_": "λ", "beta": "β"}
 LABELS = {
     "downstream/loss": "held-out loss (nats per token)",
@@ -53,9 +53,9 @@ class Picture:
 
 
 def read_metrics(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
-    """metrics.jsonl -> {metric: (steps, values)}, by growing step; null becomes NaN.
+    """Return metrics.jsonl as {metric: (steps, values)}, by growing step; null becomes NaN.
 
-    The last value counts where a step was logged twice. A last line that is not whole yet is left out; any
+    The last value counts where a step was logged twice. An incomplete last line is left out; any
     other line that is not JSON raises ValueError.
     """
     points: dict[str, dict[int, float]] = {}
@@ -106,13 +106,13 @@ def learning_curve(metrics_files: dict[str, str | Path], out_png: str | Path, *,
 
 
 def draw_landscape(results: Results, task: str, path: Path) -> Picture | None:
-    """The landscape of one downstream task: a panel for each reward, a curve for each arm. None without a KL."""
+    """Draw the landscape of one downstream task: a panel for each reward, a curve for each arm. None without a KL."""
     contents = [(f"reward: {reward_label(reward)}", reward, results.arms) for reward in results.rewards]
     return _draw_landscapes(results, task, contents, path, columns=2)
 
 
 def draw_landscape_by_value(results: Results, sweep: Sweep, task: str, reward: str, path: Path) -> Picture | None:
-    """A small landscape of one reward for each value of the sweep, against the same baselines."""
+    """Draw a small landscape of one reward for each value of the sweep, against the same baselines."""
     baselines, field = baselines_of(results, sweep.arms), sweep.field.rstrip("_")
     contents = [
         (f"{sweep.objective}, {field} {value:g}: {reward_label(reward)}", reward, [arm, *baselines])
@@ -122,7 +122,7 @@ def draw_landscape_by_value(results: Results, sweep: Sweep, task: str, reward: s
 
 
 def draw_stage_one(results: Results, path: Path) -> Picture | None:
-    """Reward and KL to the reference by step of stage one. None if no run of it is there."""
+    """Draw reward and KL to the reference by step of stage one. None if it has no run."""
     kl = results.kl_name("train")
     titles = {name: f"reward ({reward_label(name)})" for name in results.rewards}
     caption = "Stage one: reward on held-out prompts"
@@ -133,7 +133,7 @@ def draw_stage_one(results: Results, path: Path) -> Picture | None:
 
 
 def draw_finetuning(results: Results, task: str, path: Path) -> Picture | None:
-    """What was learned and what was kept, by step of fine-tuning on `task`. None if no run finished."""
+    """Draw what was learned and what was kept, by step of fine-tuning on `task`. None if no run finished."""
     titles = {name: f"{task}: {LABELS[name]}" for name in results.downstream_names(task)}
     titles |= {name: f"stage-one reward ({reward_label(name)})" for name in results.rewards}
     titles["response_length/mean"] = "stage-one prompts: response length (tokens)"
@@ -146,8 +146,8 @@ def draw_finetuning(results: Results, task: str, path: Path) -> Picture | None:
 
 @rc_context(STYLE)
 def draw_frontier(results: Results, sweeps: list[Sweep], task: str, path: Path) -> Picture | None:
-    """What sweeps of one field trade: the reward of each stage-one task after fine-tuning, against KL to the reference
-    and against the other tasks' rewards before. None if fewer than two arms of every sweep finished."""
+    """Draw the trade-off in sweeps of one field: the reward of each stage-one task after fine-tuning, against KL to the
+    reference and against the other tasks' rewards before. None if fewer than two arms of every sweep finished."""
     finished = set(results.finished("finetune", task)["arm"])
     sweeps = [sweep for sweep in sweeps if len(finished.intersection(sweep.arms)) > 1]
     swept = [arm for sweep in sweeps for arm in sweep.arms if arm in finished]
@@ -177,8 +177,8 @@ def draw_frontier(results: Results, sweeps: list[Sweep], task: str, path: Path) 
 
 
 def look(results: Results, arm: str) -> dict[str, str]:
-    """Colour, line style and marker of an arm, the same in all pictures of a study. Baselines are dashed; from the
-    eighth arm on, colours come again with another marker."""
+    """Return colour, line style and marker of an arm, the same in all pictures of a study. Baselines are dashed; from the
+    eighth arm on, colours repeat with another marker."""
     index = results.arms.index(arm)
     return {
         "color": _colour(index),
@@ -203,7 +203,7 @@ def _draw_landscapes(
     columns: int,
     share: bool = False,
 ) -> Picture | None:
-    """A panel for each (title, reward, arms). None if there is nothing to draw."""
+    """Draw a panel for each (title, reward, arms). None if there is nothing to draw."""
     if not contents:
         return None
     figure, axes = _panels(len(contents), columns, share=share)
@@ -239,8 +239,8 @@ def _draw_landscape(axis: Axes, found: Landscape, style: dict[str, str]) -> None
 def _draw_by_step(
     results: Results, stage: str, task: str, titles: dict[str, str], caption: str, path: Path
 ) -> Picture | None:
-    """A panel for each metric that was measured ({metric: title}), its mean over the seeds by training step, a line for
-    each arm. None if no run finished."""
+    """Draw a panel for each metric that was measured ({metric: title}): its mean over the seeds by training step, a line
+    for each arm. None if no run finished."""
     curves = {
         metric: {arm: curve for arm in results.arms if len(curve := by_step(results, arm, metric, stage, task))}
         for metric in titles
@@ -263,14 +263,14 @@ def _draw_by_step(
 
 
 def _draw_band(axis: Axes, by_seed: pd.DataFrame, colour: str, *, alpha: float) -> None:
-    """by_seed [x, seeds]: the mean ±1 standard deviation, where there are two seeds."""
+    """Draw the mean ±1 standard deviation of by_seed [x, seeds], where there are two seeds."""
     if by_seed.shape[1] > 1:
         mean, std = by_seed.mean(axis=1), by_seed.std(axis=1)
         axis.fill_between(by_seed.index, mean - std, mean + std, color=colour, alpha=alpha, lw=0)
 
 
 def _points(found: pd.DataFrame, arms: Sequence[str], reward: str, other: str | None) -> pd.DataFrame:
-    """[arms] of a panel of a frontier, means over seeds with their spread: the reward after fine-tuning (y) against
+    """Draw the [arms] of a frontier's panel, means over seeds with their spread: the reward after fine-tuning (y) against
     another one before it, or (None) against the KL (x). Arms without both are left out."""
     found, x, y = found.loc[list(arms)], f"before {other}" if other else "kl", f"after {reward}"
     points = {"x": found[x, "mean"], "y": found[y, "mean"], "xerr": found[x, "std"], "yerr": found[y, "std"]}
@@ -285,7 +285,7 @@ def _name_axes(axis: Axes, reward: str, other: str | None, task: str) -> None:
 
 
 def _panels(count: int, columns: int, *, share: bool = False) -> tuple[Figure, list[Axes]]:
-    """(figure, [axis, ...]) of `count` panels, at most `columns` (1 to 3) in a row; share: equal scales."""
+    """Return (figure, [axis, ...]) of `count` panels, at most `columns` (1 to 3) in a row; share: equal scales."""
     columns = min(count, columns)
     rows = -(-count // columns)
     width, height = SIZES[columns]
@@ -298,7 +298,7 @@ def _panels(count: int, columns: int, *, share: bool = False) -> tuple[Figure, l
 
 
 def _legend(figure: Figure, results: Results, arms: Iterable[str]) -> None:
-    """In the place of a panel that the last row has room for; else below all panels."""
+    """Place the legend where the last row has room for a panel; else below all panels."""
     handles = [Line2D([], [], linewidth=2.4, markersize=5, label=arm, **look(results, arm)) for arm in arms]
     place = next((axis for axis in figure.axes if axis.get_label() == VACANT), None)
     if place:
@@ -339,7 +339,7 @@ def _frontier_caption(results: Results, field: str, task: str, baselines: bool) 
 
 
 def _band_text(results: Results, arms: Iterable[str], stage: str, task: str) -> str:
-    """How the bands of these arms were computed."""
+    """Explain how the bands of these arms were computed."""
     counts = results.finished(stage, task).groupby("arm").size()[list(arms)]
     fewest, most = counts.min(), counts.max()
     if most == 1:

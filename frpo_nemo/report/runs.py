@@ -1,4 +1,4 @@
-"""Rows of runs that were not made by a study: which arm, task and seed each run directory is."""
+"""Finds which arm, task and seed each run directory is, for runs that no study made."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from frpo_nemo.study.results import ResultRow, read_config, read_records, row_of
 
 
 def rows_of_runs(run_dirs: list[Path]) -> list[ResultRow]:
-    """Rows of run directories, relative to the working directory as the paths in their configurations are.
+    """Return the rows of run directories, relative to the working directory as the paths in their configurations are.
 
     A run with probes is a fine-tuning. Its arm is the run of stage one that it began from (model.path), which is added
     if it was not given, or model.path itself. Its task has the directory's name, or the data's path if runs on the
     same data have several names. Arms have the names of their directories; if an objective ran with several seeds,
-    they have the objective's settings as names. ConfigError for a directory that is no run, or one that has neither
-    probes nor validation rewards.
+    their names are the objective's settings. Raises ConfigError for a directory that isn't a run, or one that has
+    neither probes nor validation rewards.
     """
     directories = list(dict.fromkeys(Path(os.path.relpath(path)) for path in run_dirs))
     stages = {path: _stage(path) for path in directories}
@@ -45,7 +45,7 @@ def _stage(run_dir: Path) -> str:
 
 
 def _origin(run_dir: Path) -> Path | None:
-    """The run of stage one whose export this run began from; None if it is not on this machine."""
+    """Return the run of stage one whose export this run began from; None if it is not on this machine."""
     start = Path(os.path.relpath(Path(read_config(run_dir)["model"]["path"]).parent))
     known = (start / "config.yaml").is_file() and (start / "metrics.jsonl").is_file()
     return start if known and "objective" in read_config(start) else None

@@ -1,4 +1,4 @@
-"""Sweeps: arms of one objective that differ in lambda_ alone or in beta alone, and what they trade."""
+"""Sweeps: arms of one objective that differ only in lambda_ or only in beta, and the trade-off among them."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _sweeps_of(results: Results, field: str) -> list[Sweep]:
 
 
 def _differ_only_in(one: pd.DataFrame, two: pd.DataFrame, field: str) -> bool:
-    """[seeds, settings] of two arms. By all settings at a common seed (paths may hold the seed); by objective and
-    optimizer where there is none."""
+    """Compare two arms: by all settings [seeds, settings] at a common seed (paths may hold the seed); where there is none,
+    by objective and optimizer."""
     common = one.index.intersection(two.index, sort=False)
     first, second = (one.loc[common[0]], two.loc[common[0]]) if len(common) else (one.iloc[0], two.iloc[0])
     differing = first.index[first != second]
