@@ -1,4 +1,4 @@
-"""The policy on megatron-core."""
+"""Run the policy on megatron-core."""
 
 import logging
 import sys
@@ -8,8 +8,8 @@ from frpo_nemo.stack import hide_unusable_transformer_engine
 
 
 class _BeforeMegatronCore(MetaPathFinder):
-    """Hides a Transformer Engine that cannot be used, which torch has to tell, when megatron-core is about to be imported:
-    not before, because what only describes models and checkpoints does without torch."""
+    """Hide a Transformer Engine that cannot be used when megatron-core is about to be imported. Only torch can determine
+    that; modules that only describe models and checkpoints don't import it."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "megatron.core":
@@ -19,6 +19,6 @@ class _BeforeMegatronCore(MetaPathFinder):
 
 
 sys.meta_path.insert(0, _BeforeMegatronCore())
-# They warn in every process that GPTModel gets no new features, and that DDP computes a layout it could have been given.
+# These warn in every process that GPTModel gets no new features, and that DDP computes a layout that it could have been given.
 for _module in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
     logging.getLogger(f"megatron.core.{_module}").setLevel(logging.ERROR)

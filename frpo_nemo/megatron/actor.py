@@ -1,7 +1,7 @@
-"""The policy that learns: forward, backward and update on megatron-core, over packed microbatches in any layout.
+"""Train the policy: forward, backward and update on megatron-core, over packed microbatches in any layout.
 
 Every method takes the *global* batch, equal on all ranks, and returns results in its order on all ranks. The names
-are NeMo-Aligner's. A loss is a plain function (see `Loss`) of log-probs; it returns summands of a global sum, so the
+follow NeMo-Aligner. A loss is a plain function (see `Loss`) of log-probs; it returns summands of a global sum, so the
 result does not depend on how the batch is cut into microbatches, replicas or stages.
 """
 
@@ -35,7 +35,7 @@ from frpo_nemo.stack import uses_transformer_engine
 
 @dataclass
 class Losses:
-    """What a loss function returns for a microbatch: each sequence's summand [N] of the global loss, and columns
+    """The result of a loss function for a microbatch: each sequence's summand [N] of the global loss, and columns
     without gradient for the caller's statistics, per sequence [N] and per response token [R]."""
 
     losses: Tensor
@@ -80,13 +80,13 @@ class PolicyActor:
         temperature: float = 1.0,
         seed: int = 1,
     ):
-        """optim: None for inference only.
-        temperature: of the policy whose log-probs are meant, softmax(logits / temperature). seed: of new adapters."""
+        """Build model and optimizer. optim: None for inference only.
+        temperature: log-probs are those of softmax(logits / temperature). seed: for new adapters."""
         self.arch = Architecture.from_hf(model.path)
         self.config, self.optim = model, optim
         self.microbatch_tokens, self.temperature = microbatch_tokens, temperature
         self.device = world.device()
-        # Of the base as it is read here, whatever becomes of the files.
+        # Digest of the base as it is read here, even if the files change later.
         self.adapter_record = adapter_files.record(model)
         self.gpt = build_model(self.arch, model).to(self.device)
         load_hf_weights(self.gpt, self.arch, model.path)
@@ -102,8 +102,8 @@ class PolicyActor:
     # -- training
 
     def train_step(self, batch: SequenceBatch, loss: Loss, *, update: int, total_updates: int) -> StepResult:
-        """Gradient of the sum of all sequences' losses, then one optimizer update (number `update` from 0). Raises
-        NonFiniteLoss before the update."""
+        """Compute the gradient of the sum of all sequences' losses, then do one optimizer update (number `update` from 0).
+        Raises NonFiniteLoss before the update."""
         return self.optimizer_step(*self.accumulate_gradient(batch, loss), update=update, total_updates=total_updates)
 
     @runs_on_megatron_device
@@ -119,8 +119,8 @@ class PolicyActor:
     def optimizer_step(
         self, per_sequence: dict[str, Tensor], per_token: dict[str, Tensor], *, update: int, total_updates: int
     ) -> StepResult:
-        """One update (number `update` from 0) with the gradient that `accumulate_gradient` left, which returned these columns.
-        Raises NonFiniteLoss before it where a loss or the gradient is not finite."""
+        """Do one update (number `update` from 0) with the gradient of `accumulate_gradient`, which returned these columns.
+        Raises NonFiniteLoss before it when a loss or the gradient is not finite."""
         bad = (~torch.isfinite(per_sequence["loss"])).nonzero().flatten().tolist()
         if bad:
             count = per_sequence["loss"].numel()
@@ -133,12 +133,12 @@ class PolicyActor:
         return StepResult(per_sequence, per_token, norm, rate)
 
     def decay(self, rule: str) -> None:
-        """Let weight decay pull what `rule` (see weight_decay.py) names from the next update on."""
+        """Decay the parameters that `rule` (see weight_decay.py) names, from the next update on."""
         self.decayed = rule
         weight_decay.apply(self.optimizer, self.optim.weight_decay, rule)
 
     def get_forward_output_and_loss_func(self, loss: Loss | None, observe: Observe | None = None):
-        """megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss)."""
+        """Return megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss)."""
 
         def forward_step(microbatches, model):
             microbatch = next(microbatches)
@@ -152,31 +152,31 @@ class PolicyActor:
 
     @torch.no_grad()
     def get_inference_log_probs(self, batch: SequenceBatch) -> Tensor:
-        """Log-probs of all response tokens under the current policy: fp32 [R], on CPU."""
+        """Return the log-probs of all response tokens under the current policy: fp32 [R], on CPU."""
         return self.get_inference_columns(batch)["logprobs"]
 
     @torch.no_grad()
     def get_inference_columns(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """Of all response tokens under the current policy, fp32 [R] on CPU: logprobs, entropy, and likeliest, which is 1
-        where greedy decoding would have taken the token too."""
+        """Return columns of all response tokens under the current policy, fp32 [R] on CPU: logprobs, entropy, and likeliest,
+        which is 1 where greedy decoding would have chosen the token too."""
         self.prepare_for_inference()
         return self._infer(batch)
 
     def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
-        """Log-probs under the frozen reference, fp32 [R]."""
+        """Return the log-probs under the frozen reference, fp32 [R]."""
         with self._as_reference():
             return self.get_inference_log_probs(batch)
 
     @torch.no_grad()
     def freeze_reference(self) -> None:
-        """Keep a copy of the present weights, on CPU, as the reference policy. With adapters their base is it, and nothing
-        is copied."""
+        """Keep a copy of the current weights, on CPU, as the reference policy. With adapters their base is the reference, and
+        nothing is copied."""
         if not self.config.lora.rank:
             self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.gpt.named_parameters()}
 
     @torch.no_grad()
     def compare_with_reference(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """Columns [R] of the current policy on all response tokens, on CPU: logprobs, reference_logprobs, and kl, the
+        """Return columns [R] of the current policy on all response tokens, on CPU: logprobs, reference_logprobs, and kl, the
         exact KL from the reference of the next-token distribution. Summed over a response that the policy sampled, kl is
         an unbiased estimate of the KL of whole responses, with less variance than the log-ratio."""
         self.prepare_for_inference()
@@ -200,7 +200,7 @@ class PolicyActor:
         return {"logprobs": columns["logprobs"], "reference_logprobs": reference, "kl": columns["kl"]}
 
     def stream_hf_weights(self, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20):
-        """(Hugging Face name, full tensor) of every weight, the same on every rank; a collective."""
+        """Yield (Hugging Face name, full tensor) of every weight, the same on every rank; a collective."""
         return stream_hf_weights(self.gpt, self.arch, dtype=dtype, bucket_bytes=bucket_bytes)
 
     # -- GPU memory between phases (nothing to do on CPU)
@@ -213,7 +213,7 @@ class PolicyActor:
             self._offloaded = False
 
     def finish_training(self) -> None:
-        """Move optimizer state to CPU and release the gradients: rollouts need the memory."""
+        """Move optimizer state to the CPU and release the gradients, because rollouts need the memory."""
         # In fp32 the optimizer's parameters are views of the model's, which stay.
         if torch.cuda.is_available() and self.optimizer is not None and self.config.precision != "fp32":
             self.ddp.offload_grad_buffers()
@@ -221,11 +221,11 @@ class PolicyActor:
             self._offloaded = True
 
     def prepare_for_inference(self) -> None:
-        """The weights are always on the device: refit and log-prob passes need nothing else."""
+        """Do nothing: the weights are always on the device, and refit and log-prob passes need nothing else."""
         self.gpt.eval()
 
     def finish_inference(self) -> None:
-        """Give the passes' memory back."""
+        """Release the passes' memory."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -239,12 +239,12 @@ class PolicyActor:
         self.decay(self.decayed)
         self.gpt.config.no_sync_func = self.ddp.no_sync
         self.gpt.config.grad_scale_func = None
-        # Losses are already divided by global counts, so the token count that the schedule passes is dropped.
+        # Losses are already divided by global counts, so the token count from the schedule is ignored.
         self.gpt.config.finalize_model_grads_func = lambda models, num_tokens, **kw: finalize_model_grads(models, **kw)
 
     def _infer(self, batch: SequenceBatch, observe: Observe | None = None) -> dict[str, Tensor]:
-        """The columns [R] of a forward pass. A batch with fewer sequences than replicas, as small held-out sets are, is
-        filled up with its own, whose columns are dropped."""
+        """Return the columns [R] of a forward pass. A batch with fewer sequences than replicas, such as a small held-out set,
+        is filled up with copies of its own, whose columns are dropped."""
         replicas, sequences = groups.data_parallel()[1], batch.num_sequences
         tokens = int(batch.response_lengths.sum())
         if sequences < replicas:
@@ -254,7 +254,7 @@ class PolicyActor:
 
     @runs_on_megatron_device
     def _run(self, batch: SequenceBatch, loss: Loss | None, *, forward_only: bool, observe: Observe | None = None):
-        """One pass over the batch; returns the columns per sequence and per token."""
+        """Do one pass over the batch; returns the columns per sequence and per token."""
         microbatches = self._microbatches(batch)
         outputs = get_forward_backward_func()(
             forward_step_func=self.get_forward_output_and_loss_func(loss, observe),
@@ -281,7 +281,7 @@ class PolicyActor:
                 batch,
                 [mine[i] for i in pack],
                 device=self.device,
-                # FP8 GEMMs want every rank's token count to be a multiple of 16.
+                # FP8 GEMMs need every rank's token count to be a multiple of 16.
                 pad_multiple=multiple
                 * self.config.context_parallel_size
                 * (2 if te else 1)
@@ -294,7 +294,7 @@ class PolicyActor:
         ]
 
     def _loss_of_hidden(self, microbatch: packing.Microbatch, loss, observe, hidden: Tensor):
-        """megatron-core's loss function: (sum of losses, token count (unused), columns)."""
+        """Return the result of megatron-core's loss function: (sum of losses, token count (unused), columns)."""
         with without_device_mapping():
             return self._losses(microbatch, loss, observe, hidden)
 
@@ -311,7 +311,7 @@ class PolicyActor:
         return out.losses.sum(), torch.ones((), dtype=torch.int, device=hidden.device), out
 
     def _response_hidden(self, microbatch: packing.Microbatch, hidden: Tensor) -> Tensor:
-        """The hidden states that predict the response tokens, equal on all TP ranks: [t, H]."""
+        """Return the hidden states that predict the response tokens, equal on all TP ranks: [t, H]."""
         hidden = hidden.squeeze(0)  # [1, T, H] -> [T, H], T divided by TP under sequence parallelism
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -320,7 +320,7 @@ class PolicyActor:
         return hidden[microbatch.predictors]
 
     def _token_columns(self, microbatch: packing.Microbatch, hidden: Tensor, observe: Observe | None):
-        """Log-probs [R], with gradient, and columns [R] without."""
+        """Return log-probs [R] with gradient, and columns [R] without."""
         logprobs, entropy, likeliest = token_logprobs(
             hidden, output_weight(self.gpt), microbatch.targets, **self._softmax_options()
         )
@@ -345,7 +345,7 @@ class PolicyActor:
         )
 
     def _gather_columns(self, batch, microbatches, outputs: list[Losses]):
-        """Columns of all microbatches of all replicas, in the order of the global batch, on every rank's CPU."""
+        """Gather columns of all microbatches of all replicas, in the order of the global batch, on every rank's CPU."""
         sequences = torch.tensor([i for m in microbatches for i in m.indices])
         tokens = ragged_positions(batch.response_lengths, sequences)
         per_sequence = self._gather([o.per_sequence for o in outputs], sequences, batch.num_sequences)
@@ -363,8 +363,8 @@ class PolicyActor:
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """Inside, the model is the reference: its adapters are off, or the copied weights have changed places with the
-        policy's."""
+        """Turn the model into the reference: switch its adapters off, or exchange the policy's weights for the copied
+        ones."""
         if self.config.lora.rank:
             with lora.switched_off(self.gpt):
                 yield
@@ -384,7 +384,7 @@ class PolicyActor:
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """Forward: sum over the group. Backward: identity, because every rank computes the same loss from the sum."""
+    """Sum over the group in the forward pass. Backward is the identity: every rank computes the same loss from the sum."""
 
     @staticmethod
     def forward(ctx, values, group):

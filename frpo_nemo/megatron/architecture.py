@@ -1,7 +1,7 @@
-"""What a Hugging Face config.json says about a model, in one frozen value: the only reader of that file.
+"""Read a model's Hugging Face config.json into one frozen value. No other module reads that file.
 
 Nothing here loads weights, torch or transformers (`rope_frequencies` imports torch when called), so a bad model or a
-bad parallel layout is refused in milliseconds. A key absent from config.json has transformers' default.
+bad parallel layout is rejected in milliseconds. A key absent from config.json has transformers' default.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as attention heads
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _SIZES = (*_REQUIRED, "max_position_embeddings")
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")  # null is a value of these
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")  # may be null
 _ROPE_SETTINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -33,9 +33,9 @@ class Architecture:
 
     rope_scaling: None, {"rope_type": "linear", "factor": f}, or {"rope_type": "llama3", "factor": f,
     "low_freq_factor": f, "high_freq_factor": f, "original_max_position_embeddings": n}.
-    sliding_window: tokens that a layer attends to, or None. Our attention is full, which is the same for sequences
-    up to that length; longer ones are refused by `check_sequence_length`.
-    dtype: "float32", "bfloat16", "float16" or None, as the weights were saved according to config.json.
+    sliding_window: tokens that a layer attends to, or None. Attention here is full, which is the same for sequences up to
+    that length; `check_sequence_length` rejects longer ones.
+    dtype: "float32", "bfloat16", "float16" or None: the weights' dtype according to config.json.
     """
 
     family: str
@@ -60,12 +60,12 @@ class Architecture:
 
     @classmethod
     def from_hf(cls, path: str | Path) -> Architecture:
-        """Read `path`/config.json, in the style of transformers 4 or 5. ConfigError: not supported."""
+        """Read `path`/config.json, in the style of transformers 4 or 5. Raises ConfigError if it isn't supported."""
         return cls.from_config(_read_config(Path(path)), path)
 
     @classmethod
     def from_config(cls, config: dict[str, Any], path: str | Path) -> Architecture:
-        """The same of what config.json holds, or would hold. path: of the model, for messages."""
+        """Do the same for the content of a config.json, which need not exist. path: the model's, for messages."""
         family = _supported_family(config, path)
         missing = [key for key in _REQUIRED if config.get(key) is None]
         if missing:
@@ -99,7 +99,7 @@ class Architecture:
         )
 
     def padded_vocab_size(self, tp: int) -> int:
-        """Rows of the embedding and output layers: the smallest multiple of lcm(64, tp) that holds the vocabulary.
+        """Return the rows of the embedding and output layers: the smallest multiple of lcm(64, tp) that holds the vocabulary.
 
         64 keeps a shard's rows a multiple of 8 (tensor cores) up to TP8, and makes the size the same for every such
         layout, so that a checkpoint loads in another. Published models need no padding. Padding rows are zero, are
@@ -109,10 +109,10 @@ class Architecture:
         return -(-self.vocab_size // divisor) * divisor
 
     def rope_frequencies(self):
-        """Inverse frequencies of the rotary embedding, float32 [head_dim / 2], as transformers computes them.
+        """Return the inverse frequencies of the rotary embedding, float32 [head_dim / 2], as transformers computes them.
 
         megatron-core's own llama3 scaling fixes low_freq_factor=1, high_freq_factor=4 and an original length of 8192,
-        whatever the config says, so the model takes these instead.
+        whatever config.json has, so the model uses these instead.
         """
         import torch
 
@@ -133,7 +133,7 @@ class Architecture:
         return torch.where(rotations > high, frequencies, slowed)
 
     def layers_of_stage(self, pp_rank: int, pp: int, first: int | None = None, last: int | None = None) -> range:
-        """Global indices of the layers on pipeline stage `pp_rank`; `first` and `last` are the layers of the first and
+        """Return global indices of the layers on pipeline stage `pp_rank`; `first` and `last` are the layers of the first and
         last stage in an uneven split. The same as megatron-core's get_num_layers_to_build and
         get_transformer_layer_offset; the split must have passed `check_parallel`."""
         middle_stages = pp - (first is not None) - (last is not None)
@@ -185,7 +185,7 @@ class Architecture:
             )
 
     def check_sequence_length(self, tokens: int) -> None:
-        """Raise ConfigError when sequences of up to `tokens` tokens are more than this model can be trained on here."""
+        """Raise ConfigError when this model cannot be trained here on sequences of up to `tokens` tokens."""
         if self.sliding_window is not None and tokens > self.sliding_window:
             raise ConfigError(
                 f"Sequences of up to {tokens} tokens exceed sliding_window={self.sliding_window} of {self.source}: "
@@ -206,7 +206,7 @@ class Architecture:
                 raise ConfigError(
                     f"{self.source}/config.json sets use_sliding_window for {sum(layers)} of {self.num_layers} layers, which "
                     f"vLLM does not support; set use_sliding_window to false there: attention is the same for sequences of "
-                    f"up to sliding_window={self.sliding_window} tokens, and longer ones are refused here anyway."
+                    f"up to sliding_window={self.sliding_window} tokens, and longer ones are rejected here anyway."
                 )
 
 
@@ -230,12 +230,12 @@ def _check_numbers(config: dict[str, Any], path: str | Path) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(
-                f"{path}/config.json has {key}={json.dumps(value)}; it should be a whole number from 1 on."
+                f"{path}/config.json has {key}={json.dumps(value)}; it must be a whole number of at least 1."
             )
     epsilon = config["rms_norm_eps"]
     if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or epsilon < 0:
         raise ConfigError(
-            f"{path}/config.json has rms_norm_eps={json.dumps(epsilon)}; it should be a number such as 1e-6."
+            f"{path}/config.json has rms_norm_eps={json.dumps(epsilon)}; it must be a number such as 1e-6."
         )
 
 
@@ -267,7 +267,7 @@ def _head_dim(config: dict[str, Any], family: str) -> int:
 
 
 def _rope(config: dict[str, Any], max_positions: int, path: str | Path) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+    """Return (theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -302,7 +302,7 @@ def _sliding_window(config: dict[str, Any], family: str) -> int | None:
 
 
 def _windowed_layers(config: dict[str, Any]) -> list[bool]:
-    """Which layers of a Qwen model attend to a window."""
+    """Return which layers of a Qwen model attend to a window."""
     layers = config["num_hidden_layers"]
     if not config.get("use_sliding_window", False):
         return [False] * layers

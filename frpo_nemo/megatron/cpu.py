@@ -1,4 +1,4 @@
-"""Megatron-core without CUDA: everything that is replaced, and why. Nothing here runs where a CUDA device exists.
+"""Run megatron-core without CUDA: everything that is replaced, and why. Nothing here runs where a CUDA device exists.
 
 megatron-core names "cuda" literally in tensor factories and asks `torch.cuda` for devices, streams, events and RNG
 states. Two things make it run on CPU with gloo: stand-ins for those `torch.cuda` functions (installed once), and a
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def megatron_device() -> contextlib.AbstractContextManager:
-    """Context for every call into megatron-core: makes it run on CPU where there is no CUDA device."""
+    """Return a context for every call into megatron-core, which makes it run on a CPU if there is no CUDA device."""
     if torch.cuda.is_available():
         return contextlib.nullcontext()
     _install_stand_ins()
@@ -25,12 +25,12 @@ def megatron_device() -> contextlib.AbstractContextManager:
 
 
 def without_device_mapping() -> contextlib.AbstractContextManager:
-    """Inside `megatron_device()`, for code that names no device: the layers' own operations then cost nothing extra."""
+    """Suspend `megatron_device()` for code that names no device, so that the layers' own operations cost nothing extra."""
     return contextlib.nullcontext() if torch.cuda.is_available() else torch._C.DisableTorchFunction()
 
 
 def runs_on_megatron_device(function):
-    """Decorator form of `megatron_device()`."""
+    """Apply `megatron_device()` as a decorator."""
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -41,7 +41,7 @@ def runs_on_megatron_device(function):
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    """Maps cuda devices to cpu in factories, `.to`, `.cuda`; `Tensor.type()` answers as it would on CUDA."""
+    """Map cuda devices to cpu in factories, `.to`, `.cuda`; `Tensor.type()` returns what it would on CUDA."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -58,7 +58,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A stream or an event on a machine where everything happens in program order."""
+    """Stand in for a stream or an event on a machine where everything happens in program order."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -90,8 +90,8 @@ def _install_stand_ins() -> None:
     cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
     cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
-    # Megatron's RNG tracker forks the "CUDA" generator; on CPU that is the one global generator, of which it would say with
-    # every fork that it has changed.
+    # Megatron's RNG tracker forks the "CUDA" generator; on a CPU that is the one global generator, and the tracker would warn
+    # at every fork that it has changed.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()

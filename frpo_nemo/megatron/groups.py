@@ -1,4 +1,4 @@
-"""Megatron's parallel groups inside the world, and the collectives over them that the rest uses."""
+"""Create Megatron's parallel groups, and offer the collectives over them that other modules use."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def start_model_parallel(model: ModelConfig, seed: int) -> None:
 
 def stop_model_parallel() -> None:
     """Undo start_model_parallel, so that another layout can follow in the same processes (tests do). megatron-core
-    forgets its groups but leaves them alive, with the threads that each gloo group owns and that wake 100 times a second."""
+    forgets its groups but leaves them alive, with the threads of each gloo group, which wake 100 times a second."""
     parallel_state.destroy_model_parallel()
-    gc.collect()  # models that are done with hold groups, and are in cycles
+    gc.collect()  # unused models hold groups, and are in reference cycles
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 
 
 def data_parallel() -> tuple[int, int]:
-    """(rank, size) among the replicas of the model."""
+    """Return (rank, size) among the replicas of the model."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def sum_over_replicas_and_stages(values: Tensor) -> Tensor:
-    """Sum over data-parallel replicas and pipeline stages, in place. With zeros everywhere but in the one place that
-    knows a value, this is an exact gather that every rank receives."""
+    """Sum over data-parallel replicas and pipeline stages, in place. If only one rank has a nonzero
+    value at each place, this is an exact gather that every rank receives."""
     for group in (parallel_state.get_data_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
         if dist.get_world_size(group) > 1:
             dist.all_reduce(values, group=group)
@@ -50,7 +50,7 @@ def sum_over_replicas_and_stages(values: Tensor) -> Tensor:
 
 
 def from_last_stage(value):
-    """The last pipeline stage's picklable `value`, on every stage."""
+    """Return the last pipeline stage's picklable `value`, on every stage."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return value
     box = [value]

@@ -1,5 +1,5 @@
-"""The three modules that replace megatron-core's where Transformer Engine is absent: a core attention and a rotary
-embedding for packed sequences, and an RMSNorm that works under sequence parallelism. Plus how they form a layer."""
+"""Replace three modules of megatron-core where Transformer Engine is absent: a core attention and a rotary embedding for
+packed sequences, and an RMSNorm that works under sequence parallelism. Also form a layer of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 @dataclass
 class AttentionPlan:
-    """How a pack's sequences form rectangles for batched causal attention.
+    """Arrange a pack's sequences in rectangles for batched causal attention.
 
     rows: int64 [B, L] tensors; each names the token positions of B sequences, right-padded to L with T (one past the
-    pack). restore: int64 [T], where each token lies among all rectangles' elements, one rectangle after the other.
+    pack). restore: int64 [T], the place of each token among all rectangles' elements, one rectangle after the other.
     """
 
     rows: list[Tensor]
@@ -28,7 +28,7 @@ class AttentionPlan:
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> AttentionPlan:
-        """Sequences whose lengths share a power of two go together: less than half of a rectangle is padding."""
+        """Group sequences whose lengths share a power of two, so that less than half of a rectangle is padding."""
         groups: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             groups.setdefault((length - 1).bit_length(), []).append(index)
@@ -48,8 +48,8 @@ class AttentionPlan:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What the modules of this file need of a pack. `qkv_format` is "sbhd" so that megatron-core hands over
-    [T, 1, heads, head_dim] untouched; its own "thd" path loops over sequences in Python for the rotary embedding.
+    """What the modules of this file need of a pack. `qkv_format` is "sbhd" so that megatron-core passes
+    [T, 1, heads, head_dim] unchanged; its own "thd" path loops over sequences in Python for the rotary embedding.
 
     positions: int64 [T], of each token in its sequence.
     """
@@ -61,7 +61,7 @@ class PackedSequences(PackedSeqParams):
 class PackedAttention(torch.nn.Module):
     """Causal attention inside each sequence of a pack. q [T, 1, heads, d], k and v [T, 1, groups, d] -> [T, 1, heads*d].
 
-    Padding sits on the right of a row, so causality alone hides it from every real token. Rows are gathered with
+    Padding is on the right of a row, so causality alone hides it from every real token. Rows are gathered with
     `F.embedding`, whose backward is the fast and deterministic one on CPU.
     """
 
@@ -86,7 +86,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
     """Rotary angles for each token's position in its own sequence: [T, 1, 1, head_dim]."""
 
     def get_rotary_seq_len(self, inference_context, transformer, transformer_input, config, packed_seq_params):
-        # megatron-core passes what this returns to forward(): positions instead of a length.
+        # megatron-core passes the result to forward(): positions instead of a length.
         return packed_seq_params.positions
 
     def forward(self, positions: Tensor, **kwargs) -> Tensor:
@@ -103,7 +103,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def local_layer_spec(qk_norm: bool) -> ModuleSpec:
-    """megatron-core's local transformer layer with the modules above."""
+    """Return megatron-core's local transformer layer with the modules above."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

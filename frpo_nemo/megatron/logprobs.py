@@ -1,7 +1,7 @@
-"""Log-probabilities, entropy and KL from hidden states, vocabulary-parallel and in chunks of tokens.
+"""Compute log-probabilities, entropy and KL from hidden states, vocabulary-parallel and in chunks of tokens.
 
-Only `chunk_tokens` rows of fp32 logits exist at any time, in the forward and in the backward pass (which computes
-them again). The output layer of the model therefore passes hidden states through (see model.py).
+Only `chunk_tokens` rows of fp32 logits exist at any time, in the forward and in the backward pass (which recomputes
+them). The output layer of the model therefore passes hidden states through (see model.py).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ROWS_AT_A_TIME = 8192  # of an output layer that is multiplied in fp32 on CPU
+ROWS_AT_A_TIME = 8192  # rows of an output layer multiplied at a time in fp32 on a CPU
 
 
 def vocab_parallel_logits(
     hidden: Tensor, weight: Tensor, *, vocab_size: int, tp_rank: int, temperature: float, in_fp32: bool = False
 ) -> Tensor:
-    """This rank's part of the logits in fp32: hidden [T, H], weight [V/tp, H] -> [T, V/tp].
+    """Return this rank's part of the logits in fp32: hidden [T, H], weight [V/tp, H] -> [T, V/tp].
 
-    Rows of a padded vocabulary get -inf: they are no tokens. in_fp32: do not round the product to the dtype of `hidden`.
+    Rows of a padded vocabulary get -inf: they aren't tokens. in_fp32: do not round the product to the dtype of `hidden`.
     """
     logits = _fp32_product(hidden, weight) if in_fp32 else (hidden @ weight.t()).float()
     if temperature != 1.0:
@@ -30,7 +30,7 @@ def vocab_parallel_logits(
 
 
 def _fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight^T in fp32, without an fp32 copy of the whole weight: a GPU adds up in fp32 and can return that."""
+    """Return hidden @ weight^T in fp32, without an fp32 copy of the whole weight: a GPU sums in fp32 and can return that."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     product = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
@@ -51,11 +51,11 @@ def token_logprobs(
     temperature: float = 1.0,
     in_fp32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log softmax(hidden @ weight^T / temperature) at `targets`, the entropy of that distribution, and 1 where the target
-    is its likeliest token, else 0 (no gradient in the last two).
+    """Return log softmax(hidden @ weight^T / temperature) at `targets`, the entropy of that distribution, and 1 where the
+    target is its likeliest token, else 0 (no gradient in the last two).
 
-    hidden: [T, H], equal on all TP ranks; its gradient comes out *partial* (this rank's vocabulary only), to be summed
-    over TP by the caller's mapping. weight: [V/tp, H]. targets: int64 [T], global ids. in_fp32: of vocab_parallel_logits.
+    hidden: [T, H], equal on all TP ranks; its gradient is *partial* (this rank's vocabulary only), and the caller's mapping
+    sums it over TP. weight: [V/tp, H]. targets: int64 [T], global ids. in_fp32: see vocab_parallel_logits.
     Returns three fp32 [T].
     """
     options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature, in_fp32=in_fp32)
@@ -75,14 +75,14 @@ def token_kl(
     temperature: float = 1.0,
     in_fp32: bool = False,
 ) -> Tensor:
-    """KL of softmax(hidden @ weight^T / temperature) from the same of the reference, exact, at every token. Shapes as in
-    token_logprobs, weights and hidden states of the two models. fp32 [T]."""
+    """Return the exact KL of softmax(hidden @ weight^T / temperature) from the same of the reference, at every token. Shapes
+    as in token_logprobs, weights and hidden states of the two models. fp32 [T]."""
     options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature, in_fp32=in_fp32)
     kl = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     for chunk in _chunks(hidden.shape[0], chunk_tokens):
         own = _log_softmax(vocab_parallel_logits(hidden[chunk], weight, **options), tp_group)
         reference = _log_softmax(vocab_parallel_logits(ref_hidden[chunk], ref_weight, **options), tp_group)
-        # Both are -inf in the rows of a padded vocabulary, and only there: those have no part in the sum.
+        # Both are -inf in the rows of a padded vocabulary, and only there: leave those out of the sum.
         difference = (own - reference).masked_fill(own == float("-inf"), 0.0)
         kl[chunk] = (torch.exp(own) * difference).sum(dim=1)
         dist.all_reduce(kl[chunk], group=tp_group)
@@ -90,7 +90,7 @@ def token_kl(
 
 
 def _log_softmax(logits: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """Of logits [T, V/tp] whose rows are spread over the group."""
+    """Return the log softmax of logits [T, V/tp] whose rows are split over the group."""
     maximum = logits.amax(dim=1, keepdim=True)
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
     total = torch.exp(logits - maximum).sum(dim=1, keepdim=True)
@@ -111,7 +111,7 @@ class _TokenLogprobs(torch.autograd.Function):
             maximum = logits.amax(dim=1)
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
             probabilities = torch.exp(logits - maximum[:, None])
-            # A padded row holds probability 0 times -inf; only -inf itself is replaced, so that a NaN stays visible.
+            # A padded row has probability 0 times -inf; only -inf itself is replaced, so that a NaN stays visible.
             weighted = (probabilities * logits.masked_fill(logits == float("-inf"), 0.0)).sum(dim=1)
             sums = torch.stack([probabilities.sum(dim=1), weighted, target_logits])
             dist.all_reduce(sums, group=tp_group)
@@ -150,7 +150,7 @@ def _chunks(tokens: int, size: int) -> list[slice]:
 
 
 def _local_targets(targets: Tensor, rows: int, tp_rank: int) -> tuple[Tensor, Tensor]:
-    """(row on this rank, whether this rank has it) of each target id; the row of a target elsewhere is 0."""
+    """Return (row on this rank, whether this rank has it) of each target id; the row of a target elsewhere is 0."""
     local = targets - tp_rank * rows
     owned = (local >= 0) & (local < rows)
     return torch.where(owned, local, 0), owned

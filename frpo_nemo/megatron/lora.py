@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of a GPTModel: y = W x + alpha / rank * B A dropout(x),
+"""Add low-rank adapters (LoRA, arXiv 2106.09685) to the linear layers of a GPTModel: y = W x + alpha / rank * B A dropout(x),
 with the base W frozen. q, k, v, o, gate, up and down have an A and a B each, as in PEFT, also where Megatron fuses them.
 
-The fact to know: an adapter is split over tensor ranks like its layer, and what its ranks exchange is rank-sized. Where
-its parameters lie in the whole model is the business of weights/table.py, which names them as PEFT does.
+An adapter is split over tensor ranks like its layer, and its ranks exchange only tensors of the size of its rank.
+weights/table.py defines the places of its parameters in the whole model, and names them as PEFT does.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from frpo_nemo.megatron.weights.table import Weight
 
 class Adapter(torch.nn.Module):
     """The update of one linear layer on this tensor rank. `a` [S * rank, columns]: the A's of the S matrices that the layer
-    fuses, one above the other. `b` [rows, rank]: each row belongs to the B of the matrix that the layer's row belongs to.
-    rows, columns: of this rank's shard of the layer's weight."""
+    fuses, stacked. `b` [rows, rank]: each row belongs to the B of the matrix that the layer's row belongs to.
+    rows, columns: the size of this rank's shard of the layer's weight."""
 
     def __init__(self, weight: Weight, config: TransformerConfig, lora: LoRAConfig):
-        """weight: of the layer, in the table."""
+        """Create the parameters, values not set. weight: the layer's, in the table."""
         super().__init__()
         rows, columns = weight.shard_shape
         fused, dtype = len(weight.hugging_face), config.params_dtype
@@ -54,13 +54,13 @@ class Adapter(torch.nn.Module):
         self.register_buffer(
             "member", membership(weight, tensor_rank).to(dtype) if fused > 1 else None, persistent=False
         )
-        # Under sequence parallelism each rank sees a part of the tokens where the parameter is replicated: a sum is owed.
+        # Under sequence parallelism a rank with a replicated parameter sees only some tokens: sum its gradient over ranks.
         replicated = self.b if self.row_parallel else self.a
         replicated.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's input [T, 1, in] -> what is added to its output [T, 1, out], both as the layer has them (T over TP
-        under sequence parallelism: the input of a column-parallel layer, the output of a row-parallel one)."""
+        """Map the layer's input [T, 1, in] to the update of its output [T, 1, out], both as the layer has them (under sequence
+        parallelism T / TP for the input of a column-parallel layer and the output of a row-parallel one)."""
         hidden = F.linear(self._drop(x), self.a)
         if self.row_parallel:
             sum_over_ranks = (
@@ -77,7 +77,7 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def merge(self, weight: Tensor) -> Tensor:
-        """This rank's shard of W + alpha / rank * B A [rows, columns], computed in fp32, in the dtype of `weight`."""
+        """Return this rank's shard of W + alpha / rank * B A [rows, columns], computed in fp32, in the dtype of `weight`."""
         return merge(weight, self.a, self.b, self.member, self.scale)
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -99,14 +99,14 @@ def add_adapters(gpt: torch.nn.Module, arch: Architecture, lora: LoRAConfig) -> 
             binding.layer.register_forward_hook(_add_update)
     gpt.lora_rank = lora.rank
     if gpt.config.recompute_granularity == "full" and gpt.pre_process:
-        # A checkpointed layer has a gradient only if its input asks for one, and frozen embeddings do not.
+        # A checkpointed layer has a gradient only if its input requires one, which frozen embeddings do not.
         gpt.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
 
 @torch.no_grad()
 def initialise_adapters(gpt: torch.nn.Module, arch: Architecture, seed: int) -> None:
-    """Values as PEFT's: A uniform within 1 / sqrt(in), B zero, so that training begins at the base model. They depend on
-    `seed` and the matrix alone, not on the layout."""
+    """Set values as PEFT does: A uniform within 1 / sqrt(in), B zero, so that training begins at the base model. They depend
+    only on `seed` and the matrix, not on the layout."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     for binding in bind_adapters(gpt, arch):
         if binding.parameter is not None:
@@ -115,7 +115,7 @@ def initialise_adapters(gpt: torch.nn.Module, arch: Architecture, seed: int) -> 
 
 @contextlib.contextmanager
 def switched_off(gpt: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model is its frozen base."""
+    """Switch the adapters off: inside, the model is its frozen base."""
     adapters = [module for module in gpt.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
         adapter.enabled = False
@@ -127,8 +127,8 @@ def switched_off(gpt: torch.nn.Module) -> Iterator[None]:
 
 
 def sharded_adapters(gpt: torch.nn.Module, arch: Architecture) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """Parameter name -> its place in the whole model, as megatron-core's sharded_state_dict gives for other weights: stacked
-    over layers, gates above ups."""
+    """Return parameter name -> its place in the whole model, in the form of megatron-core's sharded_state_dict for other
+    weights: stacked over layers, gates above ups."""
     names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     state = {}
     for weight, parameter in ((b.weight, b.parameter) for b in bind_adapters(gpt, arch) if b.parameter is not None):
@@ -139,7 +139,7 @@ def sharded_adapters(gpt: torch.nn.Module, arch: Architecture) -> dict[str, Shar
             sharded = make_sharded_tensor_for_checkpoint(parameter, key, stack)
         else:
             sharded = make_tp_sharded_tensor_for_checkpoint(parameter, key, weight.dim, prepend_offsets=stack)
-        if len(weight.hugging_face) == 2 and not weight.replicated:  # gate and up, of which a rank has a part each
+        if len(weight.hugging_face) == 2 and not weight.replicated:  # gate and up; a rank has a part of each
             sharded = apply_swiglu_sharded_factory(sharded, stack)
         state[names[id(parameter)]] = sharded
     return state
@@ -147,26 +147,26 @@ def sharded_adapters(gpt: torch.nn.Module, arch: Architecture) -> dict[str, Shar
 
 def _add_update(layer: torch.nn.Module, inputs: tuple, output: tuple) -> tuple | None:
     if not layer.lora.enabled:
-        return None  # as it is
+        return None  # unchanged
     if output[0].requires_grad:
         output[0].register_hook(_with_plain_strides)
     return output[0] + layer.lora(inputs[0]), *output[1:]
 
 
 def _with_plain_strides(grad: Tensor) -> Tensor:
-    """[T, 1, out] as one matrix sees it. A frozen layer multiplies this by its weight outside of autograd, where torch takes
-    the batch of size 1, if its stride is unusual, for T products and makes T copies of the weight."""
+    """Return [T, 1, out] with the strides of one matrix. A frozen layer multiplies it by its weight outside of autograd; with
+    an unusual stride of the batch of size 1, torch would compute T products and make T copies of the weight."""
     return grad.flatten(0, 1).unsqueeze(1)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, member: Tensor | None, scale: float) -> Tensor:
-    """A shard of W with its update, computed in fp32, in the dtype of `weight`. Shapes as in Adapter; member [rows, S] is
-    None where nothing is fused."""
+    """Return a shard of W with its update, computed in fp32, in the dtype of `weight`. Shapes as in Adapter; member [rows, S]
+    is None if nothing is fused."""
     return (_wide(b.float(), member) @ a.float()).mul_(scale).add_(weight).to(weight.dtype)
 
 
 def membership(weight: Weight, tensor_rank: int) -> Tensor:
-    """1 where a row of a tensor rank's shard belongs to one of the fused matrices: [rows, S]."""
+    """Return 1 where a row of a tensor rank's shard belongs to one of the fused matrices: [rows, S]."""
     member = torch.zeros(weight.shard_shape[0], len(weight.hugging_face))
     for segment in weight.segments:
         if segment.rank == tensor_rank:
@@ -175,7 +175,7 @@ def membership(weight: Weight, tensor_rank: int) -> Tensor:
 
 
 def _wide(b: Tensor, member: Tensor | None) -> Tensor:
-    """B [rows, S * rank]: zero where a row and an A are of different matrices, so that one product serves all."""
+    """Return B [rows, S * rank]: zero where a row and an A belong to different matrices, so that one product serves all."""
     return b if member is None else (member.to(b.dtype)[:, :, None] * b[:, None, :]).flatten(1)
 
 

@@ -1,8 +1,8 @@
-"""The policy as a megatron-core GPTModel, built from an Architecture and a ModelConfig. Weights come from hf_weights.
+"""Build the policy, a megatron-core GPTModel, from an Architecture and a ModelConfig. weights/ loads its weights.
 
-Where stack.uses_transformer_engine says so, Transformer Engine's layers are used (FP8, context parallelism); otherwise
-megatron-core's local ones with the replacements of layers.py. Either gets lora.py's adapters where model.lora.rank is
-above 0. The output layer passes hidden states through: logprobs.py computes what is needed of the logits, in chunks.
+The model has Transformer Engine's layers (FP8, context parallelism) if stack.uses_transformer_engine allows it; otherwise
+megatron-core's local ones with the replacements of layers.py. Either gets lora.py's adapters if model.lora.rank is above 0.
+The output layer passes hidden states through: logprobs.py computes what is needed of the logits, in chunks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, *, transformer_engine: bool) -> TransformerConfig:
-    """megatron-core's configuration."""
+    """Return megatron-core's configuration."""
     dtype = DTYPES[model.precision]
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -55,12 +55,12 @@ def transformer_config(arch: Architecture, model: ModelConfig, *, transformer_en
         sequence_parallel=model.sequence_parallel,
         num_layers_in_first_pipeline_stage=model.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=model.num_layers_in_last_pipeline_stage,
-        # Packs differ in length; with that, megatron-core insists on this (unused) MoE dispatcher.
+        # Packs differ in length; for that, megatron-core requires this (unused) MoE dispatcher.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # Losses are global sums with global denominators, so megatron-core must not average anything.
         calculate_per_token_loss=True,
-        # Every weight is loaded, so none is drawn.
+        # Every weight is loaded, so none is initialised.
         perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         # The fused versions need CUDA extensions or torch.compile; Transformer Engine brings its own.
@@ -75,7 +75,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, *, transformer_en
 
 
 def layer_spec(arch: Architecture, *, transformer_engine: bool, adapters: bool = False) -> ModuleSpec:
-    """One transformer layer, of Transformer Engine's modules or local. adapters: its linear layers will have some."""
+    """Return one transformer layer, of Transformer Engine's modules or local. adapters: its linear layers will have some."""
     if not transformer_engine:
         return local_layer_spec(arch.qk_norm)
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
@@ -85,7 +85,7 @@ def layer_spec(arch: Architecture, *, transformer_engine: bool, adapters: bool =
 
 
 def _take_norms_apart(spec: ModuleSpec) -> None:
-    """An adapter needs its layer's input, which a layer that normalises it first does not show."""
+    """Separate norms from linear layers: an adapter needs its layer's input, which a layer that normalises it first hides."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer = spec.submodules
@@ -96,8 +96,7 @@ def _take_norms_apart(spec: ModuleSpec) -> None:
 
 @runs_on_megatron_device
 def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
-    """This rank's part of the policy, weights and adapters not set. Model parallel groups exist already. `model`: a
-    ModelConfig."""
+    """Return this rank's part of the policy, weights and adapters not set. Model parallel groups must exist already."""
     transformer_engine = uses_transformer_engine(model.precision)
     config = transformer_config(arch, model, transformer_engine=transformer_engine)
     spec = layer_spec(arch, transformer_engine=transformer_engine, adapters=model.lora.rank > 0)
@@ -126,22 +125,22 @@ def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
 
 
 def output_weight(gpt: GPTModel) -> torch.Tensor:
-    """The last stage's output projection, [padded vocabulary / TP, hidden]."""
+    """Return the last stage's output projection, [padded vocabulary / TP, hidden]."""
     return (
         gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else gpt.output_layer.weight
     )
 
 
 class _HiddenStatesOutput(ColumnParallelLinear):
-    """Holds the output weight like its parent, but the model's output is the final hidden states."""
+    """Hold the output weight like the parent class, but return the final hidden states as the model's output."""
 
     def forward(self, input_, weight=None, runtime_gather_output=None, **kwargs):
         return input_, None
 
 
 def _mark_tensor_parallel(gpt: GPTModel, arch: Architecture) -> None:
-    """megatron-core marks sharded parameters only when it draws their values; an unmarked one would count on TP rank
-    0 alone in the gradient norm."""
+    """Mark sharded parameters, which megatron-core does only when it initialises their values. Otherwise the gradient norm
+    would count them on TP rank 0 only."""
     for binding in (*bind(gpt, arch), *bind_adapters(gpt, arch)):
         if binding.parameter is not None:
             binding.parameter.tensor_model_parallel = not binding.weight.replicated
@@ -162,6 +161,6 @@ def _recompute(mode: str) -> dict:
 
 
 def _fp8(model: ModelConfig) -> dict:
-    """Under the delayed recipe, Transformer Engine reduces the largest values of each microbatch over a group. Replicas have
-    unequal numbers of microbatches, so that group must not cross them, or a rank would wait for ever."""
+    """Return the options of FP8. Under the delayed recipe, Transformer Engine reduces the largest values of each microbatch
+    over a group. Replicas have unequal numbers of microbatches, so a group across them would make a rank wait forever."""
     return dict(fp8=model.fp8, fp8_recipe=model.fp8_recipe, tp_only_amax_red=True) if model.fp8 else {}

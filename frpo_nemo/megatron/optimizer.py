@@ -1,4 +1,4 @@
-"""Megatron's distributed Adam (fp32 main weights and moments, sharded over data-parallel ranks) and the schedule.
+"""Build Megatron's distributed Adam (fp32 main weights and moments, sharded over data-parallel ranks) and the schedule.
 
 The learning rate is a function of the step alone, so a resumed run has nothing to restore.
 """
@@ -20,7 +20,7 @@ class NonFiniteGradient(RuntimeError):
 
 
 def build_optimizer(model: DistributedDataParallel, optim: options.OptimizerConfig, dtype: torch.dtype):
-    """Return megatron-core's optimizer of `model`; what is decayed is yet to be set (weight_decay.py)."""
+    """Return megatron-core's optimizer of `model`; weight_decay.py sets later what is decayed."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -39,7 +39,7 @@ def build_optimizer(model: DistributedDataParallel, optim: options.OptimizerConf
 
 def learning_rate(update: int, total_updates: int, optim: options.OptimizerConfig) -> float:
     """Return the rate of optimizer update `update` (from 0). The first W = warmup_ratio of all have lr / W, 2 lr / W, ..., lr;
-    then it is constant, or half a cosine from lr that would arrive at min_lr one update after the last."""
+    then it is constant, or half a cosine from lr that would reach min_lr one update after the last."""
     warmup = round(optim.warmup_ratio * total_updates)
     if update < warmup:
         return optim.lr * (update + 1) / warmup

@@ -1,5 +1,5 @@
-"""From a ragged batch to packed microbatches: which sequences a replica takes, which share a microbatch, and the
-tensors that the model wants. Pure functions of lengths, so that every rank of a replica decides the same."""
+"""Pack a ragged batch into microbatches: choose the sequences of each replica and of each microbatch, and build the model's
+input tensors. Pure functions of lengths, so that every rank of a replica decides the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from frpo_nemo.megatron.layers import AttentionPlan, PackedSequences
 class Microbatch:
     """One packed forward pass.
 
-    indices: where its sequences stand in the global batch. tokens, position_ids: int64 [1, T'], T' the padded length
+    indices: places of its sequences in the global batch. tokens, position_ids: int64 [1, T'], T' the padded length
     (divided by CP). predictors, targets: int64 [R'], positions whose hidden state predicts a response token, and that
     token. slots: int64 [R'], the response token's place among the microbatch's R response tokens (R' = R without CP).
     """
@@ -33,7 +33,7 @@ class Microbatch:
 
 
 def split_over_replicas(lengths: list[int], replicas: int) -> list[list[int]]:
-    """Indices for each replica: longest first, each to the replica with the fewest tokens so far. Every sequence goes
+    """Return indices for each replica: longest first, each to the replica with the fewest tokens so far. Every sequence goes
     to exactly one replica, and every replica gets one if there are enough."""
     parts: list[list[int]] = [[] for _ in range(replicas)]
     tokens = [0] * replicas
@@ -45,7 +45,7 @@ def split_over_replicas(lengths: list[int], replicas: int) -> list[list[int]]:
 
 
 def split_into_microbatches(lengths: list[int], token_budget: int) -> list[list[int]]:
-    """First-fit decreasing: every microbatch holds at most `token_budget` tokens, or one longer sequence."""
+    """Split by first-fit decreasing: every microbatch holds at most `token_budget` tokens, or one longer sequence."""
     packs: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -110,7 +110,7 @@ def build_microbatch(
 
 
 def context_parallel_shard(segments: list[int], cp_rank: int, cp_size: int) -> Tensor:
-    """Positions of a pack that context-parallel rank `cp_rank` holds: of each segment's 2 * cp_size equal pieces, the
+    """Return positions of a pack that context-parallel rank `cp_rank` holds: of each segment's 2 * cp_size equal pieces, the
     cp_rank-th from the front and the cp_rank-th from the back, which balances causal attention (Transformer Engine's
     layout for packed sequences)."""
     pieces, start = [], 0
@@ -123,7 +123,7 @@ def context_parallel_shard(segments: list[int], cp_rank: int, cp_size: int) -> T
 
 
 def to_device(batch: SequenceBatch, device: torch.device) -> SequenceBatch:
-    """The batch with every tensor on `device`."""
+    """Return the batch with every tensor on `device`."""
     return SequenceBatch(
         batch.tokens.to(device),
         batch.lengths.to(device),

@@ -1,4 +1,4 @@
-"""Which parameters weight decay pulls towards zero: a rule that a run keeps, so its checkpoints name it.
+"""Choose which parameters decay towards zero, by a rule that a run keeps, so its checkpoints name it.
 
 No torch here: `--check` prints the rule.
 """
@@ -12,10 +12,10 @@ EVERYTHING = "everything"  # the rule of runs whose checkpoints name none
 
 
 def apply(optimizer, weight_decay: float, rule: str) -> None:
-    """Let `weight_decay` pull what `rule` names, in megatron-core's `optimizer`.
+    """Apply `weight_decay` to the parameters that `rule` names, in megatron-core's `optimizer`.
 
     megatron-core puts vectors into groups with wd_mult=0, but only its own scheduler, which is not used here, applies
-    that number: until then every group has the whole decay.
+    that number: without it every group has the whole decay.
     """
     for group in optimizer.param_groups:
         group["weight_decay"] = weight_decay * (1.0 if rule == EVERYTHING else group["wd_mult"])
@@ -27,11 +27,11 @@ def rule_of(record: dict[str, Any]) -> str:
 
 
 def describe(weight_decay: float, rule: str, *, adapters: bool) -> str:
-    """Return a sentence to the user on what is decayed."""
+    """Return a sentence for the user on what is decayed."""
     if not weight_decay:
         return "optim.weight_decay=0: no weights are decayed"
     if adapters:
-        return f"optim.weight_decay={weight_decay:g} applies to the adapters, which are all that is trained"
+        return f"optim.weight_decay={weight_decay:g} applies to the adapters; nothing else is trained"
     if rule == EVERYTHING:
         return (
             f"optim.weight_decay={weight_decay:g} applies to all weights, norms and biases included, as when this run "

@@ -221,7 +221,7 @@ def test_what_no_conversion_writes_is_not_removed_with_an_earlier_one(model, sav
     out = convert(ConvertRun(input=str(saved), base=model, out=str(tmp_path / "out")))
     (out / other).parent.mkdir(exist_ok=True)
     (out / other).touch()
-    with pytest.raises(ConfigError, match=f"{Path(other).parts[0]} in it is of another origin"):
+    with pytest.raises(ConfigError, match=f"{Path(other).parts[0]} in it has another origin"):
         inputs.check_conversion(ConvertRun(input=str(saved), base=model, out=str(out)))  # before seconds of imports
 
 
@@ -304,8 +304,8 @@ def elsewhere(metadata) -> None:
         (lambda c: (c / "__0_0.distcp").unlink(), "is not a whole checkpoint: __0_0.distcp is missing"),
         (lambda c: (c / "__0_0.distcp").write_bytes(b"x"), "__0_0.distcp has 1 of at least [0-9]+ bytes"),
         (lambda c: rewrite_index(c, lambda m: m.state_dict_metadata.pop(WEIGHT)), f"lacks {WEIGHT}"),
-        (lambda c: rewrite_index(c, drop_chunk), f"it holds a part of {WEIGHT} only"),
-        (lambda c: rewrite_index(c, elsewhere), r"refers to \.\./__0_0.distcp, which is not beside it; do not load it"),
+        (lambda c: rewrite_index(c, drop_chunk), f"it holds only a part of {WEIGHT}"),
+        (lambda c: rewrite_index(c, elsewhere), r"refers to \.\./__0_0.distcp outside of its folder; do not load it"),
     ],
 )
 def test_half_a_checkpoint_is_refused_before_anything_is_written(model, saved, tmp_path, damage, sentence):
@@ -329,7 +329,7 @@ class Touch:
 def test_an_index_that_would_run_code_is_refused(model, saved, tmp_path):
     evil = shutil.copytree(model, saved, tmp_path / "evil")
     (evil / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    with pytest.raises(ConfigError, match="which no checkpoint of ours does; do not load it"):
+    with pytest.raises(ConfigError, match="which no checkpoint of frpo-nemo does; do not load it"):
         convert(ConvertRun(input=str(evil), base=model, out=str(tmp_path / "out")))
     assert list(tmp_path.iterdir()) == [evil]
 
@@ -344,7 +344,7 @@ def test_a_chunk_that_would_run_code_is_refused_and_nothing_gets_the_name(model,
 
     rewrite_index(evil, point_to_it)
     run = ConvertRun(input=str(evil), base=model, out=str(tmp_path / "out"))
-    with pytest.raises(ConfigError, match=f"has a chunk of {WEIGHT} that is no plain tensor"):
+    with pytest.raises(ConfigError, match=f"has a chunk of {WEIGHT} that isn't a plain tensor"):
         convert(run)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
     run.input = str(saved)

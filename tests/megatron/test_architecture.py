@@ -90,12 +90,12 @@ def test_refuses_what_it_cannot_train(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(max_position_embeddings=None), "max_position_embeddings=null; it should be a whole number from 1 on"),
+        (dict(max_position_embeddings=None), "max_position_embeddings=null; it must be a whole number of at least 1"),
         (dict(max_position_embeddings=-1), "max_position_embeddings=-1"),
         (dict(vocab_size="128256"), 'vocab_size="128256"'),
         (dict(num_hidden_layers=32.0), "num_hidden_layers=32.0"),
         (dict(model_type="mistral", sliding_window=[4096]), "sliding_window="),
-        (dict(rms_norm_eps=None), "rms_norm_eps=null; it should be a number such as 1e-6"),
+        (dict(rms_norm_eps=None), "rms_norm_eps=null; it must be a number such as 1e-6"),
     ],
 )
 def test_a_value_that_is_no_number_is_a_sentence(tmp_path, changes, sentence):

@@ -117,7 +117,7 @@ def test_an_index_that_would_run_code_is_refused_unread(tmp_path):
     with pytest.raises(ConfigError, match="is not a whole checkpoint"):
         read_metadata(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    with pytest.raises(ConfigError, match="refers to .*, which no checkpoint of ours does; do not load it"):
+    with pytest.raises(ConfigError, match="refers to .*, which no checkpoint of frpo-nemo does; do not load it"):
         read_metadata(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -199,7 +199,7 @@ def test_a_rank_that_cannot_write_ends_the_save_on_all_with_one_sentence(workers
     sentences = workers.run(2, checks.check_failed_write, path=model, run_dir=str(tmp_path), **arguments)
     sentence = (
         f"The checkpoint {files.directory(tmp_path, 2)} could not be written: File too large (rank {failing_rank}). "
-        "What there was of it is removed; earlier checkpoints are untouched."
+        "Its partial files are removed; earlier checkpoints are untouched."
     )
     assert sentences == [sentence, sentence]
 

@@ -214,8 +214,8 @@ def test_a_checkpoint_is_refused_for_other_adapters_or_another_base(model, tmp_p
     other = make_tiny(tmp_path / "other", "qwen2", layers=2, seed=1)
     for changed, sentence in [
         (replace(base, lora=LoRAConfig()), "set model.lora.rank=5|holds adapters with model.lora.rank=5"),
-        (replace(base, lora=replace(LORA, rank=6)), "rank=5 .*here are model.lora.rank=6"),
-        (replace(base, lora=replace(LORA, alpha=8.0)), "alpha=7.0; here are .*alpha=8.0"),
+        (replace(base, lora=replace(LORA, rank=6)), "rank=5 .*this run has model.lora.rank=6"),
+        (replace(base, lora=replace(LORA, alpha=8.0)), "alpha=7.0; this run has .*alpha=8.0"),
         (replace(base, path=other), "adapters of a base whose weights are not those in model.path="),
     ]:
         with pytest.raises(ConfigError, match=sentence):

@@ -214,7 +214,9 @@ def check_masked(path: str, run_dir: str, updates: int = 1, pp: int = 1) -> None
     assert values["rollout_mismatch/max_abs_logprob_gap"] == pytest.approx(12, abs=1e-3)
     if learner.run.rank == 0:
         [said] = [line for line in printed.getvalue().splitlines() if "left out of the loss" in line]
-        assert said.startswith(f"step 1: 1 of {len(vllm)} tokens are left out of the loss") and "by 12.0 at most" in said
+        assert (
+            said.startswith(f"step 1: 1 of {len(vllm)} tokens are left out of the loss") and "by 12.0 at most" in said
+        )
         [row] = map(json.loads, Path(run_dir, "masked", "step_00000001.jsonl").read_text().splitlines())
         prompt, response = rollouts.batch.unpack()[sequence]
         assert (row["sequence"], row["position"]) == (sequence, position)

@@ -76,7 +76,7 @@ def test_a_model_with_files_of_others_is_refused_before_the_training_that_would_
     hf.mkdir()
     for name in ("model.safetensors", "mine.gguf"):
         (hf / name).touch()
-    with pytest.raises(ConfigError, match="mine.gguf in it is of another origin and would be lost"):
+    with pytest.raises(ConfigError, match="mine.gguf in it has another origin and would be lost"):
         check_resume(configuration(a_run), None)
 
 

@@ -1,5 +1,5 @@
-"""A run's checkpoints as directories: which exist, what they say of themselves, which to keep. What is in the big files
-is in save_load.py. Nothing here needs torch, so a configuration is checked in milliseconds.
+"""Handle a run's checkpoints as directories: which exist, their records, which to keep. save_load.py defines the large files.
+Nothing here needs torch, so a configuration is checked in milliseconds.
 
 run_dir/checkpoints/step_00000010/           complete: it got this name after everything in it was on disk
 run_dir/checkpoints/step_00000010.tmp-1f3a/  being written, or left by an attempt that died
@@ -18,10 +18,10 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 
 RECORD = "state.json"
-FORMAT = 1  # of the record; raised when an old reader would misread a new one
+FORMAT = 1  # of the record; increased when an old reader would misread a new one
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
-_IDENTITY = (  # a checkpoint fits a model when these agree; the rest of config.json does not touch the weights' meaning
+_IDENTITY = (  # a checkpoint fits a model when these agree; the rest of config.json does not affect the weights
     "family",
     "num_layers",
     "hidden_size",
@@ -40,29 +40,29 @@ _IDENTITY = (  # a checkpoint fits a model when these agree; the rest of config.
 
 
 def directory(run_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies, or would lie."""
+    """Return the path of the checkpoint of `step`, which need not exist."""
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
 
 
 def complete(run_dir: str | Path) -> list[Path]:
-    """All complete checkpoints of a run, by step."""
+    """Return all complete checkpoints of a run, by step."""
     found = Path(run_dir, "checkpoints").glob("step_*")
     return sorted((path for path in found if _COMPLETE.fullmatch(path.name)), key=_step)
 
 
 def newest(run_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None."""
+    """Return the complete checkpoint of the highest step, or None."""
     return next(reversed(complete(run_dir)), None)
 
 
 def best(run_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the highest score (the later one of equals), or None if none has a score."""
+    """Return the complete checkpoint with the highest score (the later one of equals), or None if none has a score."""
     scores = [(read(path)["score"], _step(path), path) for path in complete(run_dir)]
     return max((entry for entry in scores if entry[0] is not None), default=(None, None, None))[2]
 
 
 def prune(run_dir: str | Path, keep_last: int, keep_best: bool = True) -> None:
-    """Delete all checkpoints but the newest `keep_last` and, with keep_best, the best one. One rank calls this."""
+    """Delete all checkpoints except the newest `keep_last` and, with keep_best, the best one. One rank calls this."""
     keep = set(complete(run_dir)[-keep_last:])
     if keep_best:
         keep.add(best(run_dir))
@@ -72,7 +72,7 @@ def prune(run_dir: str | Path, keep_last: int, keep_best: bool = True) -> None:
 
 
 def begin(checkpoint: Path, token: str) -> Path:
-    """The directory in which to write `checkpoint`, new and empty. What dead attempts have left beside it goes away."""
+    """Return a new and empty directory in which to write `checkpoint`. Leftovers of dead attempts next to it are removed."""
     for leftover in checkpoint.parent.glob("step_*.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)  # its last process may still be writing
     temporary = temporary_name(checkpoint, token)
@@ -81,12 +81,12 @@ def begin(checkpoint: Path, token: str) -> Path:
 
 
 def temporary_name(checkpoint: Path, token: str) -> Path:
-    """`token` tells attempts apart: a dead one's last process may still be writing below its own name."""
+    """Return a name for one attempt, unique by `token`: a dead attempt's last process may still be writing to its own."""
     return checkpoint.with_name(f"{checkpoint.name}.tmp-{token}")
 
 
 def publish(temporary: Path, checkpoint: Path) -> None:
-    """Give a completely written directory its name, and make that last; one of an earlier attempt is replaced."""
+    """Give a completely written directory its name, durably; one of an earlier attempt is replaced."""
     sync(temporary)
     replaced = _set_aside(checkpoint) if checkpoint.exists() else None
     temporary.rename(checkpoint)
@@ -113,8 +113,8 @@ def sync(directory: Path) -> None:
 
 
 def read(checkpoint: str | Path) -> dict[str, Any]:
-    """The record of a checkpoint: step, seed, score, adam_step, precision, layout, architecture, versions, and
-    `state`, which is the caller's. Raises ConfigError when `checkpoint` is not one of ours."""
+    """Return the record of a checkpoint: step, seed, score, adam_step, precision, layout, architecture, versions, and the
+    caller's `state`. Raises ConfigError when `checkpoint` isn't a checkpoint of this program."""
     file = Path(checkpoint) / RECORD
     if not file.is_file():
         raise ConfigError(f"{checkpoint} is not a checkpoint: it has no {RECORD}.")
@@ -135,12 +135,12 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def identity(arch: Architecture) -> dict[str, Any]:
-    """What must agree between a checkpoint and the model that it is loaded into."""
+    """Return the values in which a checkpoint and the model that loads it must agree."""
     return {name: getattr(arch, name) for name in _IDENTITY}
 
 
 def differences(checkpoint: str | Path, arch: Architecture) -> list[str]:
-    """What of the model in `checkpoint` is not as in `arch`: "vocab_size=131 (here 140)"."""
+    """Return where the model in `checkpoint` differs from `arch`: "vocab_size=131 (here 140)"."""
     saved, ours = read(checkpoint)["architecture"], identity(arch)
     return [f"{name}={saved.get(name)} (here {ours[name]})" for name in ours if saved.get(name) != ours[name]]
 
@@ -151,12 +151,12 @@ def check_matches(checkpoint: str | Path, arch: Architecture) -> None:
     if differing:
         raise ConfigError(
             f"{checkpoint} is of another model than model.path={arch.source}: {', '.join(differing)}; resume with the "
-            "model that it was trained from, or take another run_dir."
+            "model from which it was trained, or take another run_dir."
         )
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    """Take a checkpoint's name away before it is deleted: a deletion that is cut short leaves no half of one."""
+    """Rename a checkpoint before it is deleted, so that an interrupted deletion leaves no half checkpoint."""
     aside = temporary_name(checkpoint, "old")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)

@@ -1,8 +1,8 @@
-"""The distributed Adam's state as tensors of the parameters' shapes, so that a checkpoint fits every layout.
+"""Save the distributed Adam's state as tensors of the parameters' shapes, so that a checkpoint fits every layout.
 
-The optimizer cuts each flattened parameter over the data-parallel ranks. To save, one of them collects a parameter's
-pieces, each its share of the parameters; to load, each reads the parameters of which it holds a piece. So the state is
-written and read once, in parallel, and a rank never holds more than its share and one parameter.
+The optimizer divides each flattened parameter over the data-parallel ranks. To save, one of them collects a parameter's
+pieces, and each rank does so for its share of the parameters. To load, each reads the parameters of which it holds a piece.
+So the state is written and read once, in parallel, and a rank never holds more than its share and one parameter.
 
 The names on disk are those of megatron-core's `fully_reshardable` format. Its own code gathers all parameters of a
 model shard on every replica (12 bytes each in host memory, and a third of that on the GPU), and in 0.16 its loader
@@ -23,9 +23,9 @@ KEYS = ("param", "exp_avg", "exp_avg_sq")  # the fp32 main weight, and Adam's mo
 
 @torch.no_grad()
 def to_save(optimizer, model_state: dict) -> dict:
-    """Parameter name -> key -> sharded fp32 tensor (on CPU), of the parameters that this rank is to write. Collective.
+    """Return parameter name -> key -> sharded fp32 tensor (on CPU) of the parameters that this rank must write. Collective.
 
-    model_state: parameter name -> megatron-core's sharded tensor (or factory of some) that holds the parameter.
+    model_state: parameter name -> megatron-core's sharded tensor (or a factory of them) that holds the parameter.
     """
     allocate(optimizer)
     state = {}
@@ -42,7 +42,7 @@ def to_save(optimizer, model_state: dict) -> dict:
 
 @torch.no_grad()
 def to_load(optimizer, model_state: dict) -> dict:
-    """As `to_save`, of the parameters of which this rank holds a piece, to be filled."""
+    """Return what `to_save` does, for the parameters of which this rank holds a piece, to be filled."""
     return {
         name: {key: _sharded(t, key, torch.empty(t.data.shape, dtype=torch.float32)) for key in KEYS}
         for part in _parts(optimizer)
@@ -53,7 +53,7 @@ def to_load(optimizer, model_state: dict) -> dict:
 
 @torch.no_grad()
 def restore(optimizer, parameters: dict, loaded: dict, step: int) -> None:
-    """Take this rank's pieces out of `loaded` (what `to_load` asked for, filled), and Adam's step.
+    """Copy this rank's pieces out of `loaded` (the filled result of `to_load`), and set Adam's step.
 
     parameters: name -> parameter of the model.
     """
@@ -74,9 +74,9 @@ def allocate(optimizer) -> None:
 
 
 def adam_step(optimizer) -> int:
-    """Updates so far, on which Adam's bias correction depends."""
+    """Return the number of updates so far, on which Adam's bias correction depends."""
     for part in _parts(optimizer):
-        # torch keeps it with each parameter, Transformer Engine's and Apex's FusedAdam with the group
+        # torch keeps it per parameter, the FusedAdam of Transformer Engine and Apex per group
         for holder in (*part.optimizer.state.values(), *part.optimizer.param_groups):
             if "step" in holder:
                 return int(holder["step"])
@@ -94,31 +94,32 @@ def set_adam_step(optimizer, step: int) -> None:
 
 
 def _parts(optimizer) -> list:
-    """megatron-core's DistributedOptimizers; none of no optimizer."""
+    """Return megatron-core's DistributedOptimizers; none without an optimizer."""
     return getattr(optimizer, "chained_optimizers", [optimizer]) if optimizer is not None else []
 
 
 def _own_piece(part, parameter: torch.nn.Parameter) -> tuple[slice, dict[str, Tensor]]:
-    """(range of the flattened parameter, key -> this rank's tensor for that range)."""
+    """Return (range of the flattened parameter, key -> this rank's tensor for that range)."""
     where = part._get_model_param_range_map(parameter)["param"]
     return slice(where.start, where.end), part._get_main_param_and_optimizer_states(parameter)
 
 
 def _collect(part, parameter: torch.nn.Parameter, key: str, writer: int) -> Tensor | None:
-    """The whole tensor [*parameter.shape] on rank `writer` of the data-parallel group, on CPU; None on the others."""
+    """Return the whole tensor [*parameter.shape] on rank `writer` of the data-parallel group, on CPU; None on the others."""
     whole = torch.zeros(parameter.numel(), device=parameter.device)
     if parameter in part.model_param_gbuf_map:
         where, pieces = _own_piece(part, parameter)
         whole[where] = pieces[key]
     group = part.data_parallel_group
     if group.size() > 1:
-        # Summed as integers, because with floats -0.0 + 0.0 would lose a sign: this is a copy of bits.
+        # Sum integers, which copies bits: with floats, -0.0 + 0.0 would lose the sign.
         dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, writer), group=group)
     return whole.view(parameter.shape).cpu() if writer == group.rank() else None
 
 
 def _sharded(template, key: str, data: Tensor):
-    """`data` at the place of the whole model where `template` has its parameter. Whoever has it is its main replica."""
+    """Return `data` at the place where `template` has its parameter in the whole model. The rank that has it is its main
+    replica."""
     changes = dict(key=f"optimizer.state.{key}.{template.key}", data=data, replica_id=(*template.replica_id[:-1], 0))
     if isinstance(template, ShardedTensor):
         changes["dtype"] = data.dtype

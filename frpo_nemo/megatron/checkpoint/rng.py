@@ -1,4 +1,4 @@
-"""A rank's random number generators as plain tensors: python, numpy, torch on CPU and GPU, Megatron's tracker."""
+"""Save a rank's random number generators as plain tensors: python, numpy, torch on CPU and GPU, Megatron's tracker."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 
-_TRACKER = "megatron."  # before the names of the tracker's generators
+_TRACKER = "megatron."  # prefix of the names of the tracker's generators
 
 
 @runs_on_megatron_device
 def capture() -> dict[str, Tensor]:
-    """The present states; what `restore` takes."""
+    """Return the current states, for `restore`."""
     _, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     states = {
@@ -35,7 +35,7 @@ def capture() -> dict[str, Tensor]:
 
 @runs_on_megatron_device
 def restore(states: dict[str, Tensor]) -> None:
-    """Put every generator back to what `capture` saw."""
+    """Set every generator back to the state of `capture`."""
     gauss = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
     position, has_gauss = states["numpy.position"].tolist()
@@ -50,7 +50,7 @@ def restore(states: dict[str, Tensor]) -> None:
 
 @runs_on_megatron_device
 def reseed(seed: int, step: int) -> None:
-    """States that depend on the run's seed and the step alone, where those of the saving ranks mean nothing."""
+    """Set states that depend only on the run's seed and the step, if those of the saving ranks have no meaning."""
     mixed = (seed * 1_000_003 + step) % 2**31
     random.seed(mixed)
     np.random.seed(mixed)

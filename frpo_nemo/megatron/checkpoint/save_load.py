@@ -1,11 +1,11 @@
-"""Checkpoints of a run: model, optimizer and random number generators of all ranks, and what the caller adds. Of a model
-with adapters, the adapters alone.
+"""Save and load checkpoints of a run: model, optimizer and random number generators of all ranks, and the caller's state.
+With adapters, only the adapters of the model are saved.
 
 A checkpoint is a directory in megatron-core's torch_dist format that loads in any layout of the same model; on the
 layout that saved it, training continues bitwise as if it had never stopped. It appears under its name when it is
-complete and on disk, or not at all (files.py). Nothing that is read can run code.
+complete and on disk, or not at all (files.py). Loading never runs code.
 
-Not saved: what is frozen (the weights of model.path: freeze a reference before `load`), learning rate and schedule
+Not saved: frozen weights (of model.path: freeze a reference before `load`), learning rate and schedule
 (functions of the step), and, under delayed-scaling FP8, the amax history (it fills again within its length).
 """
 
@@ -71,7 +71,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step`; returns its directory. Every rank calls this.
 
-    state: what the caller wants back from `load`, as JSON; rank 0's counts. seed: of the run, for a resume in another
+    state: returned to the caller by `load`, as JSON; rank 0's is saved. seed: the run's, for a resume in another
     layout. score: of these weights in validation, higher is better; None if they were not validated. An older
     checkpoint of the same step is replaced. Raises CheckpointError, on all ranks, when one of them cannot write.
     """
@@ -84,7 +84,7 @@ def save(
         files.begin(final, token)
 
     def write():
-        _write_tensors(temporary, actor)  # a failure of one rank is known to all of them here, so none is left waiting
+        _write_tensors(temporary, actor)  # a failure of one rank reaches all here, so that none waits
         files.write(temporary / _rng_file(), to_safetensors(rng.capture()))
         if dist.get_rank() == 0:
             files.write(temporary / files.RECORD, record.encode())
@@ -104,9 +104,9 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     """Continue from `checkpoint`; returns the caller's state with "step" and "rng_restored". Every rank calls this,
     with the same path.
 
-    Without an optimizer in `actor`, only the weights are read. On another layout than the saving one, generators of
-    random numbers are seeded with (seed, step) instead, and "rng_restored" is False. Raises ConfigError, before
-    anything has changed, when the checkpoint is of another model or not ours.
+    Without an optimizer in `actor`, only the weights are read. On another layout than the saving one, random number
+    generators are seeded with (seed, step) instead, and "rng_restored" is False. Raises ConfigError, before
+    anything has changed, when the checkpoint is of another model or of another program.
     """
     record = files.read(checkpoint)
     files.check_matches(checkpoint, actor.arch)
@@ -137,8 +137,8 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
 
 
 def read_metadata(checkpoint: str | Path) -> Metadata:
-    """The index of a checkpoint's tensors, which is the one pickle that is read. Raises ConfigError when it is missing,
-    cut off, or would create anything but descriptions of tensors."""
+    """Return the index of a checkpoint's tensors, the only pickle that is read. Raises ConfigError when it is missing,
+    cut off, or would create anything except descriptions of tensors."""
     path = Path(checkpoint) / ".metadata"
     if not path.is_file():
         raise ConfigError(f"{checkpoint} is not a whole checkpoint: it has no .metadata.")
@@ -153,7 +153,7 @@ def read_metadata(checkpoint: str | Path) -> Metadata:
 
 
 class _DescriptionsOnly(pickle.Unpickler):
-    """Reads a pickle that names no class or function but these."""
+    """Read a pickle that names only these classes and functions."""
 
     _ALLOWED = {
         "torch": {"Size", "float32", "bfloat16", "float16", "uint8", "strided"},
@@ -169,7 +169,7 @@ class _DescriptionsOnly(pickle.Unpickler):
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "pathlib": {"PosixPath"},
-        "pathlib._local": {"PosixPath"},  # where Python 3.13 keeps it
+        "pathlib._local": {"PosixPath"},  # its module in Python 3.13
     }
 
     def __init__(self, file, path: Path):
@@ -179,13 +179,13 @@ class _DescriptionsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if name not in self._ALLOWED.get(module, ()):
             raise ConfigError(
-                f"{self._path} refers to {module}.{name}, which no checkpoint of ours does; do not load it."
+                f"{self._path} refers to {module}.{name}, which no checkpoint of frpo-nemo does; do not load it."
             )
         return super().find_class(module, name)
 
 
 class Writer(torch_checkpoint.FileSystemWriter):
-    """torch's, but a full disk is called a full disk: its zip writer raises another error while it handles that one."""
+    """Write like torch's writer, but report a full disk as such: its zip writer raises another error while handling it."""
 
     def write_data(self, plan, planner):
         try:
@@ -195,11 +195,11 @@ class Writer(torch_checkpoint.FileSystemWriter):
 
 
 class _InProcessSave:
-    """megatron-core's torch_dist format, written by torch's own writer in this thread.
+    """Write megatron-core's torch_dist format with torch's own writer, in this thread.
 
     megatron-core's writer starts a manager process, which imports `__main__` again (seconds, once), and forks one
-    process per file from a process full of gloo, CUDA and vLLM threads. Ranks are parallel enough: each GPU's process
-    writes its share, copying from the GPU meanwhile. One thread, because torch's writer drops what fails in others.
+    process per file from a process full of gloo, CUDA and vLLM threads. The ranks give enough parallelism: each GPU's process
+    writes its share, copying from the GPU meanwhile. It uses one thread, because torch's writer drops failures in others.
     """
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
@@ -215,12 +215,12 @@ class _InProcessSave:
 
 
 def _write_tensors(directory: Path, actor) -> None:
-    """All ranks' tensors: weights shared out over the replicas that hold them, the optimizer's as they are."""
+    """Write all ranks' tensors: weights divided over the replicas that hold them, the optimizer's as they are."""
     model = _model_state(actor)
     state, _ = save_preprocess({"model": model, "optimizer": optimizer_state.to_save(actor.optimizer, model)}, False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(_InProcessSave(), replicas).save(state, directory)
-    if dist.get_rank() == 0:  # two files that we have no use for, and with which other Megatron programs can read it
+    if dist.get_rank() == 0:  # two files that only other Megatron programs need to read it
         files.write(directory / "metadata.json", json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode())
         torch.save({}, directory / "common.pt")
 
@@ -231,8 +231,8 @@ def _read_tensors(directory: Path, wanted: dict) -> dict:
 
 
 def _model_state(actor) -> dict:
-    """Name -> place in the whole model of every parameter that is trained. Transformer Engine's `_extra_state` are pickles:
-    left out."""
+    """Return name -> place in the whole model of every parameter that is trained, without Transformer Engine's
+    `_extra_state`, which are pickles."""
     if actor.config.lora.rank:
         return sharded_adapters(actor.gpt, actor.arch)
     state = actor.gpt.sharded_state_dict()
@@ -257,7 +257,7 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
 
 
 def _layout(actor) -> dict[str, int | None]:
-    """What decides which rank holds what."""
+    """Return the sizes that determine which rank holds what."""
     return {"world_size": dist.get_world_size(), **{name: getattr(actor.config, name) for name in _LAYOUT}}
 
 
@@ -266,12 +266,12 @@ def _rng_file() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this program and of the packages that write its files."""
+    """Return the versions of this program and of the packages that write its files."""
     return {"frpo-nemo": __version__} | {name: v for name in _PACKAGES if (v := stack.version(name))}
 
 
 def _on_every_rank(action: Callable[[], None], temporary: Path, *, only_first: bool = False) -> None:
-    """Do `action` on every rank, or the first; where it fails on any, clear away and raise CheckpointError on all."""
+    """Do `action` on every rank, or the first. If it fails on any, clean up and raise CheckpointError on all."""
     problem = None
     try:
         if dist.get_rank() == 0 or not only_first:
@@ -284,17 +284,17 @@ def _on_every_rank(action: Callable[[], None], temporary: Path, *, only_first: b
         return
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()  # an error on another rank may end this one
+    dist.barrier()  # otherwise an error on another rank might end this one
     raise CheckpointError(
-        f"The checkpoint {temporary.with_suffix('')} could not be written: {first}. What there was of it is removed; "
+        f"The checkpoint {temporary.with_suffix('')} could not be written: {first}. Its partial files are removed; "
         "earlier checkpoints are untouched."
     )
 
 
 def _sentence(error: BaseException) -> str:
-    """What went wrong and where, without the frames around it."""
+    """Return the error and its rank, without the stack frames."""
     rank = dist.get_rank()
-    if isinstance(error, CheckpointException):  # torch's; the ranks that failed, with (error, traceback)
+    if isinstance(error, CheckpointException):  # torch's: rank -> (error, traceback) of those that failed
         rank, (error, _) = min(error.failures.items())
     text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     return f"{text.splitlines()[0]} (rank {rank})"

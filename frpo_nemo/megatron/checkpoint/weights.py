@@ -1,8 +1,8 @@
-"""Read the weights of a checkpoint one by one and without ranks, whatever layout has saved it.
+"""Read the weights of a checkpoint one by one and without ranks, whatever layout saved it.
 
 A checkpoint holds each weight as the table has it without tensor parallelism, those of all layers stacked: the key
-decoder.layers.mlp.linear_fc1.weight is [layers, 2 * ffn, hidden], gates above ups. What a rank has saved is a chunk of
-that: an offset in it, and a range of bytes in a .distcp file. Vocabularies may have more rows of padding than ours.
+decoder.layers.mlp.linear_fc1.weight is [layers, 2 * ffn, hidden], gates above ups. A rank saves a chunk of that: an
+offset in it, and a range of bytes in a .distcp file. Vocabularies may have more rows of padding than the table's.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from frpo_nemo.megatron.weights.tensors import check_range
 class StoredWeights:
     """The weights of a checkpoint of the model `arch`.
 
-    Raises ConfigError when its files do not hold them all. That is seen from the index and the files' sizes: nothing
-    else is read before `stream`.
+    Raises ConfigError when its files do not hold them all. The index and the files' sizes show that: nothing else is read
+    before `stream`.
     """
 
     def __init__(self, checkpoint: str | Path, arch: Architecture, table: Sequence[Weight] | None = None):
-        """table: what to read of it; None: all weights of the model."""
+        """Find the weights. table: those to read; None: all weights of the model."""
         self._path, self._arch = Path(checkpoint), arch
         self._metadata = checkpoints.read_metadata(checkpoint)
         self._reader = torch_checkpoint.FileSystemReader(checkpoint)
@@ -50,25 +50,25 @@ class StoredWeights:
         self._check_files({piece.storage_index for _, pieces in self._pieces for piece in pieces})
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order. Memory beyond what the
-        caller keeps: the largest weight in `dtype`, and once more in `dtype` or as it is stored, whichever is larger.
-        Raises ConfigError when a weight does not fit into float16, or a chunk is not the plain tensor that the index
-        promises; nothing that is read can run code."""
+        """Yield (name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order. Memory beyond what
+        the caller keeps: the largest weight in `dtype`, and once more in `dtype` or as it is stored, whichever is larger.
+        Raises ConfigError when a weight does not fit into float16, or a chunk isn't a plain tensor as in the index. Reading
+        never runs code."""
         for weight, whole in self.read(dtype):
             yield from assemble(weight, whole.view(1, -1))
 
     def read(self, dtype: torch.dtype) -> Iterator[tuple[Weight, Tensor]]:
-        """The same, each weight [*shard_shape] as the table without tensor parallelism has it."""
+        """Yield the same, each weight [*shard_shape] as the table without tensor parallelism has it."""
         for weight, pieces in self._pieces:
             yield weight, self._read(weight, pieces, dtype)
 
     def _find(self, weight: Weight) -> list[ReadItem]:
-        """Which parts of which chunks make up a weight."""
+        """Return the parts of chunks that make up a weight."""
         key, layer = _place(weight)
         stored, whole = self._metadata.state_dict_metadata.get(key), _stacked_shape(weight, self._arch)
         if not isinstance(stored, TensorStorageMetadata):
             raise ConfigError(f"{self._path} lacks {key}, which a {self._arch.family} model has.")
-        padded = layer is None and not weight.replicated  # a vocabulary; how far depends on the layout that saved
+        padded = layer is None and not weight.replicated  # a vocabulary, padded by the layout that saved it
         rows = max(whole[0], stored.size[0]) if padded else whole[0]
         if tuple(stored.size) != (rows, *whole[1:]):
             raise ConfigError(
@@ -76,7 +76,7 @@ class StoredWeights:
             )
         pieces = create_read_items_for_chunk_list(key, stored, [_chunk(weight)])
         if sum(math.prod(piece.lengths) for piece in pieces) != math.prod(weight.shard_shape):
-            raise ConfigError(f"{self._path} is not a whole checkpoint: it holds a part of {key} only.")
+            raise ConfigError(f"{self._path} is not a whole checkpoint: it holds only a part of {key}.")
         return pieces
 
     def _check_files(self, chunks: set[MetadataIndex]) -> None:
@@ -86,7 +86,7 @@ class StoredWeights:
             ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
         for name, end in ends.items():
             if Path(name).name != name:
-                raise ConfigError(f"{self._path}/.metadata refers to {name}, which is not beside it; do not load it.")
+                raise ConfigError(f"{self._path}/.metadata refers to {name} outside of its folder; do not load it.")
             file = self._path / name
             size = file.stat().st_size if file.is_file() else None
             if size is None or size < end:
@@ -94,7 +94,7 @@ class StoredWeights:
                 raise ConfigError(f"{self._path} is not a whole checkpoint: {name} {problem}.")
 
     def _read(self, weight: Weight, pieces: list[ReadItem], dtype: torch.dtype) -> Tensor:
-        """The whole weight, [*weight.shard_shape]."""
+        """Return the whole weight, [*weight.shard_shape]."""
         key, layer = _place(weight)
         whole = torch.empty(weight.shard_shape, dtype=dtype)
         target = whole if layer is None else whole[None]
@@ -102,13 +102,13 @@ class StoredWeights:
             self._reader.read_data(LoadPlan(pieces), _Into(target)).wait()
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError(f"{self._path} has a chunk of {key} that is no plain tensor: {reason}") from error
+            raise ConfigError(f"{self._path} has a chunk of {key} that isn't a plain tensor: {reason}") from error
         check_range(whole, *(name for name, _ in weight.hugging_face))
         return whole
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Collect all that is read in one tensor."""
 
     def __init__(self, target: Tensor):
         super().__init__()
@@ -125,12 +125,12 @@ class _Into(DefaultLoadPlanner):
 
 
 class MergedWeights:
-    """The weights of a model with the updates of a checkpoint of its adapters. Streams as StoredWeights does; memory is the
-    same, and a weight and its update in fp32."""
+    """The weights of a model with the updates of a checkpoint of its adapters. Streams as StoredWeights does; needs the same
+    memory, plus a weight and its update in fp32."""
 
     def __init__(self, checkpoint: str | Path, arch: Architecture, base: str | Path):
-        """base: the directory, in Hugging Face format, of the model that the adapters were trained on. Raises ConfigError
-        when it is another one, or when either is not whole."""
+        """Open both. base: the directory, in Hugging Face format, of the model on which the adapters were trained. Raises
+        ConfigError when it is another model, or when either is not whole."""
         self._record = files.read(checkpoint)["lora"]
         if self._record["base"] != adapter_files.digest(base):
             raise ConfigError(
@@ -140,7 +140,7 @@ class MergedWeights:
         self._adapters = StoredWeights(checkpoint, arch, adapter_weights(arch, WeightLayout(), self._record["rank"]))
 
     def stream(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """(name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order."""
+        """Yield (name, new tensor in `dtype`) for every tensor of the Hugging Face model, in its order."""
         adapters = (
             value for _, value in self._adapters.read(torch.float32)
         )  # A and B of each layer, in the table's order
@@ -154,13 +154,13 @@ class MergedWeights:
             yield from assemble(weight, whole.view(1, -1))
 
     def stream_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """(PEFT's name, new tensor in `dtype`) for every A and B."""
+        """Yield (PEFT's name, new tensor in `dtype`) for every A and B."""
         return self._adapters.stream(dtype)
 
 
 def _place(weight: Weight) -> tuple[str, int | None]:
-    """(key, place in the stack of layers or None) of a weight of the table without parallelism."""
-    name = weight.names[-1]  # checkpoints use Transformer Engine's, whatever the layers
+    """Return (key, place in the stack of layers or None) of a weight of the table without parallelism."""
+    name = weight.names[-1]  # checkpoints use Transformer Engine's, with any layers
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     return (name, None) if layer is None else (f"decoder.layers.{name[layer.end() :]}", int(layer[1]))
 
@@ -171,7 +171,7 @@ def _stacked_shape(weight: Weight, arch: Architecture) -> tuple[int, ...]:
 
 
 def _chunk(weight: Weight) -> ChunkStorageMetadata:
-    """Where a weight lies in its stack."""
+    """Return the place of a weight in its stack."""
     _, layer = _place(weight)
     offsets, sizes = [0] * len(weight.shard_shape), weight.shard_shape
     if layer is not None:

@@ -1,5 +1,5 @@
-"""Adapters on disk: what a checkpoint of adapters says of itself and of its base, and PEFT's description of an exported one.
-Nothing here needs torch, so a mistake is told at once."""
+"""Describe adapters on disk: the record of a checkpoint of adapters and its base, and PEFT's description of exported ones.
+Nothing here needs torch, so errors are reported immediately."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from frpo_nemo.megatron.weights.files import INDEX, SINGLE
 from frpo_nemo.megatron.weights.table import ADAPTERS
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."  # before the names of tensors in its files
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14  # of each file of weights
+PEFT_PREFIX = "base_model.model."  # prefix of the names of tensors in its files
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14  # per file of weights
 
 
 def record(model: ModelConfig) -> dict[str, Any] | None:
-    """What the checkpoints of a run keep of its adapters; None without any."""
+    """Return what the checkpoints of a run record of its adapters; None without any."""
     if not model.lora.rank:
         return None
     return {"rank": model.lora.rank, "alpha": model.lora.alpha, "base": digest(model.path)}
 
 
 def check(checkpoint: str | Path, model: ModelConfig, ours: dict[str, Any] | None) -> None:
-    """Raise ConfigError when `checkpoint` holds adapters that `model` would not have, on this base. `ours`:
-    its record."""
+    """Raise ConfigError when `checkpoint` holds other adapters than those of `model` on this base. `ours`: its record."""
     saved = checkpoint_files.read(checkpoint).get("lora")
     if saved == ours:
         return
@@ -40,7 +39,7 @@ def check(checkpoint: str | Path, model: ModelConfig, ours: dict[str, Any] | Non
     wanted = f"model.lora.rank={saved['rank']} model.lora.alpha={saved['alpha']}"
     if ours is None or ours | {"base": None} != saved | {"base": None}:
         raise ConfigError(
-            f"{checkpoint} holds adapters with {wanted}; here are model.lora.rank={model.lora.rank} "
+            f"{checkpoint} holds adapters with {wanted}; this run has model.lora.rank={model.lora.rank} "
             f"model.lora.alpha={model.lora.alpha}."
         )
     raise ConfigError(
@@ -50,13 +49,13 @@ def check(checkpoint: str | Path, model: ModelConfig, ours: dict[str, Any] | Non
 
 
 def digest(path: str | Path) -> str:
-    """Of the weights that are loaded from a Hugging Face directory: names, sizes and samples spread over every file. Quick at
+    """Return a digest of the weights in a Hugging Face directory: names, sizes and samples spread over every file. Quick at
     any size, and practically different for any two sets of trained weights. Raises ConfigError when a file is missing."""
     found, index = hashlib.sha256(), Path(path, INDEX)
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SINGLE}
     for file in (Path(path, name) for name in sorted(names)):
         if not file.is_file():
-            raise ConfigError(f"{file} does not exist, so which weights the adapters belong to cannot be seen.")
+            raise ConfigError(f"{file} does not exist, so the weights that the adapters belong to are unknown.")
         add_samples(found, file)
     return found.hexdigest()
 
@@ -72,7 +71,7 @@ def add_samples(found, file: Path) -> None:
 
 
 def peft_config(rank: int, alpha: float, base: str | Path) -> str:
-    """adapter_config.json of PEFT. `base`: the model to put the adapter on."""
+    """Return PEFT's adapter_config.json. `base`: the model that the adapter was trained on."""
     modules = [name.split(".")[-3] for row in ADAPTERS for name in row.hugging_face if "lora_A" in name]
     settings = {
         "peft_type": "LORA",

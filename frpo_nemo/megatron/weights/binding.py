@@ -1,4 +1,4 @@
-"""Joins the table to the live model of this rank: which parameter object is which weight, and who we are."""
+"""Join the table to the live model of this rank: which parameter object is which weight, and where this rank stands."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Binding:
     layer: torch.nn.Module | None
 
     def merged(self) -> torch.Tensor:
-        """The shard that the model computes with: the parameter, with the update of its layer's adapter if it has one."""
+        """Return the shard that the model computes with: the parameter, plus the update of its layer's adapter if any."""
         adapter = getattr(self.layer, "lora", None)
         if adapter is None or self.parameter.dim() < 2:
             return self.parameter
         return adapter.merge(self.parameter)
 
 
-# Of each model, with the rank of its adapters: every refit asks, and the table of a large model takes a while to go through.
+# Bindings of each model, with the rank of its adapters: every refit needs them, and a large model's table is slow to walk.
 _bound: WeakKeyDictionary[torch.nn.Module, tuple[int, list[Binding]]] = WeakKeyDictionary()
 
 
 def bind(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
-    """All weights of the whole model but its adapters, in the same order on every rank. `model` is this rank's GPTModel,
-    possibly in wrappers that hold it as `.module`. Raises ValueError when model and table disagree."""
+    """Return all weights of the whole model except its adapters, in the same order on every rank. `model` is this rank's
+    GPTModel, possibly in wrappers that hold it as `.module`. Raises ValueError when model and table disagree."""
     model, rank = _unwrap(model), _rank(model)
     if model in _bound and _bound[model][0] == rank:
         return _bound[model][1]
@@ -49,14 +49,14 @@ def bind(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
 
 
 def bind_adapters(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
-    """All parameters of the adapters of the whole model (none without adapters), in the same order on every rank."""
+    """Return all parameters of the adapters of the whole model (none without adapters), in the same order on every rank."""
     model, stage = _unwrap(model), parallel_state.get_pipeline_model_parallel_rank()
     rank = _rank(model)
     return _bind(model, stage, adapter_weights(arch, layout_of(model), rank)) if rank else []
 
 
 def layout_of(model: torch.nn.Module) -> WeightLayout:
-    """How `model` is spread over the ranks."""
+    """Return how `model` is split over the ranks."""
     config = _unwrap(model).config
     return WeightLayout(
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -79,7 +79,7 @@ def _bind(model: torch.nn.Module, stage: int, table: Iterable[Weight]) -> list[B
 
 
 def _rank(model: torch.nn.Module) -> int:
-    """Of the adapters; 0 without any."""
+    """Return the rank of the adapters; 0 without any."""
     return getattr(_unwrap(model), "lora_rank", 0)
 
 

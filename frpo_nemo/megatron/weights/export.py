@@ -1,7 +1,7 @@
-"""Export: full Hugging Face tensors out of a model that is spread over tensor and pipeline ranks, a bucket at a time.
+"""Export full Hugging Face tensors from a model that is split over tensor and pipeline ranks, a bucket at a time.
 
 Collective over the tensor and pipeline groups of one model replica, in one order on all its ranks; data-parallel
-replicas need nothing of each other. The same stream feeds a refit of vLLM and the files that `save_hf` writes.
+replicas do not communicate. The same stream feeds a refit of vLLM and the files that `save_hf` writes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def stream_hf_weights(
     of adapters are merged into the tensors.
 
     The tensors are new, on the model's device, in `dtype` (None: the parameters'). Every rank must exhaust the
-    iterator. No element of a weight comes to a rank twice, and what a rank holds does not enter into it. Memory beyond
-    the model: a bucket, and the larger of a TP-th of it and one tensor, beside the tensor that the caller still has. A
-    bucket is `bucket_bytes`, or the largest weight if that is more.
+    iterator. Each rank receives every element once, whatever shard it already holds. Memory beyond the model: a bucket,
+    the larger of a TP-th of it and one tensor, and the tensor that the caller still has. A bucket is `bucket_bytes`, or
+    the largest weight if that is more.
     """
     bindings = [binding for binding in bind(model, arch) if binding.weight.exported]
     yield from _stream(bindings, next(model.parameters()), dtype, bucket_bytes)
@@ -52,7 +52,7 @@ def stream_hf_weights(
 def stream_adapters(
     model: torch.nn.Module, arch: Architecture, *, dtype: torch.dtype | None = None, bucket_bytes: int = 512 << 20
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same for every A and B of the model's adapters, by PEFT's names (see table.adapter_weights)."""
+    """Do the same for every A and B of the model's adapters, by PEFT's names (see table.adapter_weights)."""
     yield from _stream(bind_adapters(model, arch), next(model.parameters()), dtype, bucket_bytes)
 
 
@@ -64,11 +64,11 @@ def _stream(
         shards = _gather(bucket, torch.empty(0, dtype=dtype, device=like.device))
         for binding, own_shards in zip(bucket, shards, strict=True):
             yield from assemble(binding.weight, own_shards)
-        del shards, own_shards  # the next bucket takes their memory
+        del shards, own_shards  # the next bucket needs their memory
 
 
 def _buckets(bindings: list[Binding], max_numel: int) -> Iterator[list[Binding]]:
-    """Consecutive weights of one pipeline stage whose full tensors hold at most `max_numel` elements; at least one."""
+    """Yield consecutive weights of one pipeline stage whose full tensors hold at most `max_numel` elements; at least one."""
     bucket: list[Binding] = []
     room = 0
     tp = parallel_state.get_tensor_model_parallel_world_size()
@@ -86,18 +86,18 @@ def _buckets(bindings: list[Binding], max_numel: int) -> Iterator[list[Binding]]
 
 
 def _gather(bucket: list[Binding], like: Tensor) -> list[Tensor]:
-    """Of each weight in the bucket all its shards, [tp, elements], or [1, elements] if it is replicated; in the dtype
+    """Return all shards of each weight in the bucket, [tp, elements], or [1, elements] if it is replicated; in the dtype
     and on the device of `like`, on every rank.
 
-    The owning stage's shards go to the other stages first, while they are small, and then round each tensor group.
-    Replicated weights, which all ranks of the stage have, go the way of the first rank's shards and from there to its
-    tensor group: no byte travels twice, and all ranks get the same bits.
+    The owning stage's shards are sent to the other stages first, while they are small, and then around each tensor group.
+    Replicated weights, which all ranks of the stage have, are sent with the first rank's shards, and from there to its
+    tensor group: no byte is sent twice, and all ranks get the same bits.
     """
     pipeline, tensor = (
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_tensor_model_parallel_group(),
     )
-    in_order = sorted(bucket, key=lambda binding: binding.weight.replicated)  # what is gathered, then what is not
+    in_order = sorted(bucket, key=lambda binding: binding.weight.replicated)  # first the gathered ones
     sizes = [binding.weight.shard_numel for binding in in_order]
     split = sum(binding.weight.shard_numel for binding in bucket if not binding.weight.replicated)
     own = like.new_empty(sum(sizes))
@@ -109,9 +109,9 @@ def _gather(bucket: list[Binding], like: Tensor) -> list[Tensor]:
         dist.broadcast(mine, src=dist.get_global_rank(pipeline, bucket[0].weight.stage), group=pipeline)
     shards, replicated = own[None, :split], own[None, split:]
     if tensor.size() > 1 and split:
-        gathered = like.new_empty(tensor.size() * split)  # flat: gloo takes no other shape
+        gathered = like.new_empty(tensor.size() * split)  # flat: gloo accepts no other shape
         dist.all_gather_into_tensor(gathered, own[:split], group=tensor)
-        shards, replicated = gathered.view(tensor.size(), split), replicated.clone()  # own's memory goes
+        shards, replicated = gathered.view(tensor.size(), split), replicated.clone()  # frees own
     if tensor.size() > 1 and replicated.numel():
         dist.broadcast(replicated, src=dist.get_global_rank(tensor, 0), group=tensor)
     count = sum(not binding.weight.replicated for binding in bucket)
@@ -121,7 +121,7 @@ def _gather(bucket: list[Binding], like: Tensor) -> list[Tensor]:
 
 
 def assemble(weight: Weight, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of one weight, one after the other, from its shards [tp, elements]."""
+    """Yield the Hugging Face tensors of one weight from its shards [tp, elements]."""
     for source, (name, shape) in enumerate(weight.hugging_face):
         tensor = shards.new_empty(shape)
         for segment in weight.segments:
@@ -131,7 +131,7 @@ def assemble(weight: Weight, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
             part = shard.narrow(weight.dim, segment.offset, segment.length)
             tensor.narrow(weight.dim, segment.start, segment.length).copy_(part)
         yield name, tensor
-        del tensor  # the caller may be done with it before the next is made
+        del tensor  # the caller may drop it before the next is made
 
 
 def save_hf(
@@ -146,15 +146,15 @@ def save_hf(
 ) -> None:
     """Write the model to `out_path` as transformers would; tokenizer and configuration come from `source_path`.
 
-    Every rank calls this. Rank 0 of the replica writes, one shard in memory at a time, below a temporary name that
-    becomes `out_path` when all is there: readers see a whole checkpoint or none. dtype: None means the one that the
+    Every rank calls this. Rank 0 of the replica writes, one shard in memory at a time, under a temporary name that
+    becomes `out_path` when all files are there: readers see a whole checkpoint or none. dtype: None means the one that the
     source's config.json names, or else the parameters'. An earlier export at `out_path` is replaced; anything else
-    there is refused with ConfigError.
+    there raises ConfigError.
     """
     source, out = Path(source_path), Path(out_path)
     dtype = dtype or (getattr(torch, arch.dtype) if arch.dtype else next(model.parameters()).dtype)
     check_replaceable(source, out)
-    dist.barrier()  # every rank has looked before one of them writes
+    dist.barrier()  # every rank has checked before one of them writes
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         stream = stream_hf_weights(model, arch, dtype=dtype, bucket_bytes=bucket_bytes)
         if parallel_state.get_model_parallel_group().rank() == 0:
@@ -168,8 +168,8 @@ def save_hf(
 def save_adapter(
     model: torch.nn.Module, arch: Architecture, lora: LoRAConfig, out_path: str | Path, *, base: str | Path
 ) -> None:
-    """Write the adapters to the directory `out_path`, which PEFT loads onto `base`. Every rank calls this; it appears whole,
-    and replaces an earlier one."""
+    """Write the adapters to the directory `out_path`, which PEFT loads onto `base`. Every rank calls this. The directory
+    appears whole, and replaces an earlier one."""
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         stream = stream_adapters(model, arch)
         if parallel_state.get_model_parallel_group().rank() == 0:
@@ -224,7 +224,7 @@ def _write_shards(stream: Iterator, arch: Architecture, directory: Path, dtype: 
         tensors = dict(next(stream) for _ in names)
         assert list(tensors) == names, "stream and plan come from one table, so their order is the same"
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, directory / file, {"format": "pt"})
-        del tensors  # before the next shard comes together
+        del tensors  # before the next shard is collected
     for _ in stream:
         raise AssertionError("the stream yields exactly the planned tensors")
     if len(shards) > 1:
@@ -234,7 +234,7 @@ def _write_shards(stream: Iterator, arch: Architecture, directory: Path, dtype: 
 
 
 def _plan_shards(sizes: dict[str, int], max_bytes: float) -> list[list[str]]:
-    """Names in order, a new shard whenever the next tensor would exceed `max_bytes`."""
+    """Return the names in order, with a new shard whenever the next tensor would exceed `max_bytes`."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

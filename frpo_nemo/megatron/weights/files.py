@@ -1,5 +1,5 @@
-"""An exported model as a directory: which files it may have, when one may replace another, and how it gets its name.
-What is in the weights is export.py's business. Nothing here needs torch, so a mistake is told at once."""
+"""Handle the directory of an exported model: which files it may have, when it may replace another, and how it gets its name.
+export.py defines the weights' contents. Nothing here needs torch, so errors are reported immediately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SINGLE = "model.safetensors"
 CARD = "README.md"
 TEMPLATES = "additional_chat_templates"
 
-# What makes a checkpoint usable besides weights; never code.
+# Files that a checkpoint needs in addition to weights; never code.
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -33,7 +33,7 @@ _EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", CARD, *_C
 
 
 def companions(source: Path) -> list[Path]:
-    """The files in `source` that an export takes over as they are, relative to `source`."""
+    """Return the files in `source` that an export copies unchanged, relative to `source`."""
     patterns = (*_COMPANIONS, f"{TEMPLATES}/*.jinja")
     found = {file for pattern in patterns for file in source.glob(pattern) if file.is_file() and file.suffix != ".py"}
     return sorted(file.relative_to(source) for file in found)
@@ -52,13 +52,13 @@ def check_replaceable(source: Path, out: Path) -> None:
     other = others(out, _EXPORTED)
     if other:
         raise ConfigError(
-            f"{out} exists and is not an exported model alone: {other[0]} in it is of another origin and would be lost; "
+            f"{out} exists and holds more than an exported model: {other[0]} in it has another origin and would be lost; "
             "choose another directory or remove it."
         )
 
 
 def others(directory: Path, patterns: Iterable[str]) -> list[str]:
-    """What is in `directory` besides plain files of these names."""
+    """Return what `directory` contains in addition to plain files with these names."""
     found = []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -70,7 +70,7 @@ def others(directory: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def begin_export(out: Path) -> Path:
-    """The new and empty directory in which an export is written before it becomes `out`."""
+    """Return a new and empty directory in which an export is written before it becomes `out`."""
     temporary = out.with_name(out.name + ".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -78,11 +78,11 @@ def begin_export(out: Path) -> Path:
 
 
 def publish_export(temporary: Path, out: Path) -> None:
-    """Give a complete export its name, once all of it is on disk; what has the name until then goes only afterwards."""
+    """Give a complete export its name, once all of it is on disk; a directory of that name is deleted only afterwards."""
     for path in temporary.rglob("*"):
         checkpoint_files.sync(path)
     checkpoint_files.publish(temporary, out)
-    shutil.rmtree(checkpoint_files.temporary_name(out, "old"), ignore_errors=True)  # of an attempt that died just here
+    shutil.rmtree(checkpoint_files.temporary_name(out, "old"), ignore_errors=True)  # left by an attempt that died here
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,4 +1,4 @@
-"""Import: each rank reads from the safetensors files only the slices that its own parameters hold."""
+"""Import weights: each rank reads from the safetensors files only the slices that its own parameters hold."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def load_hf_weights(model: torch.nn.Module, arch: Architecture, path: str | Path
 
 
 def check_checkpoint(arch: Architecture, path: str | Path) -> dict[str, Path]:
-    """Tensor name -> file, for the Hugging Face directory `path`, from the files' headers, and of tied embeddings from an
-    output layer in the files.
+    """Return tensor name -> file for the Hugging Face directory `path`. Checks the files' headers, and with tied embeddings
+    the values of an output layer in the files.
 
     Raises ConfigError naming tensor and file when one is missing, unexpected, of another shape or value, or unreadable.
     """
     files, expected = tensor_files(Path(path)), hf_shapes(arch)
     missing = [name for name in expected if name not in files]
     if missing:
-        raise ConfigError(f"{path} lacks {some(missing)}, which its config.json ({arch.family}) calls for.")
+        raise ConfigError(f"{path} lacks {some(missing)}, which its config.json ({arch.family}) requires.")
     unexpected = [name for name in files if name not in expected and not is_derived(name, arch)]
     if unexpected:
         name = unexpected[0]
@@ -54,9 +54,9 @@ def check_checkpoint(arch: Architecture, path: str | Path) -> dict[str, Path]:
 
 
 def read_weight(weight: Weight, files: dict[str, Path], dtype: torch.dtype) -> torch.Tensor:
-    """A weight of the table without tensor parallelism, read from `files` (of `check_checkpoint`) into a new tensor.
+    """Read a weight of the table without tensor parallelism from `files` (of `check_checkpoint`) into a new tensor.
 
-    The files are closed again: what is read of a mapped file counts as this process's memory for as long as it is open.
+    The files are closed again: pages read from a mapped file count as this process's memory for as long as it is open.
     """
     whole = torch.empty(weight.shard_shape, dtype=dtype)
     with open_files() as open_file:
@@ -65,8 +65,8 @@ def read_weight(weight: Weight, files: dict[str, Path], dtype: torch.dtype) -> t
 
 
 def fill(parameter: torch.Tensor, weight: Weight, rank: int, sources: list) -> None:
-    """Copy what tensor rank `rank` holds of `weight` into its `parameter`. sources: the weight's Hugging Face tensors, or
-    slices of files, in the table's order."""
+    """Copy the part of `weight` that tensor rank `rank` holds into its `parameter`. sources: the weight's Hugging Face
+    tensors, or slices of files, in the table's order."""
     for segment in weight.segments:
         if segment.rank != rank:
             continue

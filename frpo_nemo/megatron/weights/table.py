@@ -1,8 +1,8 @@
-"""Which Hugging Face tensors make up which Megatron parameter: the one table, for every family and layer spec.
+"""Define which Hugging Face tensors make up each Megatron parameter: one table, for every family and layer spec.
 
-A Megatron parameter, put together over the tensor-parallel ranks, is a concatenation of ranges ("pieces") of Hugging
-Face tensors along one dimension; rank r of tp holds the r-th even part. Import copies those ranges one way and export
-the other, so nothing else in this package knows about query groups, gates or padding. Pure Python: no torch.
+A Megatron parameter, joined over the tensor-parallel ranks, is a concatenation of ranges ("pieces") of Hugging Face tensors
+along one dimension; rank r of tp holds the r-th even part. Import copies those ranges one way and export the other, so no
+other module of this package needs to know about query groups, gates or padding. Pure Python: no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Piece = tuple[int | None, int, int]  # (index of the Hugging Face tensor or None
 
 
 def _whole(arch: Architecture, tp: int, size: int) -> list[Piece]:
-    """One Hugging Face tensor, as it is."""
+    """Return one Hugging Face tensor, unchanged."""
     return [(0, 0, size)]
 
 
@@ -27,7 +27,7 @@ def _padded_vocabulary(arch: Architecture, tp: int, size: int) -> list[Piece]:
 
 
 def _query_groups(arch: Architecture, tp: int, size: int) -> list[Piece]:
-    """q, k, v interleaved by query group: the queries of group 0, its key, its value, the queries of group 1 ..."""
+    """Interleave q, k, v by query group: the queries of group 0, its key, its value, the queries of group 1 ..."""
     queries, one = arch.num_heads // arch.num_kv_heads * arch.head_dim, arch.head_dim
     return [
         piece
@@ -37,19 +37,19 @@ def _query_groups(arch: Architecture, tp: int, size: int) -> list[Piece]:
 
 
 def _gate_and_up(arch: Architecture, tp: int, size: int) -> list[Piece]:
-    """Each rank holds its part of the gate above its part of the up projection."""
+    """Put each rank's part of the gate above its part of the up projection."""
     part = arch.ffn_hidden_size // tp
     return [(source, r * part, (r + 1) * part) for r in range(tp) for source in (0, 1)]
 
 
 def _stacked(arch: Architecture, tp: int, size: int, tensors: int) -> list[Piece]:
-    """The tensors one above the other."""
+    """Stack the tensors on each other."""
     return [(source, 0, size) for source in range(tensors)]
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """megatron: the parameter's name, by the local layer spec and by Transformer Engine's where that differs.
+    """A row of the table. megatron: the parameter's name, by the local layer spec, and by Transformer Engine's if different.
     hugging_face: name -> shape in named sizes (see `_sizes`). dim: the tensor-parallel dimension, None if replicated.
     pieces: how the tensors fuse along dim. only_if: the Architecture flag that makes the parameter exist."""
 
@@ -61,7 +61,7 @@ class WeightRow:
 
     @property
     def is_matrix(self) -> bool:
-        """Of a linear layer: it may have an adapter."""
+        """Return whether it is the matrix of a linear layer, which may have an adapter."""
         return all(len(shape) == 2 for shape in self.hugging_face.values())
 
 
@@ -93,8 +93,8 @@ TIED_OUTPUT = WeightRow(OUTPUT.megatron, EMBEDDING.hugging_face, pieces=_padded_
 
 
 def _adapter_rows(row: WeightRow) -> tuple[WeightRow, WeightRow]:
-    """A and B of a linear layer (lora.py), as PEFT names them. Along the dimension that the layer's weight is split in, an
-    adapter is split like it; the rank of the update is never split."""
+    """Return A and B of a linear layer (lora.py), as PEFT names them. An adapter is split like its layer's weight, along the
+    same dimension; the rank of the update is never split."""
     (layer,) = (name.removesuffix("weight") for name in row.megatron)
     a: dict[str, tuple[str, ...]] = {}
     b: dict[str, tuple[str, ...]] = {}
@@ -138,8 +138,8 @@ class Segment:
 class Weight:
     """A row of the table for one architecture and layout: one Megatron parameter of one pipeline stage.
 
-    names: its possible names there. hugging_face: (name, shape) of each tensor in it. shard_shape: what each tensor
-    rank holds. replicated: every rank holds all of it. exported: False for the copy of a tied embedding.
+    names: its possible names there. hugging_face: (name, shape) of each tensor in it. shard_shape: shape on each tensor
+    rank. replicated: every rank holds all of it. exported: False for the copy of a tied embedding.
     """
 
     stage: int
@@ -153,7 +153,7 @@ class Weight:
 
     @property
     def is_linear_layer(self) -> bool:
-        """A matrix of a transformer layer, which may have an adapter."""
+        """Return whether it is a matrix of a transformer layer, which may have an adapter."""
         return self.names[0].startswith("decoder.layers.") and len(self.shard_shape) == 2
 
     @property
@@ -172,8 +172,8 @@ class WeightLayout:
 
 
 def weights(arch: Architecture, layout: WeightLayout) -> list[Weight]:
-    """Every Megatron parameter of every stage, in the order of the Hugging Face model; a stage's are contiguous
-    (but for the last stage's copy of a tied embedding, which comes last)."""
+    """Return every Megatron parameter of every stage, in the order of the Hugging Face model; a stage's are contiguous
+    (except the last stage's copy of a tied embedding, which comes last)."""
     resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0), *_layers(LAYER, arch, layout)]
     last = layout.pp - 1
     resolved.append(_resolve(FINAL_NORM, arch, layout.tp, last))
@@ -185,8 +185,8 @@ def weights(arch: Architecture, layout: WeightLayout) -> list[Weight]:
 
 
 def adapter_weights(arch: Architecture, layout: WeightLayout, rank: int) -> list[Weight]:
-    """Every parameter of adapters of rank `rank`, likewise; hugging_face has PEFT's names, without the prefix that its
-    files put before them."""
+    """Return every parameter of adapters of rank `rank`, in the same order; hugging_face has PEFT's names, without the
+    prefix that its files put before them."""
     return _layers(ADAPTERS, arch, layout, rank)
 
 
@@ -201,7 +201,7 @@ def _layers(rows: Sequence[WeightRow], arch: Architecture, layout: WeightLayout,
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the Hugging Face model, in order."""
+    """Return name -> shape of every tensor of the Hugging Face model, in order."""
     return dict(tensor for weight in weights(arch, WeightLayout()) for tensor in weight.hugging_face)
 
 
@@ -231,7 +231,7 @@ def _resolve(
 
 
 def _cut(pieces: Sequence[Piece], part: int) -> list[Segment]:
-    """The pieces laid end to end and cut at multiples of `part`, one rank's share each."""
+    """Lay the pieces end to end and cut them at multiples of `part`, one rank's share each."""
     segments, position = [], 0
     for source, start, stop in pieces:
         while start < stop:
@@ -245,10 +245,10 @@ def _cut(pieces: Sequence[Piece], part: int) -> list[Segment]:
 def check_complete(
     arch: Architecture, layout: WeightLayout, stage: int, shapes: Mapping[str, Sequence[int]], rank: int = 0
 ) -> None:
-    """Check a stage's Megatron parameters (name -> shape of this rank's shard; the meta device will do) against the
+    """Check a stage's Megatron parameters (name -> shape of this rank's shard; may be on the meta device) against the
     table: every parameter is in it, every weight of the stage has exactly one parameter, shapes agree, and over all
     stages every element of every Hugging Face tensor is used exactly once. rank: of the adapters; 0 if there are none.
-    Raises ValueError that names the culprit."""
+    Raises ValueError that names the wrong one."""
     table = weights(arch, layout) + (adapter_weights(arch, layout, rank) if rank else [])
     unknown = set(shapes)
     for weight in table:
@@ -269,7 +269,7 @@ def check_complete(
         unknown.discard(found[0])
     if unknown:
         raise ValueError(
-            f"Pipeline stage {stage} has parameters that the table of Hugging Face weights does not know: "
+            f"Pipeline stage {stage} has parameters that are not in the table of Hugging Face weights: "
             f"{', '.join(sorted(unknown))}."
         )
     _check_used_once(table)

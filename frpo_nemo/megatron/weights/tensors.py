@@ -1,4 +1,4 @@
-"""Which file of a Hugging Face directory holds which tensor. No megatron-core here, so that a configuration can be checked."""
+"""Find the file of each tensor in a Hugging Face directory. No megatron-core here, so that a configuration can be checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.files import INDEX, SINGLE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ROWS = 4096  # that are compared at a time
+ROWS = 4096  # compared at a time
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
@@ -41,14 +41,14 @@ def tensor_files(path: Path) -> dict[str, Path]:
 
 
 def is_derived(name: str, arch: Architecture) -> bool:
-    """Whether a tensor is one that some published files carry although it follows from others. Of an output layer this is
-    `check_head`'s to find out."""
+    """Return whether a tensor follows from others, although some published files contain it. `check_head` checks this for an
+    output layer."""
     return name.endswith(".rotary_emb.inv_freq") or (name == HEAD and arch.tied_embeddings)
 
 
 def check_head(arch: Architecture, path: str | Path) -> None:
-    """Raise ConfigError when a model with tied embeddings has an output layer of its own in the files of `path`: it would be
-    dropped, and another model trained than was meant."""
+    """Raise ConfigError when a model with tied embeddings has a separate output layer in the files of `path`: it would be
+    dropped, and a different model trained."""
     files = tensor_files(Path(path)) if arch.tied_embeddings else {}
     if not files.keys() >= {EMBEDDING, HEAD}:
         return
@@ -61,14 +61,14 @@ def check_head(arch: Architecture, path: str | Path) -> None:
         )
     if not same:
         raise ConfigError(
-            f"{files[HEAD]} has an output layer, {HEAD}, that differs from {EMBEDDING}, while tie_word_embeddings in "
-            f"{path}/config.json says that they are one; set it to false there, or take {HEAD} out of the file."
+            f"{files[HEAD]} has an output layer, {HEAD}, that differs from {EMBEDDING}, but by tie_word_embeddings in "
+            f"{path}/config.json they are the same; set it to false there, or remove {HEAD} from the file."
         )
 
 
 def check_range(tensor: torch.Tensor, *names: str) -> None:
-    """Raise ConfigError when a value of `tensor`, the weight `names`, was beyond its dtype: float32 and bfloat16 reach further
-    than float16."""
+    """Raise ConfigError when a value of `tensor`, the weight `names`, was too large for its dtype: float32 and bfloat16 have a
+    larger range than float16."""
     if tensor.dtype != torch.float16:
         return
     low, high = tensor.aminmax()  # makes no copy, as isfinite would
@@ -82,16 +82,16 @@ def check_range(tensor: torch.Tensor, *names: str) -> None:
 
 @contextmanager
 def open_files() -> Iterator[Callable[[Path], safe_open]]:
-    """A function path -> open safetensors file, which keeps each file open for as long as the context lasts."""
+    """Yield a function path -> open safetensors file, which keeps each file open for as long as the context lasts."""
     with ExitStack() as stack:
         yield functools.cache(lambda path: stack.enter_context(_open(path)))
 
 
 def tensor_slice(open_file: Callable[[Path], safe_open], files: dict[str, Path], name: str):
-    """Return the tensor `name` as safetensors' slice. Raises ConfigError when its file does not hold it."""
+    """Return the tensor `name` as a slice of safetensors. Raises ConfigError when its file does not hold it."""
     try:
         return open_file(files[name]).get_slice(name)
-    except SafetensorError as error:  # the index promises a tensor that the file does not hold
+    except SafetensorError as error:  # the index names a tensor that the file lacks
         raise ConfigError(f"{files[name]} does not hold {name}, contrary to the index: {error}.") from error
 
 
@@ -105,5 +105,5 @@ def _open(path: Path) -> safe_open:
 
 
 def some(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
