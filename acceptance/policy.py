@@ -67,7 +67,7 @@ def local_layers() -> Iterator[None]:
 
 
 def has_transformer_engine_layers(actor: PolicyActor) -> bool:
-    """Return the layers that the model was really built from."""
+    """Return whether the built model really has Transformer Engine layers."""
     return type(actor.gpt.decoder.layers[0].mlp.linear_fc2).__module__ == "megatron.core.extensions.transformer_engine"
 
 

@@ -33,7 +33,7 @@ GROUPS = 40
 
 
 class Fp32Adapter(Adapter):
-    """As PEFT computes it: input, A, B and their product in fp32; the sum with the layer's output is rounded."""
+    """Compute as PEFT does: input, A, B and their product in fp32; the sum with the layer's output is rounded."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.nn.functional.linear(x.float(), self.exact["a"])
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def responses(run: Path) -> tuple[SequenceBatch, object]:
-    """GROUPS groups of responses that the trained policy sampled, and FRPO's loss of them."""
+    """Return GROUPS groups of responses that the trained policy sampled, and FRPO's loss of them."""
     tokenizer = AutoTokenizer.from_pretrained(run / "model", trust_remote_code=False)
     newest = max((run / "frpo/validation").glob("*.jsonl"))
     rows = [json.loads(line) for line in newest.read_text().splitlines()]

@@ -27,7 +27,7 @@ RESPONSES = 16 * 8
 
 
 def trl_step(work: Path, length: int, steps: int, processes: int, generation: str) -> float:
-    """Median seconds per step of TRL, by its own generation (hf) or by the repaired vLLM mode (vllm)."""
+    """Return the median seconds per step of TRL, with its own generation (hf) or the repaired vLLM mode (vllm)."""
     command = [*_python(TRL_BIN, processes), str(BENCHMARKS / "trl_step.py"), f"--model={work / 'model'}"]
     command += [f"--prompts={work / 'prompts.jsonl'}", f"--mode={generation}"]
     command += [f"--max-response={length}", f"--steps={steps}"]
@@ -36,7 +36,7 @@ def trl_step(work: Path, length: int, steps: int, processes: int, generation: st
 
 
 def frpo_step(work: Path, length: int, steps: int, processes: int, objective: list[str]) -> float:
-    """Median seconds per step of recipes/frpo.py, from one step's end to the next one's."""
+    """Return the median seconds per step of recipes/frpo.py, from one step's end to the next one's."""
     with tempfile.TemporaryDirectory(dir=work) as run_dir:
         command = [*_python(Path(sys.executable).parent, processes), str(REPOSITORY / "recipes" / "frpo.py")]
         command += ["--config-name=experiment/benchmark", f"run_dir={run_dir}", f"model.path={work / 'model'}"]

@@ -1,4 +1,4 @@
-"""Counts what this process says to others through torch.distributed: calls and bytes, by phase, operation and group.
+"""Counts what this process sends through torch.distributed: calls and bytes, by phase, operation and group.
 
 Every collective and point-to-point call, by whatever Python function, passes torch's dispatcher as an operator of the
 namespaces c10d or _c10d_functional; here is a mode that looks at them there. An operator that it does not know is an
@@ -109,7 +109,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def backend_calls() -> int:
-    """Calls that this rank's gloo backends have been given so far, over all groups that exist: each numbers its own."""
+    """Return how many calls this rank's gloo backends have had so far, over all groups that exist: each numbers its own."""
     groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.GroupMember.NON_GROUP_MEMBER]
     return sum(group._get_backend(torch.device("cpu"))._get_sequence_number_for_group() for group in groups)
 

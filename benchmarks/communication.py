@@ -1,4 +1,4 @@
-"""Communication of a training step, counted on real process groups and put beside the formulas.
+"""Communication of a training step, counted on real process groups and compared with the formulas.
 
     torchrun --nproc_per_node 8 -m benchmarks.communication        # also with 2 and 4
 
@@ -81,7 +81,7 @@ def model_config(
     precision: str = "fp32",
     lora_rank: int = 0,
 ) -> ModelConfig:
-    """With small chunks, so that there are several."""
+    """Stream with small chunks, so that there are several."""
     return ModelConfig(
         path=path,
         precision=precision,
@@ -95,7 +95,7 @@ def model_config(
 
 
 def compare(config: ModelConfig, directory: str) -> dict[str, Phase]:
-    """Count a step's phases and put the formulas beside them. Collective; Megatron's groups exist. `directory`: the same
+    """Count a step's phases and compare them with the formulas. Collective; Megatron's groups exist. `directory`: the same
     on all ranks, for a checkpoint."""
     actor = PolicyActor(config, OptimizerConfig(lr=0.1), microbatch_tokens=MICROBATCH_TOKENS)
     actor.freeze_reference()
@@ -147,7 +147,7 @@ def _share():
 
 
 def _gather(examples, mine, completions):
-    """RolloutWorker's, without its engine."""
+    """Do what RolloutWorker does, without its engine."""
     worker = RolloutWorker.__new__(RolloutWorker)
     worker._reported = set()
     rewards = torch.tensor([float(c % 2) for group in completions for c in range(len(group))], dtype=torch.float64)
@@ -214,7 +214,7 @@ def packs_of(batch, parallel: Parallel, replica: int, microbatch_tokens: int) ->
 
 
 def _phase(phase: str, counter: CollectiveCounter, parallel: Parallel, transfers: list[Transfer]) -> Phase:
-    """Counted against formula, for every kind of call in every set of ranks."""
+    """Compare count and formula for every kind of call in every set of ranks."""
     rank = dist.get_rank()
     calls, payload, unknown, received = Counter(), Counter(), set(), 0.0
     for transfer in transfers:

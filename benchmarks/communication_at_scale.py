@@ -47,7 +47,7 @@ MODELS = {
 
 @dataclass
 class Cost:
-    """Of one phase on one rank. gpu, host: bytes received by GPU and by CPU tensors."""
+    """The cost of one phase on one rank. gpu, host: bytes received by GPU and by CPU tensors."""
 
     calls: int
     gpu: float

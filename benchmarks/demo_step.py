@@ -23,7 +23,7 @@ WARM_UP_STEPS = 5
 
 
 def phases(objective: list[str], steps: int) -> dict[str, float]:
-    """Median milliseconds of each phase of a step, over the steps after the warm-up."""
+    """Return the median milliseconds of each phase of a step, over the steps after the warm-up."""
     with tempfile.TemporaryDirectory() as run_dir:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "recipes/frpo.py"]
         command += ["--config-name=experiment/demo", f"run_dir={run_dir}", *objective]

@@ -26,7 +26,7 @@ from verl.utils.reward_score import gsm8k, math_dapo, math_reward
 
 
 def stated(completion: str) -> str:
-    """The content of the last box; else what follows `answer is` or `####`, else all."""
+    """Return the content of the last box; else what follows `answer is` or `####`, else all."""
     box = minerva.last_boxed_only_string(completion)
     if box:
         return minerva.remove_boxed(box)

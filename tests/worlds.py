@@ -66,7 +66,7 @@ class Workers:
 
 
 def use_layout(model) -> None:
-    """In a rank: make Megatron's groups those of `model` (a ModelConfig)."""
+    """Give this rank the Megatron groups of `model` (a ModelConfig)."""
     from megatron.core import parallel_state as ps
 
     from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel

@@ -110,7 +110,7 @@ def _batch(context: Context) -> SequenceBatch:
 
 
 def _flops(arch: Architecture, batch: SequenceBatch) -> float:
-    """Count those of the matrix products, forward and backward. The embedding is no product. No attention, no recomputation."""
+    """Count those of the matrix products, forward and backward, without the embedding, attention and recomputation."""
     head = arch.vocab_size * arch.hidden_size
     layers = parameters(arch) - 2 * head
     return 6.0 * (layers * int(batch.lengths.sum()) + head * int(batch.response_lengths.sum()))

@@ -104,7 +104,7 @@ def verification_errors(model: str, other: str, checkpoint_of_model: str, out: s
 
 
 def verify_in_float16(model: str, checkpoint: str, out: str) -> None:
-    """From weights with more digits."""
+    """Verify a conversion from weights with more digits."""
     from frpo_nemo.conversion.convert import convert
     from frpo_nemo.conversion.inputs import ConvertRun
 

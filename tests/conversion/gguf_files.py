@@ -125,7 +125,7 @@ def _tensors(model: str, arch: Architecture, name: str) -> dict[str, np.ndarray]
 
 
 def rope_factors(arch: Architecture) -> np.ndarray:
-    """By how much each wavelength is stretched, one after the other as llama.cpp's converter has it."""
+    """Return the factor on each wavelength, computed one by one as in llama.cpp's converter."""
     scaling, factors = arch.rope_scaling, []
     low = scaling["original_max_position_embeddings"] / scaling["low_freq_factor"]
     high = scaling["original_max_position_embeddings"] / scaling["high_freq_factor"]

@@ -1,4 +1,4 @@
-"""From GGUF: the model that was written, whatever its family and type of storage, or one sentence."""
+"""Conversion from GGUF gives the original model, for every family and storage type, or one error sentence."""
 
 from __future__ import annotations
 

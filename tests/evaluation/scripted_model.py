@@ -1,4 +1,4 @@
-"""A model that knows its answers by heart, and a few local documents for every benchmark.
+"""A model with scripted answers, and a few local documents for every benchmark.
 
 The end of each question and the whole of each answer are tokens of its tokenizer. Attention and MLP add nothing, and the
 output layer maps the last token to the next one, so the model answers in one token and ends.

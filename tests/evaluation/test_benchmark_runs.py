@@ -32,7 +32,7 @@ DOCUMENTATION = (ROOT / "docs" / "evaluation.md").read_text()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Its path is longer than a file's name may be."""
+    """Return a model whose path is longer than a file name may be."""
     return scripted_model(tmp_path_factory.mktemp("run") / ("a" * 130) / ("b" * 130) / "hf")
 
 
@@ -170,7 +170,7 @@ def test_lm_eval_reports_the_settings_that_are_documented(name, asked):
 
 
 def test_evalplus_reports_the_settings_that_are_documented(evaluated):
-    """The model writes x for ever after a prompt that ends as evalplus's does with a chat template."""
+    """The model writes x forever after a prompt that ends as evalplus's does with a chat template."""
     directory, row = evaluated[1] / "humaneval_plus", documented("humaneval_plus")
     log, (raw,) = (directory / "benchmark.log").read_text(), (directory / "humaneval").glob("*.raw.jsonl")
     endless = json.loads(raw.read_text().splitlines()[-1])["solution"]
@@ -249,7 +249,7 @@ def test_results_of_other_settings_or_weights_are_not_mixed(again, model):
 
 
 def test_a_result_with_the_stop_strings_of_the_task_is_not_taken(again):
-    """As results are that name none: those from before the settings were written out."""
+    """Results that name no stop strings are from before the settings were written out."""
     file = Path(again().out) / "math500" / "result.json"
     before = file.read_text()
     result = json.loads(before)

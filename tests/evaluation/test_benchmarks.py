@@ -173,7 +173,7 @@ def test_a_prompt_that_would_be_cut_ends_lm_eval(hf_backend, strict):
 
 
 def test_a_prompt_that_would_be_cut_ends_lm_eval_with_vllm(strict):
-    """Its backend is not to be imported without vllm: the function that cuts for it, and the sentence of its own."""
+    """Test the function that cuts prompts for the backend, and its own message: without vllm the backend cannot be imported."""
     from lm_eval.models.utils import maybe_truncate
 
     assert maybe_truncate([1, 2, 3], max_gen_toks=7, max_model_len=10) == ([1, 2, 3], 7)

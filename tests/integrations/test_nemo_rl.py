@@ -77,7 +77,7 @@ def loss_config(frpo: dict | None = None, **fields) -> SimpleNamespace:
 
 
 def advantages_of(config, prompts: Tensor, rewards: Tensor, token_mask: Tensor, sample_mask: Tensor) -> Tensor:
-    """As grpo_train calls it."""
+    """Compute advantages as grpo_train does."""
     return FRPOAdvantageEstimator(None, config).compute_advantage(
         prompt_ids=prompts,
         rewards=rewards,

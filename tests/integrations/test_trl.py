@@ -114,7 +114,7 @@ def test_gradients_on_two_processes_are_those_on_one(model, tmp_path):
 
 
 class GivenMismatch(FRPOTrainer):
-    """With the ratios of TRL's correction for vLLM's log-probs: by token, or one for a sequence."""
+    """Uses given ratios as TRL's correction for vLLM's log-probs: one per token, or one per sequence."""
 
     by_token = True
 

@@ -55,7 +55,7 @@ def response_mask(lengths: Tensor = LENGTHS) -> Tensor:
 
 
 def rollouts(rewards: Tensor = REWARDS, mask: Tensor | None = None, prompts: np.ndarray = PROMPTS) -> DataProto:
-    """As verl has them before compute_advantage: the reward at the last token of each response."""
+    """Return rollouts as verl has them before compute_advantage, with the reward at the last token of each response."""
     mask = response_mask() if mask is None else mask
     last_token = mask.bool() & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     scores = torch.where(last_token, rewards[:, None], 0.0)
@@ -142,7 +142,7 @@ def clipped_importance(log_probs: Tensor, old: Tensor) -> Tensor:
 
 
 def frozen_gradient(log_probs: Tensor, old: Tensor, objective: FRPO) -> Tensor:
-    """Of the group losses in the log-probs, their derivative in m taken at m = 1."""
+    """Return the gradient of the group losses in the log-probs, with their derivative in m taken at m = 1."""
     ones = torch.ones(len(REWARDS), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(group_losses(ones, objective), ones)
     log_probs = log_probs.clone().requires_grad_()

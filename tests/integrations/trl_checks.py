@@ -103,7 +103,7 @@ def train(model: str, args: FRPOConfig, **options) -> tuple[FRPOTrainer, Steps]:
 
 
 def token_logprobs(weights: dict, path: str, sequences: list[tuple[list, list]]) -> tuple[list, torch.nn.Module]:
-    """Of each response given its prompt, one sequence at a time, by transformers' model in float64; and the model."""
+    """Return each response's log-probs given its prompt, one sequence at a time, and the model: transformers' in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
     model.load_state_dict({name: tensor.double() for name, tensor in weights.items()})
     logprobs = []

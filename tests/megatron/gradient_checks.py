@@ -88,7 +88,7 @@ def step_gradient(path: str, objective: dict, *, adapter: str | None = None, **l
 
 
 def supervised_gradient(path: str, **layout) -> dict:
-    """As step_gradient, of supervised training's loss of `example_batch`."""
+    """Return what step_gradient does, for supervised training's loss of `example_batch`."""
     actor, batch = make_actor(path, **layout), example_batch()
     with megatron_device():
         columns, _ = actor.accumulate_gradient(batch, CompletionLoss(int(batch.response_lengths.sum())))
@@ -158,7 +158,7 @@ def hugging_face_model(path: str):
 
 
 def response_logprobs(model, batch: SequenceBatch) -> list[torch.Tensor]:
-    """Of each sequence's response tokens, differentiable."""
+    """Return the log-probs of each sequence's response tokens, differentiable."""
     logprobs = []
     for prompt, response in batch.unpack():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]

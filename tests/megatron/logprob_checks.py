@@ -65,7 +65,7 @@ def compare_with_log_softmax(chunk_tokens: int) -> dict[str, float]:
 
 
 def errors_of_bf16(in_fp32: bool) -> dict[str, float]:
-    """Of log-probs, their entropy and the KL, from hidden states and weights in bf16: largest against float64."""
+    """Return the largest errors against float64 of log-probs, entropy and KL from bf16 hidden states and weights."""
     group = _tensor_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ def uniform_entropy(vocabulary: int) -> float:
 
 
 def columns_of_a_small_batch(path: str) -> dict[str, torch.Tensor]:
-    """Of the first sequence alone, with and without a reference."""
+    """Return the columns of the first sequence alone, with and without a reference."""
     model = ModelConfig(path=path, precision="fp32")
     use_layout(model)
     actor = PolicyActor(model, None, microbatch_tokens=100)

@@ -70,14 +70,14 @@ def check_only_adapters_are_trained(path: str, lora: LoRAConfig, **layout) -> No
 
 
 def save_after_the_base_was_replaced(path: str, other: str, run_dir: str, lora: LoRAConfig) -> None:
-    """As by a first stage that is run again into the directory from which a second one began."""
+    """Save as when a first stage runs again into the directory from which a second one began."""
     actor = make_actor(path, lora=lora)
     shutil.copyfile(Path(other) / "model.safetensors", Path(path) / "model.safetensors")
     save_load.save(run_dir, actor, {}, step=1, seed=7)
 
 
 def losses_with(path: str, lora: LoRAConfig, **layout) -> list[float]:
-    """Of three updates that begin with the same random numbers."""
+    """Return the losses of three updates that begin with the same random numbers."""
     actor = make_actor(path, lora=lora, **layout)
     rng.reseed(0, 0)
     return train(actor, range(3))

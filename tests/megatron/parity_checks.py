@@ -38,7 +38,7 @@ def check_logits_parity(path: str, tp: int, pp: int, sp: bool = False, **layout)
 
 
 def check_export_bitwise(path: str, tp: int, pp: int, *, bucket_bytes: int = 1 << 16, **layout) -> None:
-    """On every rank, the stream yields the source's tensors, bit for bit, in a Hugging Face model's order."""
+    """Check that on every rank the stream yields the source's tensors, bit for bit, in a Hugging Face model's order."""
     source = _tensors(path)
     arch, model = _imported(path, tp, pp, **layout)
     streamed = list(stream_hf_weights(model, arch, bucket_bytes=bucket_bytes))

@@ -19,7 +19,7 @@ def test_values_and_gradients_equal_log_softmax(workers, world, chunk_tokens):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_fp32_logits_of_a_bf16_model_are_those_of_its_hidden_states(workers, world):
-    """In chunks of an output layer's rows. Products that are rounded to bf16 are a thousand times farther off."""
+    """The output layer's rows are taken in chunks. Products rounded to bf16 have a thousand times the error."""
     rounded = workers.run(world, logprob_checks.errors_of_bf16, in_fp32=False)
     exact = workers.run(world, logprob_checks.errors_of_bf16, in_fp32=True)
     for column in ("logprobs", "entropy", "kl"):
@@ -47,7 +47,7 @@ def model(tmp_path_factory):
     "layout", [{}, dict(tp=2, sp=True), dict(pp=2), dict(dp=2)], ids=["one", "TP2 with SP", "PP2", "DP2"]
 )
 def test_distance_from_the_reference_is_that_of_next_token_distributions_in_every_layout(workers, model, layout):
-    """After one step of training, on every response token; by transformers in float64 from the two sets of weights."""
+    """Compare every response token after one training step with transformers in float64 on both sets of weights."""
     world = max(layout.values(), default=1)
     arguments = {key: value for key, value in layout.items() if key != "dp"}
     columns, weights = workers.run(world, logprob_checks.distance_after_a_step, path=model, **arguments)[0]

@@ -36,7 +36,7 @@ def test_without_fp8_nothing_of_it_is_set(arch):
 
 
 def test_delayed_scales_are_not_reduced_over_replicas(arch):
-    """They have unequal numbers of microbatches, so a reduction in each would wait for ever."""
+    """They have unequal numbers of microbatches, so a reduction in each would wait forever."""
     model = ModelConfig(path="", fp8="hybrid", fp8_recipe="delayed")
     assert transformer_config(arch, model, transformer_engine=False).tp_only_amax_red
 

@@ -56,5 +56,5 @@ def timeouts_of_groups() -> set[datetime.timedelta]:
 
 
 def test_megatrons_groups_wait_as_long_as_the_world_does(workers):
-    """Its own default of 30 minutes would end a long phase that the watchdog takes for work."""
+    """Megatron's default of 30 minutes would end a long phase that the watchdog allows."""
     assert workers.run(1, timeouts_of_groups) == [{world.GROUP_TIMEOUT}]

@@ -116,7 +116,7 @@ def shrinkage(path: str, **layout) -> dict[str, float]:
 
 
 def shrinkage_after_resume(path: str, run_dir: str, *, as_recorded_before: bool, **layout) -> dict[str, float]:
-    """As `shrinkage`, of a run that is resumed twice; as_recorded_before: its first checkpoint names no rule."""
+    """Return the `shrinkage` of a run that is resumed twice; as_recorded_before: its first checkpoint names no rule."""
     saved = save_load.save(run_dir, make_actor(path, **layout), {}, step=1, seed=7)
     record = checkpoint_files.read(saved)
     if as_recorded_before:

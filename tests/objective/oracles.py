@@ -83,7 +83,7 @@ def jackknifed(loss: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, m: Ten
 
 
 def group_loss(rewards: Tensor, m: Tensor, objective: Any) -> Tensor:
-    """With the jackknife and the baseline of an FRPO objective. m requires a gradient."""
+    """Return the group loss with the jackknife and the baseline of an FRPO objective. m requires a gradient."""
     plain = partial(plain_loss, lambda_=objective.lambda_, f_divergence=objective.f_divergence)
     loss = jackknifed(plain, rewards, m) if objective.jackknife else plain(rewards, m)
     if not objective.baseline:

@@ -41,7 +41,7 @@ def multinomial(counts: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def slope(errors: list[float]) -> float:
-    """Of log |bias| against log G."""
+    """Return the slope of log |bias| against log G."""
     return np.polyfit(np.log(GROUP_SIZES), np.log(np.abs(errors)), 1)[0]
 
 

@@ -131,7 +131,7 @@ def worst_density(rewards: Tensor, groups: Tensor, lambda_: float, f_divergence:
 @repeatable(100)
 @given(small_rewards)
 def test_divergences_agree_to_second_order(rewards):
-    """So that lambda means the same: values differ by lambda^-2 only."""
+    """Lambda then means the same for each divergence: values differ only by O(lambda^-2)."""
     rewards = torch.tensor(rewards, dtype=torch.float64)
     for lambda_ in (1e2, 1e3):
         kl, chi_squared = (worst_case(rewards, lambda_, name).value_K.item() for name in DIVERGENCES)
@@ -145,7 +145,7 @@ def test_divergences_agree_to_second_order(rewards):
 @repeatable(50)
 @given(small_rewards)
 def test_divergence_at_large_lambda_is_half_the_variance_over_lambda_squared(f_divergence, rewards):
-    """To five digits, though it is 1e-13 beside densities of 1: the radius search reads it there."""
+    """It holds to five digits, though the value is 1e-13 next to densities of 1: the radius search reads it there."""
     rewards = torch.tensor(rewards, dtype=torch.float64)
     divergence = worst_case(rewards, 1e6, f_divergence).divergence_K.item()
     assert divergence == pytest.approx(rewards.var(correction=0).item() / 2e12, rel=1e-5, abs=1e-20)

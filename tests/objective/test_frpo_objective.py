@@ -143,7 +143,7 @@ def test_advantages_of_a_group_do_not_depend_on_the_other_groups(switches, seed,
 @repeatable(50)
 @given(batch=batches)
 def test_large_lambda_is_grpo_without_std(f_divergence, jackknife, batch):
-    """With the jackknife times G / (G-1): r_i minus the mean of the others, the leave-one-out advantage."""
+    """The jackknife multiplies by G / (G-1): r_i minus the mean of the others, the leave-one-out advantage."""
     rewards, groups = batch
     objective = FRPO(lambda_=1e6, scale="objective", jackknife=jackknife, f_divergence=f_divergence)
     limit = DrGRPO()

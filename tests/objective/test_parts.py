@@ -128,7 +128,7 @@ def test_rewards_are_those_of_the_rule_written_out_group_by_group(seed, sizes, c
 @repeatable(50)
 @given(seed=seeds, sizes=group_sizes, count=st.integers(1, 4))
 def test_a_group_that_has_all_of_its_rewards_is_their_weighted_sum_bit_for_bit(seed, sizes, count):
-    """And so is one that lacks some as a whole, because they are not for its task."""
+    """The same holds for a group that lacks some rewards as a whole, because they are not for its task."""
     parts, weights, groups = random_parts(seed, sizes, count)
     for group in groups.unique():
         some_lack = parts[groups == group].isnan().any(0)

@@ -83,7 +83,7 @@ class Server:
         return self.log.read_text().count(f'"POST {path} HTTP/1.1" 200')
 
     def end(self) -> None:
-        """As scancel does."""
+        """End the server as scancel does."""
         if self.process:
             self.process.terminate()
             self.process.wait()

@@ -68,7 +68,7 @@ def procedure(path: str) -> dict:
 
 
 def test_refusals_of_standard_behaviours_are_what_the_classifier_writes(classifier):
-    """Where it writes yes or no: here, the two tokens that it writes most."""
+    """Yes and no are, in this test, the two tokens that the classifier writes most."""
     rows, prompts = behaviours("standard", len(RESPONSES), prompt="Behavior")
     values = [{"behavior": row["Behavior"], "generation": r} for row, r in zip(rows, RESPONSES, strict=True)]
     logits = classify(classifier, [{"template": STANDARD, **value} for value in values])

@@ -247,7 +247,7 @@ def test_an_adapter_needs_peft_only_where_it_is_loaded(models, tmp_path, monkeyp
 
 
 def test_a_local_model_with_pickled_weights_alone_is_refused_before_anything_loads(models, tmp_path, monkeypatch):
-    """In a directory, an adapter's base model, or what the hub's cache has; a server may read them."""
+    """The weights are in a directory, an adapter's base model or the hub's cache; a server may read them."""
     directory, adapter, hub = tmp_path / "directory", tmp_path / "adapter", tmp_path / "hub"
     shutil.copytree(models["judge"], directory)
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")

@@ -69,7 +69,7 @@ CHANGES = {  # reward -> what each of three responses to one prompt gets, every 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_reward_may_change_what_it_is_given_and_no_other_response_sees_it(changing, name):
-    """Its own, a later step's or another reward's."""
+    """The other response may be its own, a later step's or another reward's."""
     prompt, golds = [{"role": "user", "content": "hi"}], ["a", "b"]
     before = copy.deepcopy((prompt, golds))
     rewards = build_rewards({"first": changing(name), "second": changing(name)})

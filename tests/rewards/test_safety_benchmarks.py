@@ -116,7 +116,7 @@ def texts(rows: list[dict]) -> tuple[list[str], list[str]]:
 
 
 def test_the_names_of_a_probes_numbers_say_what_was_measured(runs, tiny):
-    """Of the first probe: by the judge's own record, and by the judge and the reward model asked again."""
+    """Compare the first probe's numbers with the judge's own record, and with the judge and reward model asked again."""
     run_dir, judge, _, _ = runs
     probe, kept = probes(run_dir)[0], samples(run_dir / "probe" / "step_00000000.jsonl")
     said = [answer for *_, answer in judge.seen[:9]]

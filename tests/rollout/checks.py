@@ -51,7 +51,7 @@ def hf_model(path: str, dtype: torch.dtype = torch.float32):
 
 
 def hf_weights(path: str) -> list[tuple[str, Tensor]]:
-    """As a policy streams them: (Hugging Face name, full tensor)."""
+    """Return the weights as a policy streams them: (Hugging Face name, full tensor)."""
     return list(hf_model(path).state_dict().items())
 
 
@@ -158,7 +158,7 @@ def check_fp32_logits(tiny) -> dict[bool, float]:
 
 
 def check_responses(tiny) -> list:
-    """Seeds reproduce; EOS is the last token; truncation is told; random state is left alone. Returns the responses."""
+    """Check that seeds reproduce, EOS comes last, truncation is reported and random state is unchanged; return responses."""
     engine = refitted(tiny)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     untouched = random.random(), np.random.rand(), torch.rand(2).tolist()
@@ -189,7 +189,7 @@ def check_top_p(tiny) -> None:
 
 @torch.no_grad()
 def likelier_mass(model, responses, samples: int = 3) -> Tensor:
-    """For each token of the responses to prompts(), the total probability of the tokens that were likelier there."""
+    """Return, for each token of the responses to prompts(), the total probability of the likelier tokens there."""
     out = []
     for i, (tokens, _, _) in enumerate(responses):
         prompt = prompts()[i // samples]
@@ -299,7 +299,7 @@ _permute_heads.tensor = "model.layers.3.self_attn.q_proj.weight"
 
 
 def check_stream_is_exhausted(tiny) -> None:
-    """Also when vLLM has all that it wants before the end: the stream's collectives must end on every rank."""
+    """Check that the stream ends on every rank, as its collectives must, also when vLLM has all it needs before the end."""
     engine, ended = use_engine(tiny["qwen2"]), []
 
     def stream():

@@ -68,7 +68,7 @@ def test_a_lost_weight_of_any_layer_shows_in_the_logprob_gap_of_bf16(one):
 
 
 def test_a_lost_weight_shows_in_the_logprob_gap_of_a_pretrained_model(one, smol_model):
-    """Whose rounding is four times that of random weights: the limit is a multiple of what its first rollout measured."""
+    """Its rounding is four times that of random weights: the limit is a multiple of what its first rollout measured."""
     chat, layers = Chat(load_tokenizer(str(smol_model))), (0, 7, 15, 22, 29)
     questions = ["What is a lighthouse for?", "How is bread made?"]
     asked = chat.prompt_ids([[{"role": "user", "content": question}] for question in questions], "here")
@@ -107,13 +107,13 @@ def test_layout_that_does_not_fit(two):
 
 
 def test_a_tensor_parallel_engine_leaves_no_shared_memory_behind(two, tiny):
-    """And starts beside what a killed run left: the names are its own."""
+    """It also starts where a killed run left shared memory, because its names are unique."""
     two(checks.check_one_engine_of_two, name="qwen2")
     assert not list(Path("/dev/shm").glob("*cpushm*"))
 
 
 def test_sleep_gives_back_everything_and_wakes_what_is_needed():
-    """Without a GPU: the calls that vLLM gets."""
+    """Without a GPU, only the calls to vLLM are checked."""
 
     class Calls(list):
         def sleep(self, level):

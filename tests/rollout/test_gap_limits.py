@@ -66,7 +66,7 @@ def statistic(limit: GapLimit, gap: Tensor) -> float:
 
 
 def test_products_in_tf32_would_stop_an_fp32_run(models):
-    """So fp32 has the local layers, and not Transformer Engine's, which multiply in TF32."""
+    """This is why fp32 uses the local layers, and not Transformer Engine's, which multiply in TF32."""
     limit = GapLimit.of("fp32", None)
     assert statistic(limit, models.logprobs(torch.float32, to_tf32) - models.fp32) > 10 * limit.value
 

@@ -77,7 +77,7 @@ def time_limit(trial: Trial) -> None:
 
 
 def fill_disk(trial: Trial) -> None:
-    """Of the checkpoints; it is emptied when the run has noticed."""
+    """Fill the disk of the checkpoints; it is emptied once the run has noticed."""
     before, filler = len(trial.job.output), trial.disk / "filler"
     subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64K"], capture_output=True)
     trial.faults.release(trial.name)

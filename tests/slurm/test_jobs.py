@@ -108,7 +108,7 @@ def test_a_cancelled_job_stays_cancelled(cluster, model, tmp_path):
 
 
 def test_nodes_without_their_gpus_are_named_and_the_job_gives_up(cluster, model, tmp_path):
-    """All nodes lack them, so none is excluded. A failed start is tried again, but not for ever."""
+    """All nodes lack them, so none is excluded. A failed start is tried again, but not forever."""
     overrides = [
         "--config-name=experiment/demo_sft",
         f"model.path={model}",
@@ -146,7 +146,7 @@ def test_a_node_that_does_not_share_the_disk_is_excluded(cluster, model, tmp_pat
 
 
 def test_where_too_few_nodes_would_be_left_none_is_excluded(cluster, model, tmp_path):
-    """As before, but the job needs all three nodes."""
+    """The same, but the job needs all three nodes."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     cluster.cluster("node-exec", "2", "mount", "-t", "tmpfs", "tmpfs", str(run_dir))

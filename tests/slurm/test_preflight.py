@@ -21,7 +21,7 @@ def preflight():
 
 @pytest.fixture
 def reports(tmp_path):
-    """Of four nodes of two ranks that are well: {file name: content}, to be spoilt and then written."""
+    """Return the reports of four healthy nodes of two ranks, {file name: content}, for tests to change and write."""
     versions = {"python": "3.11.7", "torch": "2.13.0", "driver": "570.1"}
     files = {}
     for name in NODES:

@@ -204,7 +204,7 @@ def _function(arguments: ast.arguments):
 
 
 def _keywords_of(module: str, called: str) -> list[str]:
-    """With which keywords `called` is called in a module."""
+    """Return the keywords with which a module calls `called`."""
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == called]
     if not calls:

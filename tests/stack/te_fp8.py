@@ -43,7 +43,7 @@ def all_recipes() -> Iterator[dict]:
 
 @or_the_error
 def facts(settings: ModelConfig) -> dict:
-    """Of the first rank of two replicas."""
+    """Return the facts of the first rank of two replicas."""
     arch = Architecture.from_hf(settings.path)
     with fake_world(settings, rank=0, replicas=2):
         config = model.transformer_config(arch, settings, transformer_engine=True)
@@ -61,7 +61,7 @@ def facts(settings: ModelConfig) -> dict:
 
 
 def microbatches(settings: ModelConfig) -> list:
-    """As the actor pads packs of one sequence each; this replica has two of the four."""
+    """Return packs of one sequence each as the actor pads them; this replica has two of the four."""
     actor = SimpleNamespace(config=settings, microbatch_tokens=8, device=torch.device("cpu"))
     batch = SequenceBatch.from_lists([[3] * length for length in (20, 17, 5, 2)], [[4, 5, 6]] * 4)
     return PolicyActor._microbatches(actor, batch)

@@ -41,7 +41,7 @@ def facts(settings: ModelConfig) -> dict:
 
 
 def checkpointed(actor: PolicyActor) -> dict:
-    """Its moments and step, saved and restored; then offloaded and brought back."""
+    """Save and restore the optimizer's moments and step; then offload them and bring them back."""
     (part,) = optimizer_state._parts(actor.optimizer)
     optimizer_state.allocate(actor.optimizer)
     moments = [state[key] for state in part.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -67,7 +67,7 @@ def checkpointed(actor: PolicyActor) -> dict:
 
 
 def offloaded(actor: PolicyActor, part, moments: list[torch.Tensor]) -> dict:
-    """As finish_training and prepare_for_training do where there is a GPU."""
+    """Offload and restore as finish_training and prepare_for_training do on a GPU."""
     sizes = [gradient_bytes(actor)]
     actor.ddp.offload_grad_buffers()
     actor.optimizer.offload_to_cpu()

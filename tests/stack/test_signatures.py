@@ -34,7 +34,7 @@ def test_every_entry_of_receivers_is_needed(signatures):
 
 
 def test_what_is_woken_is_what_vllm_lets_sleep_on():
-    """Its allocator keeps the memory of these tags asleep until they are asked for; an engine sleeps while one of them does."""
+    """vLLM's allocator keeps the memory of these tags asleep until they are woken; an engine sleeps while any of them does."""
     vllm = Path(find_spec("vllm").origin).parent
     tags = _strings_of(vllm / "device_allocator/__init__.py", "DEFERRABLE_TAGS: tuple[str, ...]")
     assert tags == {"weights", "kv_cache"} == _strings_of(SOURCES / "frpo_nemo/rollout/engine.py", "self._asleep")

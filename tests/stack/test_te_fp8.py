@@ -24,7 +24,7 @@ def format(request) -> str:
 
 @pytest.fixture
 def facts(format, recipe, te_facts) -> list[dict]:
-    """In every layout."""
+    """Return the facts of every layout."""
     found = te_facts(kind="fp8", format=format, recipe=recipe)
     assert len(found) == 4
     return found

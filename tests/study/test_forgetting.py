@@ -136,7 +136,7 @@ LAYOUT = "model.tensor_model_parallel_size=2"
     ],
 )  # fmt: skip
 def test_what_would_end_a_part_is_told_before_any_has_run(tmp_path, changes, sentence):
-    """Of later tasks as well, whose model is not there yet; the one that preparation makes is not asked for."""
+    """Later tasks are checked too, whose model doesn't exist yet; the model that a preparation makes isn't needed."""
     whole = {"arms": {"arm": ["objective=dr_grpo"]}}
     ForgettingStudy(tiny_study(tmp_path / "out", **whole), check_command).check()
     study = ForgettingStudy(tiny_study(tmp_path / "out", **whole | changes), check_command)

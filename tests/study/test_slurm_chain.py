@@ -156,7 +156,7 @@ def test_what_left_nothing_to_report_has_failed_and_the_rest_is_reported(tmp_pat
 
 
 def test_a_training_is_checked_for_the_processes_that_its_job_starts(tmp_path):
-    """By the script and the options of sbatch, of which the last counts; a script that tells no sizes is not known."""
+    """The script and the options of sbatch decide, of which the last counts; a script without sizes gives none."""
 
     def problem(*sbatch: str, script: str | None = None, layout: str = "trainer.max_steps=2") -> str:
         options = ["trainer.val_interval=2", "data.max_prompt_tokens=8", layout]
@@ -177,7 +177,7 @@ def test_a_training_is_checked_for_the_processes_that_its_job_starts(tmp_path):
 
 
 def test_what_ended_well_and_cannot_say_so_has_failed(tmp_path):
-    """On a full disk an empty file would stay, which says finished."""
+    """On a full disk an empty file would stay, which would mean finished."""
     (tmp_path / "slurm_finished").symlink_to("/dev/full")
     command = ["bash", "-c", "source slurm/lib.sh; frpo_finished"]
     job = {"SLURM_JOB_ID": "7", "RUN_DIR": str(tmp_path)}
@@ -216,7 +216,7 @@ def test_what_failed_is_recorded_with_the_last_words_of_its_processes(tmp_path):
 
 
 def test_a_line_of_submitted_jobs_that_is_cut_is_told(tmp_path):
-    """Without it the part would be submitted again, beside its job in the queue."""
+    """Without it the part would be submitted again while its job is in the queue."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out/jobs.jsonl").write_text('{"name": "seed_5/prepare_0", "jo')
     study = ForgettingStudy(tiny_study(tmp_path / "out"), lambda *_: None)

@@ -72,7 +72,7 @@ class Learner:
         return {name: parameter.detach().clone() for name, parameter in self.actor.gpt.named_parameters()}
 
     def gradient(self) -> torch.Tensor:
-        """Of the last step, all parameters together (in a world of one, where nothing is sharded)."""
+        """Return the last step's gradient, all parameters together (in a world of one, where nothing is sharded)."""
         return torch.cat([parameter.main_grad.flatten() for parameter in self.actor.gpt.parameters()]).clone()
 
 

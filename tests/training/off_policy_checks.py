@@ -111,7 +111,7 @@ class Expected:
         return {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
 
     def lambda_of_radius(self, radius: float) -> float:
-        """Where the derivative of the dual, mean_x[-lambda log mean_i exp(-r_i / lambda)] - lambda radius, is 0."""
+        """Return the zero of the derivative of the dual, mean_x[-lambda log mean_i exp(-r_i / lambda)] - lambda radius."""
         rewards, groups = self.batch.columns["reward"], self.batch.columns["group"]
         scored = [rewards[(groups == group) & ~rewards.isnan()] for group in groups.unique()]
 

@@ -97,7 +97,7 @@ class Job:
         return {int(p.environ()["RANK"]): p for p in psutil.Process(self.process.pid).children()}
 
     def listens_on(self) -> set[str]:
-        """The addresses on which the recipe's processes listen, but for the launcher's."""
+        """Return the addresses on which the recipe's processes listen, except the launcher's."""
         family = psutil.Process(self.process.pid)
         recipe = [p for p in (family, *family.children(recursive=True)) if "torch.distributed.run" not in p.cmdline()]
         return {c.laddr.ip for p in recipe for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}

@@ -1,4 +1,4 @@
-"""From reward functions to the reward that training compares, without engines: every rank calls these."""
+"""Checks from reward functions to the reward that training compares, without engines: every rank calls these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may get wrong is told in one sentence before any model loads."""
+"""A user's mistake is reported in one sentence before any model loads."""
 
 from __future__ import annotations
 
@@ -427,7 +427,7 @@ JUDGE = "reward.judge={target: judge, args: {model: tiny, template: '{response}'
 
 
 def test_local_reward_models_count_in_host_memory(files, monkeypatch):
-    """In each process, and in each worker of an isolated one; a served one takes nothing here."""
+    """They count in each process, and in each worker of an isolated reward; a served model takes no memory here."""
     monkeypatch.chdir(files)
     monkeypatch.setattr(resources, "gpu_memory", lambda: 2**36)
     arch = Architecture.from_hf("tiny")

@@ -149,7 +149,7 @@ def test_later_reinforcement_learning_is_grpo_with_the_papers_reward_model(name)
 
 
 def test_a_later_training_keeps_no_checkpoint_but_the_last_which_is_what_is_measured():
-    """At 70B each is a terabyte, in every arm."""
+    """At 70B each checkpoint is a terabyte, in every arm."""
     tasks = {
         study: compose(f"study/{study}")["tasks"]
         for study in ("safety_7b", "safety_qwen_7b", "safety_70b", "math_7b", "math_72b")
@@ -267,7 +267,7 @@ def trained(tiny) -> dict[str, Path]:
 
 
 def responses(run_dir: Path, step: int) -> list[dict]:
-    """Of a validation or probe."""
+    """Return the responses of a validation or probe."""
     (path,) = run_dir.glob(f"*/step_{step:08d}.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -42,7 +42,7 @@ class Edge:
         self.tokens[self.place] = logits[self.place].argmax()
 
     def logprobs(self, dtype: torch.dtype) -> torch.Tensor:
-        """Of the tokens that were sampled from the policy in fp32. [R]"""
+        """Return the log-probs of the tokens that were sampled from the policy in fp32. [R]"""
         return self._logits(dtype).float().log_softmax(-1).gather(1, self.tokens[:, None]).squeeze(1)
 
     def _features(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -73,7 +73,7 @@ def edge() -> SimpleNamespace:
 
 
 def gradient(edge, *, without_the_edge: bool = False, **settings) -> tuple[torch.Tensor, dict]:
-    """Of the step's loss, and the loss's columns."""
+    """Return the gradient of the step's loss, and the loss's columns."""
     logprobs = edge.policy.logprobs(torch.bfloat16)
     if without_the_edge:
         logprobs = torch.where(edge.others, logprobs, logprobs.detach())
@@ -100,7 +100,7 @@ def test_a_token_that_vllm_and_the_trainer_disagree_about_leaves_the_loss(edge):
 
 
 def test_without_a_limit_it_pulls_with_a_bounded_force(edge):
-    """Of the KL term beyond that of the other tokens: beta (e^5 - 1) / (sequences * their length) per log-prob."""
+    """The KL term's gradient beyond the other tokens' is beta (e^5 - 1) / (sequences * their length) per log-prob."""
     logprobs = edge.trained.clone().requires_grad_()
     weightless = SimpleNamespace(columns={}, token_columns=edge.batch.token_columns, response_lengths=None)
     weightless.columns = {name: torch.zeros(SEQUENCES) for name in ("advantage", "coefficient")}

@@ -131,7 +131,7 @@ def test_a_judges_template_may_lie_elsewhere(begun, capsys):
 
 
 def test_a_run_of_another_directory_is_continued_from_here(begun, monkeypatch):
-    """Its relative paths were relative to the directory in which it was started."""
+    """The run's relative paths are relative to the directory in which it started."""
     (begun / "below").mkdir()
     monkeypatch.chdir(begun / "below")
     names = {"model": "../model", "data": "../rows.jsonl", "prompts": "../probes", "target": "../reward.py:score"}

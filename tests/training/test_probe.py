@@ -51,7 +51,7 @@ def unprobed(both):
 
 
 def test_probes_leave_the_training_as_it_was_bit_for_bit(probed, unprobed):
-    """Also when the probed run was killed on its way."""
+    """This also holds when the probed run was killed in between."""
     expected, found = exported(unprobed), exported(probed)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     for kind in (steps, validations):
@@ -75,7 +75,7 @@ def test_the_distance_is_that_from_the_policy_before_fine_tuning(probed):
 
 
 def test_the_exact_distance_is_the_kl_of_next_token_distributions(probed, model):
-    """Of the last probe, computed again by transformers from the exported model and the model before."""
+    """The last probe's KL is computed again by transformers from the exported model and the model before."""
     policy, reference = (AutoModelForCausalLM.from_pretrained(p).double() for p in (probed / "hf", model))
     tokenizer = AutoTokenizer.from_pretrained(model)
     kl = []
@@ -103,7 +103,7 @@ def test_the_reward_is_that_of_the_first_stage_on_its_held_out_prompts(probed):
 
 
 def test_accuracy_is_what_greedy_decoding_gets_exactly_right(probed):
-    """Of the downstream task's held-out examples, with the exported model and transformers' generate."""
+    """Compare on the task's held-out examples with transformers' generate on the exported model."""
     model = AutoModelForCausalLM.from_pretrained(probed / "hf")
     tokenizer = AutoTokenizer.from_pretrained(probed / "hf")
     right = []

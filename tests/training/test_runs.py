@@ -40,7 +40,9 @@ from frpo_nemo.training.start_record import starts
 
 STEPS, RADIUS = 10, 0.1
 PROBE = ["probe=toy", "probe.interval=5", "probe.prompts.0.limit=16"]
-PROBE += ['probe.prompts.0.path="python:frpo_nemo.examples.toy.rows?part=prompts&seed=0&heldout=1"']  # of the demo's world
+PROBE += [
+    'probe.prompts.0.path="python:frpo_nemo.examples.toy.rows?part=prompts&seed=0&heldout=1"'
+]  # of the demo's world
 SECRETS = {"argument": "an-argument-to-hide", "HF_TOKEN": "hf-token-to-hide", "WANDB_API_KEY": "0123456789" * 4}
 SECRETS |= {"url": "password-to-hide"}
 UMASK = 0o027
@@ -239,7 +241,7 @@ def test_the_ranks_listen_on_loopback_alone(disturbed):
 
 
 def test_no_trap_in_the_models_directory_was_sprung(reference, disturbed, model):
-    """By training, resuming, vLLM, the export; and the export holds none of them."""
+    """Training, resuming, vLLM and the export spring no trap, and the export contains none."""
     assert not (Path(model) / "sprung").exists()
     assert not {file.name for file in (reference / "hf").iterdir()} & set(TRAPS)
 
@@ -306,7 +308,7 @@ def test_a_run_with_probes_that_was_killed_three_times_ends_with_the_same_bits(d
 
 
 def test_what_rounding_does_to_the_model_is_measured_once_in_a_run(disturbed, reference):
-    """By the validation of step 0, before any checkpoint, so that a resumed run stops where the undisturbed one would."""
+    """The validation of step 0 measures it, before any checkpoint: a resumed run stops where an undisturbed one would."""
     records = [
         checkpoint_files.read(run / "checkpoints" / name)
         for run in (reference, disturbed.run_dir)
@@ -329,7 +331,7 @@ def test_the_history_of_a_resumed_run_has_every_step_once_and_the_same_values(di
 
 @pytest.fixture(scope="module")
 def elsewhere(reference, model, tmp_path_factory):
-    """TP2's checkpoint of step 8 continued in a single process, which runs beside other tests until it is asked for."""
+    """Continue TP2's checkpoint of step 8 in a single process, which runs during other tests until its result is needed."""
     run_dir = tmp_path_factory.mktemp("elsewhere") / "run"
     shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}", "hf"))
     layout = ["parallel=single", "model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]

@@ -1,4 +1,4 @@
-"""A run goes on with the data that it began with, or is told why it cannot."""
+"""A run continues with the data that it began with, or reports why it cannot."""
 
 from pathlib import Path
 

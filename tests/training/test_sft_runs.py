@@ -18,7 +18,7 @@ def model(tmp_path_factory) -> str:
 
 
 def test_the_same_seed_gives_the_same_bits_in_supervised_training(model, tmp_path):
-    """In two runs, of which one validates."""
+    """Compare two runs, one of which validates."""
     overrides = ["--config-name=experiment/demo_sft", f"model.path={model}", "parallel=single", "trainer.max_steps=3"]
     jobs = [
         Job("sft.py", [*overrides, f"trainer.val_interval={interval}"], tmp_path / f"run_{interval}")

@@ -149,7 +149,7 @@ def test_exception_is_named_by_all_and_printed_by_its_rank(job, bad):
 
 
 def test_a_wrong_configuration_ends_all_ranks_as_one(job):
-    """With 2, as slurm/lib.sh knows it; the recipe itself makes 2 of the bad rank's exception."""
+    """The exit code is 2, which slurm/lib.sh expects; the recipe itself turns the bad rank's exception into 2."""
     job = job("wrong")
     assert job.exit_codes([0, 2], within=20) == [EXIT_WRONG] * 2
     assert_all_name(job, [0, 2], "failed (ConfigError: model.path=x has changed.)")

@@ -45,7 +45,7 @@ def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
 
 
 def load_model_and_tokenizer(path: str) -> None:
-    """As training does it."""
+    """Load both as training does."""
     from frpo_nemo.rollout.chat import load_chat, stop_token_ids
 
     make_actor(path)

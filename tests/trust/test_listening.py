@@ -1,4 +1,4 @@
-"""Where processes listen. Whole runs are looked at in tests/training/test_runs.py."""
+"""Tests of where processes listen. tests/training/test_runs.py checks whole runs."""
 
 import os
 import socket
@@ -63,7 +63,7 @@ def test_the_watchdog_listens_on_one_address_in_a_world_over_several_nodes(envir
 
 
 def test_the_store_listens_on_one_address_in_a_world_over_several_nodes(several_nodes):
-    """As rank 0 of srun makes it; rank 1 reaches it there."""
+    """Make the store as rank 0 of srun does; rank 1 reaches it there."""
     before, made, timeout = listening(), [], world.datetime.timedelta(seconds=30)
     with socket.socket() as probe:
         probe.bind((several_nodes, 0))

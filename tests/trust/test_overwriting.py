@@ -56,7 +56,7 @@ def test_another_configuration_does_not_take_the_place_of_a_run_without_checkpoi
 
 
 def test_options_that_came_after_a_run_began_are_at_their_defaults_in_it(a_run):
-    """Also those of list and dict entries."""
+    """This includes options of list and dict entries."""
     saved = OmegaConf.load(a_run / "config.yaml")
     del saved.model.lora, saved.data.train[0].split, saved.reward.judge.timeout, saved.optim.weight_decay
     (a_run / "config.yaml").write_text(OmegaConf.to_yaml(saved))
@@ -109,7 +109,7 @@ def test_starts_are_recorded_one_after_another_also_where_git_is_not_installed(t
 
 
 def test_a_record_whose_last_line_was_cut_goes_on(tmp_path):
-    """By a full disk, or a kill while it was written."""
+    """A full disk, or a kill during the write, cuts the line."""
     start = dict(model="m", world_size=1, data={}, moment="2026-01-02T03:04:05", resume="auto", resumed_from=None)
     start_record.add_start(tmp_path, **start)
     with (tmp_path / start_record.FILE).open("a") as file:

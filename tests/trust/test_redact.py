@@ -113,7 +113,7 @@ def test_configurations_keep_their_shape():
 
 
 def test_the_given_command_that_resumes_has_no_secret_however_the_shell_quotes_it(monkeypatch):
-    """And nothing else of it changes. bash, whose quotes these are, says what the words mean."""
+    """Nothing else of it changes. bash, whose quotes these are, reads the words for the comparison."""
     secrets = ["api_key=it's mine", "password=a\nb's", 'token=a "b" c', "judge.token=plain"]
     quoted = subprocess.check_output(["bash", "-c", 'echo "${@@Q}"', "bash", *secrets], text=True).strip()
     before, after = "cd '/a b' && sbatch --nodes=2 'job 1.sh' data='x y'", "$'n=1\\t' run_dir=runs/1  # soon"

@@ -26,7 +26,7 @@ def attempt(name, action):
 
 
 def run(sandbox: Sandbox, program: str, seconds: float = 10.0, **options) -> ProgramRun:
-    """Also asserts that nothing of the program is left."""
+    """Run a program, and assert that nothing of it is left."""
     result = sandbox.run(TRY + program, seconds, **options)
     wait_until(lambda: not processes_of(sandbox))
     return result
@@ -106,7 +106,7 @@ attempt("numpy", lambda: __import__("numpy"))
 
 
 def test_nothing_can_be_written(sandbox):
-    """Not even to memory that pretends to be files."""
+    """This includes memory that looks like files."""
     program = """
 import os
 places = [place for place, _, _ in os.walk("/")]
@@ -353,7 +353,7 @@ def test_a_program_does_not_outlive_a_killed_trainer(sandbox):
 
 
 def test_a_user_without_rights_has_the_same_sandbox(sandbox):
-    """In a user namespace, root is nobody's root; there, bubblewrap makes another."""
+    """Root in a user namespace has no rights outside it; bubblewrap makes another namespace there."""
     unshare = ["unshare", "--user", "--map-root-user"]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this machine does not let us make a user namespace")
