@@ -42,7 +42,7 @@ def start(model: Path, out: Path) -> str:
         f"out={out}",
         *OPTIONS,
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 

@@ -215,7 +215,7 @@ def test_a_server_that_stays_away_fails_what_is_left_within_the_patience(models,
         while server.answered("/classify") < begun + 10:
             assert not asked.done()
         server.end()
-        scores = asked.result(timeout=30)
+        scores = asked.result(timeout=300)
     assert not server.url_file.exists()
     lost = int(scores.total.isnan().sum())
     assert 0 < lost < n and scores.failures == {"r": {"died": lost}}

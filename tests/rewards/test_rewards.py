@@ -111,7 +111,7 @@ print(pool._workers[0].process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     command = [sys.executable, "-c", program]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     worker = Path(f"/proc/{int(out.stdout)}/status")
     deadline = time.monotonic() + 10
     while worker.exists() and "zombie" not in worker.read_text():

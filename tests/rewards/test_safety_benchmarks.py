@@ -79,7 +79,7 @@ def overrides(tiny: dict, url: str) -> list[str]:
 def evaluate(tiny: dict, url: str, out: Path) -> subprocess.CompletedProcess:
     options = [f"out={out}", "dtype=float32", "probe.temperature=0", "probe.max_prompt_tokens=1024"]
     command = [sys.executable, str(CONFIGS.parent / "recipes/evaluate.py"), *overrides(tiny, url), *options]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
 
 
 def fine_tune(tiny: dict, url: str, directory: Path) -> Job:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+LIMIT = 1200  # seconds of waiting: many times what is needed, because a busy machine is slow
 ATTEMPTS = 8  # of a Slurm command that may be repeated, with pauses that grow by a second
 
 
@@ -63,7 +64,7 @@ class SlurmJob:
         line = self.cluster.slurm("scontrol", "-o", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", line))
 
-    def wait(self, limit: int = 400) -> tuple[str, int]:
+    def wait(self, limit: int = LIMIT) -> tuple[str, int]:
         """(state, restarts) when it has ended."""
         done = self.cluster.cluster("wait", self.number, str(limit), check=False)
         if done.returncode == 124:
@@ -75,13 +76,13 @@ class SlurmJob:
     def restarts(self) -> int:
         return int(self.show()["Restarts"])
 
-    def succeed(self, limit: int = 400) -> int:
+    def succeed(self, limit: int = LIMIT) -> int:
         """Wait for the end, which must be a good one: the number of restarts."""
         state, restarts = self.wait(limit)
         assert state == "COMPLETED", f"{state}:\n{self.output[-5000:]}"
         return restarts
 
-    def wait_until(self, condition, limit: float = 400) -> None:
+    def wait_until(self, condition, limit: float = LIMIT) -> None:
         deadline = time.monotonic() + limit
         while not condition():
             if self.show()["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"):

@@ -64,7 +64,7 @@ def test_two_steps_of_frpo_with_tensor_and_pipeline_parallelism(rows, tmp_path):
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone", "recipes/frpo.py"]
     command += ["--config-name", "experiment/gsm8k_frpo", *overrides]
-    job = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    job = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     assert job.returncode == 0, job.stdout[-4000:]
 
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]

@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-PHASES = "frpo_nemo.training.logging:Phases.__call__"
+PHASES = "frpo_nemo.processes.phases:PhaseTimer.__call__"
 current = {"step": 0}
 
 
