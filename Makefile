@@ -80,13 +80,18 @@ ifeq ($(STACK),gpu)
 test: $(if $(wildcard /dev/nvidiactl),setup-gpu,$(GPU_STAMP))
 	$(GPU_BIN)/python -m pytest -p no:cacheprovider tests/objective tests/data tests/megatron tests/planning tests/stack
 else
-# The tests that mostly wait (for Slurm, servers, other programs) run at the same time as the others.
-WAITING := tests/slurm tests/rewards tests/evaluation tests/study tests/report
+# Three streams at the same time: Slurm's tests mostly wait, others wait for programs that they start, the rest computes.
+SLURM := tests/slurm
+PROGRAMS := tests/rewards tests/evaluation tests/study tests/report tests/integrations tests/conversion tests/acceptance \
+  tests/examples
+PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 test: setup
-	@$(BIN)/python -m pytest -p no:cacheprovider $(WAITING) > $(VENV)/waiting.log 2>&1 & waiting=$$!; \
-	trap "kill $$waiting" INT TERM; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(WAITING)); others=$$?; \
-	wait $$waiting; code=$$?; cat $(VENV)/waiting.log; exit $$((others | code))
+	@$(PYTEST) $(SLURM) > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
+	$(PYTEST) $(PROGRAMS) > $(VENV)/programs.log 2>&1 & programs=$$!; \
+	trap "kill $$slurm $$programs" INT TERM; \
+	$(PYTEST) $(addprefix --ignore=,$(SLURM) $(PROGRAMS)); others=$$?; \
+	wait $$programs; second=$$?; wait $$slurm; first=$$?; \
+	cat $(VENV)/programs.log $(VENV)/slurm.log; exit $$((others | first | second))
 endif
 
 ifdef CPU
