@@ -78,7 +78,7 @@ def responses(run: Path) -> tuple[SequenceBatch, object]:
 
 
 def numbers(run: Path, batch: SequenceBatch, loss, *, precision: str, adapters_in_fp32: bool = False):
-    """(log-probs [R], gradient of all A and B in fp32)."""
+    """Return (log-probs [R], gradient of all A and B in fp32)."""
     settings = json.loads((run / "frpo/adapter" / PEFT_CONFIG).read_text())
     lora = LoRAConfig(rank=settings["r"], alpha=settings["lora_alpha"])
     model = ModelConfig(path=str(run / "model"), precision=precision, lora=lora)

@@ -26,7 +26,7 @@ RANK, PROMPTS, SAMPLES, TOKENS = 64, 16, 8, 64
 
 
 def make(directory: Path) -> tuple[str, str]:
-    """(a random model, a random adapter for it)."""
+    """Return (a random model, a random adapter for it)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig

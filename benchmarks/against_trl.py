@@ -69,7 +69,7 @@ def _python(bin_directory: Path, processes: int) -> list[str]:
 
 
 def _run(command: list[str], processes: int, work: Path) -> str:
-    """Standard output of the command; what it says besides goes to a file, and is shown when it fails."""
+    """Return the standard output of the command; its standard error goes to a file, and is shown when it fails."""
     settings = {
         "OMP_NUM_THREADS": str(CORES // processes),
         "VLLM_PLUGINS": "",

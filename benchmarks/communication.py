@@ -199,7 +199,7 @@ def _formulas(model: Model, rank: int, batch, largest: int) -> dict[str, list[Tr
 
 
 def packs_of(batch, parallel: Parallel, replica: int, microbatch_tokens: int) -> list[Pack]:
-    """The packed microbatches of a replica, as PolicyActor makes them."""
+    """Return the packed microbatches of a replica, as PolicyActor makes them."""
     lengths, responses = batch.lengths.tolist(), batch.response_lengths.tolist()
     mine = packing.split_over_replicas(lengths, parallel.dp)[replica]
     packs = packing.split_into_microbatches([lengths[i] for i in mine], microbatch_tokens)
@@ -262,7 +262,7 @@ def main() -> None:
 
 
 def _table(name: str, ranks: list[dict[str, Phase]]) -> Table:
-    """Sums over all ranks."""
+    """Return sums over all ranks."""
     table = Table(title=f"{name}: all ranks together, counted = formula")
     for column in ("phase", "calls counted", "formula", "payload bytes counted", "formula"):
         table.add_column(column, justify="left" if column == "phase" else "right")

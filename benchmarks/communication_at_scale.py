@@ -56,7 +56,7 @@ class Cost:
 
 
 def step(model: Model, rank: int) -> dict[str, list[Transfer]]:
-    """A step of FRPO with one update and a reference."""
+    """Return a step of FRPO with one update and a reference."""
     parallel, stage = model.parallel, model.parallel.stage(rank)
     sequence, sequences = PROMPT_TOKENS + RESPONSE_TOKENS, PROMPTS * SAMPLES
     per_pack = MICROBATCH_TOKENS // sequence
@@ -83,7 +83,7 @@ def step(model: Model, rank: int) -> dict[str, list[Transfer]]:
 
 
 def cost(parallel: Parallel, rank: int, transfers: list[Transfer]) -> Cost:
-    """Sums over the transfers."""
+    """Return sums over the transfers."""
     on_host = [transfer for transfer in transfers if transfer.part in ("rollouts", "agreement")]
     on_gpu = [transfer for transfer in transfers if transfer not in on_host]
     gpu, host = (

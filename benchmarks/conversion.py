@@ -36,7 +36,7 @@ CONFIG = dict(
 
 
 def make_model(directory: Path, layers: int, vocab: int, shard_gb: float) -> None:
-    """A model of random weights, written one shard at a time."""
+    """Return a model of random weights, written one shard at a time."""
     import torch
 
     warnings.simplefilter("ignore")
@@ -81,7 +81,7 @@ def save_checkpoint(model: str, run_dir: str) -> str:
 
 
 def convert_measured(source: str, out: str, shard_gb: float, base: str) -> tuple[float, float, float]:
-    """(seconds, bytes at the peak above those after the imports, bytes after the imports), in this process."""
+    """Return (seconds, bytes at the peak above those after the imports, bytes after the imports), in this process."""
     warnings.simplefilter("ignore")
     from frpo_nemo.conversion.convert import ConvertRun, convert
 
@@ -91,7 +91,7 @@ def convert_measured(source: str, out: str, shard_gb: float, base: str) -> tuple
 
 
 def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a line of /proc/self/status, in bytes."""
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{name}:")[1].split()[0]) * 1024
 

@@ -18,12 +18,12 @@ REPEATS = 30
 
 
 def groups_of_16() -> torch.Tensor:
-    """Ids in the order of a gather over ranks: groups are not contiguous."""
+    """Return ids in the order of a gather over ranks: groups are not contiguous."""
     return torch.arange(NUM_RESPONSES // 16).repeat_interleave(16)[torch.randperm(NUM_RESPONSES)]
 
 
 def ragged_groups() -> torch.Tensor:
-    """Sizes from 4 to 33, 16 on average, ids far apart."""
+    """Return sizes from 4 to 33, 16 on average, ids far apart."""
     return torch.randint(NUM_RESPONSES // 16, (NUM_RESPONSES,)) * 7_919
 
 

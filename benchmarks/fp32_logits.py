@@ -22,7 +22,7 @@ WARM_UP_STEPS = 1
 
 
 def steps(model: str, fp32_logits: bool, count: int) -> tuple[list[dict], float]:
-    """(metrics of the steps after the warm-up, GiB of memory at the process's peak)."""
+    """Return (metrics of the steps after the warm-up, GiB of memory at the process's peak)."""
     with tempfile.TemporaryDirectory() as run_dir:
         command = [sys.executable, "recipes/frpo.py", "--config-name=experiment/smol", f"model.path={model}"]
         command += [f"run_dir={run_dir}", f"model.fp32_logits={str(fp32_logits).lower()}", f"trainer.max_steps={count}"]

@@ -38,7 +38,7 @@ class Case:
 
 
 def cases(gold: str, *, after_hashes: bool = False) -> Iterator[Case]:
-    """The cases of a gold answer, which is the answer alone. after_hashes: the gold column has it after `####`."""
+    """Return the cases of a gold answer, which is the answer alone. after_hashes: the gold column has it after `####`."""
     answers = {gold: "as it is"}
     for kind, text in spellings(gold):
         answers.setdefault(text, kind)

@@ -33,7 +33,7 @@ class Row:
 
 
 def rows(directory: Path, limit: int | None) -> Iterator[Row]:
-    """The cases of every gold answer, or of about `limit` in all, spread over both sets."""
+    """Return the cases of every gold answer, or of about `limit` in all, spread over both sets."""
     for data in ("math500", "gsm8k"):
         lines = (directory / data / "test.jsonl").read_text().splitlines()
         columns = {}

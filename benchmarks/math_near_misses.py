@@ -12,7 +12,7 @@ from benchmarks.math_spellings import decimal_of, formula_of, interval_of, items
 
 
 def near_misses(gold: str) -> Iterator[tuple[str, str]]:
-    """(kind, text) of answers that differ."""
+    """Return (kind, text) of answers that differ."""
     for family in (_other_numbers, _other_formulas, _other_structures, _other_words):
         yield from family(gold)
 

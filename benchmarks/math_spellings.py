@@ -12,7 +12,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 
 
 def spellings(gold: str) -> Iterator[tuple[str, str]]:
-    """(kind, text) of equal answers."""
+    """Return (kind, text) of equal answers."""
     yield "full stop in the box", f"{gold}."
     yield "dollars in the box", f"${gold}$"
     yield "display style", f"\\displaystyle {gold}"
@@ -51,7 +51,7 @@ def _unicode(gold: str) -> str:
 
 
 def value_of(gold: str) -> Fraction | None:
-    """The number that a gold answer is, without a unit."""
+    """Return the number that a gold answer is, without a unit."""
     text = gold.replace("\\!", "").replace(" ", "").replace("\\$", "").replace("dfrac", "frac")
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     if re.fullmatch(r"-?\d*\.?\d+", text):
@@ -125,7 +125,7 @@ def _numbers(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def decimal_of(value: Fraction) -> str | None:
-    """The decimals of a number, if they end."""
+    """Return the decimals of a number, if they end."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:
@@ -144,7 +144,7 @@ def _is_formula(gold: str) -> bool:
 
 
 def formula_of(gold: str) -> sympy.Expr | None:
-    """The formula that a gold answer is, as sympy has it, with the imaginary unit."""
+    """Return the formula that a gold answer is, as sympy has it, with the imaginary unit."""
     if not _is_formula(gold):
         return None
     text = re.sub(r"\\sqrt(\d)", r"\\sqrt{\1}", gold).replace("\\dfrac", "\\frac")
@@ -198,7 +198,7 @@ def _reordered(formula: sympy.Expr) -> str:
 
 
 def items_of(gold: str, *, opening: str = "", closing: str = "") -> list[str]:
-    """The items of a list, or of one in brackets."""
+    """Return the items of a list, or of one in brackets."""
     if not (gold.startswith(opening) and gold.endswith(closing)):
         return []
     inner = gold[len(opening) : len(gold) - len(closing)]
@@ -232,7 +232,7 @@ def _lists(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def interval_of(gold: str) -> tuple[str, str, str, str] | None:
-    """(bracket, left, right, bracket) of an interval; a pair in parentheses may be a point and isn't taken for one."""
+    """Return (bracket, left, right, bracket) of an interval; a pair in parentheses may be a point and isn't taken for one."""
     text = tidy(gold).removeprefix("x \\in").strip()
     match = re.fullmatch(r"([(\[])\s*([^,()\[\]]+),\s*([^,()\[\]]+?)\s*([)\]])", text)
     if match and ("[" in text or "]" in text or "infty" in text or "x" in gold):
@@ -309,7 +309,7 @@ def _word_answers(gold: str) -> Iterator[tuple[str, str]]:
 
 
 def unit_of(gold: str) -> tuple[str, str] | None:
-    """(number or formula, unit) of a gold answer that has one."""
+    """Return (number or formula, unit) of a gold answer that has one."""
     match = re.fullmatch(r"(.+?)\s*(?:\\(?:text|mbox)\{\s*([a-z]+)\s*\}(?:\^(\d))?|\^\\circ())", gold)
     if not match:
         return None

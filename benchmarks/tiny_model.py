@@ -64,7 +64,7 @@ def make_model() -> Qwen2ForCausalLM:
 
 
 def make_prompts(count: int) -> list[str]:
-    """Distinct prompts of PROMPT_TOKENS tokens each."""
+    """Return distinct prompts of PROMPT_TOKENS tokens each."""
     return [f"question {number:06d}:" for number in range(count)]
 
 

@@ -49,7 +49,7 @@ def repair_vllm_on_cpu():
 
 
 def reward(completions, completion_ids, max_response, **_):
-    """The same as in configs/experiment/benchmark.yaml: 1 where two of the letters a to e are neighbours."""
+    """Return the same as in configs/experiment/benchmark.yaml: 1 where two of the letters a to e are neighbours."""
     lengths = {len(ids) for ids in completion_ids}
     if lengths != {max_response}:
         raise RuntimeError(f"responses have {sorted(lengths)} tokens, not {max_response} each")
@@ -96,7 +96,7 @@ def build_trainer(arguments, output_dir, callbacks):
 
 
 def seconds_per_step(arguments) -> list[float]:
-    """Wall time of every step after the warm-up, from one step's end to the next one's."""
+    """Return the wall time of every step after the warm-up, from one step's end to the next one's."""
     import torch
     from transformers import TrainerCallback
 

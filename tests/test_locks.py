@@ -34,7 +34,7 @@ GPU = lock("gpu.txt")
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """What installing the project with `extras` asks for, extras of extras included."""
+    """Return what installing the project with `extras` asks for, extras of extras included."""
     found, pending, seen = [Requirement(text) for text in PROJECT["dependencies"]], list(extras), set()
     while pending:
         extra = pending.pop()
@@ -105,7 +105,7 @@ def test_the_images_name_no_version_but_the_cuda_release_of_the_lock():
 
 
 def named_versions() -> list[tuple[str, str, str]]:
-    """(file, package, version) wherever a document names the version of a package of the stack."""
+    """Return (file, package, version) wherever a document names the version of a package of the stack."""
     names = "|".join(sorted(DOCUMENTED, key=len, reverse=True))
     pattern = re.compile(rf"(?<![\w-])({names})(?:==| |\[[a-z]+\]==)(\d+\.\d+(?:\.\d+)*)", re.IGNORECASE)
     files = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("container/*"))]

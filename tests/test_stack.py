@@ -22,7 +22,7 @@ def hopper(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A dictionary of packages that are added to those installed."""
+    """Return a dictionary of packages that are added to those installed."""
     added, really = {}, stack.version
     monkeypatch.setattr(stack, "version", lambda package: added.get(package) or really(package))
     monkeypatch.setattr(stack, "transformer_engine_problem", stack.transformer_engine_problem.__wrapped__)  # not cached

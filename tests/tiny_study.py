@@ -6,7 +6,7 @@ from frpo_nemo.study.parts import PartConfig, StudyConfig
 
 
 def tiny_study(out, **changes) -> StudyConfig:
-    """A random model, two arms of which one cannot start, one later task: a few steps each."""
+    """Return a random model, two arms of which one cannot start, one later task: a few steps each."""
     few = ["trainer.max_steps=2", "trainer.val_interval=2"]
     shape = ["hidden_size=64", "num_layers=2", "num_heads=2", "ffn_hidden_size=64", "max_position_embeddings=64"]
     validation = ["data.validation.0.limit=8"]

@@ -54,7 +54,7 @@ def lines_of(out: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """(the command's end, what it wrote)."""
+    """Return (the command's end, what it wrote)."""
     out = tmp_path_factory.mktemp("gpu_check")
     return gpu_check(out), out
 

@@ -14,7 +14,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def saved(workers, model, tmp_path_factory):
-    """A checkpoint that no run is around. Its weights are those of `model`."""
+    """Return a checkpoint outside of any run. Its weights are those of `model`."""
     directory = tmp_path_factory.mktemp("saved")
     workers.run(1, checks.save, path=model, run_dir=str(directory))
     return checkpoint_files.newest(directory)

@@ -65,7 +65,7 @@ def save_trained(path: str, run_dir: str) -> None:
 
 
 def read_by_megatron(directory: str) -> dict[str, torch.Tensor]:
-    """All tensors, by megatron-core's own reader and without us."""
+    """Return all tensors, read by megatron-core's own reader and not by ours."""
     with megatron_device():
         return load_plain_tensors(directory)
 
@@ -78,7 +78,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def die_before_publishing(options: dict) -> None:
-    """Killed when everything is written and only the name is missing."""
+    """Die when everything is written and only the name is missing."""
     from frpo_nemo.conversion import convert
     from frpo_nemo.conversion.inputs import ConvertRun
 
@@ -87,7 +87,7 @@ def die_before_publishing(options: dict) -> None:
 
 
 def verification_errors(model: str, other: str, checkpoint_of_model: str, out: str) -> tuple[str, str]:
-    """(what is said of another model's weights, what a conversion says that does not pass)."""
+    """Return (the message for another model's weights, the message of a conversion that does not pass)."""
     from frpo_nemo.conversion import verify
     from frpo_nemo.conversion.convert import convert
     from frpo_nemo.conversion.inputs import ConvertRun
@@ -112,7 +112,7 @@ def verify_in_float16(model: str, checkpoint: str, out: str) -> None:
 
 
 def unpermuted(file: str, out: str) -> str:
-    """What is said of queries and keys whose rows are left as llama.cpp has them."""
+    """Return the message for queries and keys whose rows stay in llama.cpp's order."""
     from frpo_nemo.conversion.convert import convert
     from frpo_nemo.conversion.gguf_file import GGUFFile
     from frpo_nemo.conversion.inputs import ConvertRun
@@ -126,7 +126,7 @@ def unpermuted(file: str, out: str) -> str:
 
 
 def peaks(warm: dict, conversions: list[dict]) -> list[int]:
-    """Bytes of memory that each conversion needs beyond what the process had before.
+    """Return the bytes of memory that each conversion needs beyond what the process had before.
 
     VmHWM counts mapped pages of files as well; ru_maxrss would begin with the parent's.
     """

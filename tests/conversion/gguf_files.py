@@ -25,7 +25,7 @@ NAMES = {"mistral": "llama"}  # what llama.cpp calls the family
 
 
 def make_source(path: Path, family: str, **options) -> str:
-    """A random model of `family` with a byte-level tokenizer, in Hugging Face format."""
+    """Return a random model of `family` with a byte-level tokenizer, in Hugging Face format."""
     tokenizer = train_tokenizer(TEXTS, 290)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     make_tiny(path, family, vocab=len(tokenizer), **OWN.get(family, {}) | ids | options)

@@ -155,7 +155,7 @@ def test_tokenizer_template_end_of_turn_and_licence_are_the_files(tmp_path, sour
 
 
 def published(name: str) -> tuple[dict, dict]:
-    """(the published tokenizer.json, the metadata that llama.cpp's converter writes of it)."""
+    """Return (the published tokenizer.json, the metadata that llama.cpp's converter writes of it)."""
     content = json.loads((tokenizer_files(name) / "tokenizer.json").read_text())
     added = {token["content"]: token for token in content["added_tokens"]}
     vocabulary = content["model"]["vocab"] | {text: token["id"] for text, token in added.items()}

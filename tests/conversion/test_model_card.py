@@ -55,7 +55,7 @@ def test_the_model_card_has_configuration_figures_and_versions_but_no_secrets(wo
 
 
 def as_if_trained(saved: Path, run_dir: Path, config: str, starts: str) -> Path:
-    """A run directory around a checkpoint."""
+    """Return a run directory around a checkpoint."""
     checkpoint = shutil.copytree(saved, run_dir / "checkpoints/step_00000001")
     (run_dir / "config.yaml").write_text(config)
     (run_dir / "environment.jsonl").write_text(starts)

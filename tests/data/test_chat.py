@@ -42,7 +42,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def published(request) -> tuple[Chat, str]:
-    """(a published model's chat format, the token that ends its turns)."""
+    """Return (a published model's chat format, the token that ends its turns)."""
     package, template, end = PUBLISHED[request.param]
     tokenizer = load_tokenizer(str(tokenizer_files(package)))
     if template:
@@ -52,7 +52,7 @@ def published(request) -> tuple[Chat, str]:
 
 @pytest.fixture(scope="module")
 def small():
-    """A tokenizer trained here, with special tokens of its own; tests give it TRL's templates."""
+    """Return a tokenizer trained here, with its own special tokens; tests give it TRL's templates."""
     special = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|start|>", "<|message|>", "<|channel|>", "<|eot_id|>"]
     tokenizer = train_tokenizer(["What is 12 % of 50? It is 6, of course. Think: 12 of 100."], 300)
     tokenizer.add_special_tokens({"additional_special_tokens": special})
@@ -69,7 +69,7 @@ def assistant(content: str, **more) -> dict:
 
 
 def rendered(chat: Chat, messages: list[dict], **options) -> list[int]:
-    """What transformers makes of a conversation on the day of `chat`."""
+    """Return what transformers makes of a conversation on the day of `chat`."""
     clock = {"strftime_now": chat.moment.strftime}
     return chat.tokenizer.apply_chat_template(messages, return_dict=False, **clock, **options)
 

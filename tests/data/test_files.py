@@ -16,7 +16,7 @@ from frpo_nemo.training.checks.data import check_source_list, describe_data
 
 
 def write(root: Path, *names: str, rows: int = 1) -> Path:
-    """Files whose rows name them."""
+    """Write files whose rows name them."""
     for name in names:
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -203,5 +203,10 @@ def test_a_directory_of_save_to_disk_is_read(tmp_path):
 
 
 def test_names_of_the_hub_are_left_to_datasets():
-    for name in ("openai/gsm8k", "openai/gsm8k:main", "tatsu-lab/alpaca.v2", "python:frpo_nemo.examples.toy.rows?part=prompts"):
+    for name in (
+        "openai/gsm8k",
+        "openai/gsm8k:main",
+        "tatsu-lab/alpaca.v2",
+        "python:frpo_nemo.examples.toy.rows?part=prompts",
+    ):
         assert find_files(name) is None

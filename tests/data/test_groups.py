@@ -31,13 +31,13 @@ def published(name):
 
 
 def configured(group, path, *overrides):
-    """A supervised run on `path` instead of the hub's data; a model from the hub, so that only data is checked."""
+    """Return a supervised run on `path` instead of the hub's data; a model from the hub, so that only data is checked."""
     overrides = [*RUN, "trainer.max_steps=1", f"data={group}", f"data.train.0.path={path}", *overrides]
     return load(SFTRun, compose("sft", overrides))
 
 
 def examples(sources, texts):
-    """[(prompt, completion)] as text, with a tokenizer of their own."""
+    """Return [(prompt, completion)] as text, with their own tokenizer."""
     tokenizer = train_tokenizer(texts, 1024)
     batch = load_examples(sources, tokenizer, max_prompt_tokens=4096, max_tokens=16384).batch
     return [

@@ -23,7 +23,7 @@ def file(tmp_path):
 
 
 def both_sides(path, **fields) -> tuple[list[int], list[int]]:
-    """Places in ROWS of the rows to train on, and of those held out."""
+    """Return places in ROWS of the rows to train on, and of those held out."""
     sides = (load_rows(SourceConfig(path=str(path), held_out=held_out, **fields)) for held_out in (False, True))
     return tuple([ROWS.index(row) for row in side] for side in sides)
 

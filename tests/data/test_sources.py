@@ -19,7 +19,7 @@ HARMBENCH = Path(__file__).parents[3] / "shared" / "data" / "harmbench" / "behav
 
 @pytest.fixture
 def directory(tmp_path):
-    """The rows in four files of ten."""
+    """Return a directory with the rows in four files of ten."""
     for shard in range(4):
         rows = pa.Table.from_pylist(ROWS[shard * 10 : shard * 10 + 10])
         pq.write_table(rows, tmp_path / f"train-{shard:05d}-of-00004.parquet", row_group_size=5)

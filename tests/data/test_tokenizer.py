@@ -17,7 +17,7 @@ from frpo_nemo.examples.new_model import train_tokenizer
 
 
 def model_directory(path, package: str | None, family: str, vocab_size: int = 200_000, **settings) -> str:
-    """Tokenizer files as of a model of `family`. package: None for a byte-level tokenizer trained here."""
+    """Write tokenizer files like those of a model of `family`. package: None for a byte-level tokenizer trained here."""
     if package:
         shutil.copytree(tokenizer_files(package), path, dirs_exist_ok=True)
     else:

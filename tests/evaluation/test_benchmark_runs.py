@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """(the directory of lm-eval's tasks, the environment of evalplus)"""
+    """Return (the directory of lm-eval's tasks, the environment of evalplus)"""
     directory = tmp_path_factory.mktemp("documents")
     return directory, write_documents(directory)
 
@@ -50,7 +50,7 @@ def run_of(model: Path, documents: Path, out: Path, *names: str, **options) -> E
 
 @pytest.fixture(scope="module")
 def evaluated(model, documents, tmp_path_factory, request) -> tuple[subprocess.CompletedProcess, Path]:
-    """(finished process, out) of the recipe. There are no documents for MBPP+."""
+    """Return (finished process, out) of the recipe. There are no documents for MBPP+."""
     out = tmp_path_factory.mktemp("evaluated")
     options = ["backend=hf", "dtype=float32", "enable_thinking=false", f"include_path={documents[0]}"]
     arguments = [f"model.path={model.parent}", "benchmarks=[mbpp_plus,math500,humaneval_plus]", f"out={out}", *options]
@@ -74,7 +74,7 @@ def asked(model, documents, evaluated, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def thoughtful(model, documents, tmp_path_factory) -> Path:
-    """What lm-eval writes about a model that is to think."""
+    """Return what lm-eval writes about a model that thinks."""
     options = {"enable_thinking": True, "think_end_token": "</think>", "max_gen_tokens": 9}
     cfg = run_of(model, documents[0], tmp_path_factory.mktemp("thoughtful"), "ifeval", **options)
     lm_eval(cfg, model)
@@ -133,13 +133,13 @@ def test_a_benchmark_that_fails_is_told_and_the_others_go_on(evaluated):
 
 
 def samples(out: Path, name: str) -> list[dict]:
-    """What lm-eval writes about every document."""
+    """Return what lm-eval writes about every document."""
     (file,) = (out / name).glob("samples_*.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def documented(name: str) -> dict[str, str]:
-    """The row of a benchmark in the documentation."""
+    """Return the row of a benchmark in the documentation."""
     table = DOCUMENTATION[DOCUMENTATION.index("| `benchmarks` | task") :].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     return dict(zip(rows[0], next(row for row in rows if row[0] == f"`{name}`"), strict=True))
@@ -221,7 +221,7 @@ def test_evalplus_scores_what_its_sanitiser_leaves(lost, code):
 
 @pytest.fixture
 def again(model, documents, evaluated):
-    """The configuration of math500, as it was run, with other options."""
+    """Return the configuration of math500, as it was run, with other options."""
     return lambda **options: run_of(model, documents[0], evaluated[1], "math500", **options)
 
 

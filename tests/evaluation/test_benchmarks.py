@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def copy_of(model: Path, to: Path, template: str | None = CHAT_TEMPLATE, **changes) -> Path:
-    """The model with another chat template or other settings in config.json."""
+    """Return the model with another chat template or other settings in config.json."""
     to.mkdir()
     for file in model.iterdir():
         (to / file.name).symlink_to(file)
@@ -55,7 +55,7 @@ def copy_of(model: Path, to: Path, template: str | None = CHAT_TEMPLATE, **chang
 
 
 def lm_eval_reads(command: list[str]):
-    """What lm-eval's own parser and configuration make of a command line."""
+    """Return what lm-eval's own parser and configuration make of a command line."""
     from lm_eval._cli.harness import HarnessCLI
     from lm_eval.config.evaluate_config import EvaluatorConfig
 

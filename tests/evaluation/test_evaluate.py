@@ -49,7 +49,7 @@ def start(model: Path, out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def measured(study, tmp_path_factory):
-    """(the run directory of a stage one, what measuring its checkpoint left, what was printed)"""
+    """Return (the run directory of a stage one, what measuring its checkpoint left, what was printed)"""
     run_dir, out = Path(study[0].out) / "seed_5/frpo/train", tmp_path_factory.mktemp("evaluate") / "out"
     return run_dir, out, start(run_dir / "checkpoints/step_00000002", out)
 

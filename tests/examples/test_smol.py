@@ -83,7 +83,7 @@ def test_the_rules_tell_who_obeys(experiment):
 
 @pytest.fixture
 def no_network(tmp_path, monkeypatch):
-    """An empty cache, and an index that nobody serves."""
+    """Return an empty cache, and an index that nobody serves."""
     monkeypatch.setattr(smol, "CACHE", tmp_path / "cache")
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)

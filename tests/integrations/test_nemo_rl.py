@@ -131,7 +131,7 @@ class Rollouts:
 
 
 def group_loss(rollouts: Rollouts, current: Tensor, objective: FRPO) -> Tensor:
-    """The paper's loss, group by group, in float64, with the KL to the reference: what training should minimise."""
+    """Return the paper's loss, group by group, in float64, with the KL to the reference: what training should minimise."""
     valid = rollouts.sample_mask > 0
     means, kls = [], []
     for row in range(12):

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 def rows_of_steps(trainer) -> list[list[int]]:
-    """The sequences of each optimizer step of one pass over the generation batch."""
+    """Return the sequences of each optimizer step of one pass over the generation batch."""
     microbatches, per_step = trainer._buffered_inputs, trainer.args.gradient_accumulation_steps
     starts = range(0, len(microbatches), per_step)
     return [sum((batch["row"].tolist() for batch in microbatches[start : start + per_step]), []) for start in starts]
@@ -152,7 +152,7 @@ def test_a_masked_truncated_completion_leaves_its_group(model, tmp_path):
 
 
 def short(completion_ids: list[list[int]], **_) -> list[float | None]:
-    """The length of a short response; None for a long one."""
+    """Return the length of a short response; None for a long one."""
     return [None if len(ids) > 6 else float(len(ids)) for ids in completion_ids]
 
 

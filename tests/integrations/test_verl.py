@@ -97,7 +97,7 @@ def mini_batch(rows: Tensor, columns: dict[str, Tensor]) -> TensorDict:
 
 
 def model_output(log_probs: Tensor, micro_batch: TensorDict) -> Tensor:
-    """What an engine of verl returns: one value per token of each sequence, log-probs shifted to the left by one."""
+    """Return what an engine of verl returns: one value per token of each sequence, log-probs shifted to the left by one."""
     values = []
     for row, attended in zip(micro_batch["row"], micro_batch["attention_mask"], strict=True):
         length = int(attended.sum()) - PROMPT_LENGTH
@@ -108,7 +108,7 @@ def model_output(log_probs: Tensor, micro_batch: TensorDict) -> Tensor:
 def accumulated_gradient(
     log_probs: Tensor, columns: dict[str, Tensor], rows: Tensor, ranks: int, micro_batch_size: int, **actor
 ) -> Tensor:
-    """The gradient of one update of verl: micro-batches add up, data-parallel ranks are averaged."""
+    """Return the gradient of one update of verl: micro-batches add up, data-parallel ranks are averaged."""
     log_probs = log_probs.clone().requires_grad_()
     config = actor_config(**actor)
     num_tokens = int(columns["response_mask"][rows].sum())
@@ -123,7 +123,7 @@ def accumulated_gradient(
 
 
 def group_losses(importance: Tensor, objective: FRPO) -> Tensor:
-    """Mean over the groups of G log u - (G - 1) mean_i log u_{-i} - mean_i m_i, times the scale, as it is written."""
+    """Return the mean over the groups of G log u - (G - 1) mean_i log u_{-i} - mean_i m_i, times the scale, as written."""
     losses = []
     for group in GROUPS.unique():
         members = (group == GROUPS) & ~REWARDS.isnan()

@@ -62,7 +62,7 @@ def given_responses(prompts: list[str], trainer) -> dict[str, list]:
 
 
 def partial_reward(completion_ids: list[list[int]], **_) -> list[float | None]:
-    """A number between 0 and 1 that the tokens decide; None for about one response in six."""
+    """Return a number between 0 and 1 that the tokens decide; None for about one response in six."""
     return [None if sum(ids) % 6 == 1 else sum(ids) % 11 / 10 for ids in completion_ids]
 
 
@@ -90,7 +90,7 @@ def build(model: str, args: FRPOConfig, trainer_class=FRPOTrainer, **options) ->
 
 
 def train(model: str, args: FRPOConfig, **options) -> tuple[FRPOTrainer, Steps]:
-    """A run on given responses, with a reference policy that differs from the first policy."""
+    """Return a run on given responses, with a reference policy that differs from the first policy."""
     steps = Steps()
     trainer = build(model, args, callbacks=[steps], **options)
     if trainer.ref_model is not None:
@@ -144,7 +144,7 @@ def group_loss_gradient(path, trainer, weights, old_weights, step_rows, mismatch
 
 
 def sequences_in_order(trainer) -> tuple[list[tuple[list, list]], torch.Tensor]:
-    """(prompt ids, response ids) and reward of each sequence of the last generation batch, as generated: read from
+    """Return (prompt ids, response ids) and reward of each sequence of the last generation batch, as generated: read from
     what TRL buffered, so that its own padding and shuffling are part of what is compared."""
     sequences = {}
     for batch in trainer._buffered_inputs:

@@ -196,7 +196,7 @@ def _batch(update: int) -> SequenceBatch:
 
 
 def _draw() -> list[torch.Tensor]:
-    """Two numbers of each generator, and the states of Megatron's."""
+    """Return two numbers of each generator, and the states of Megatron's."""
     own = [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand()]
     tracked = sorted(tensor_parallel.get_cuda_rng_tracker().get_states().items())
     return [torch.tensor(own, dtype=torch.float64), torch.rand(2), *(state for _, state in tracked)]
@@ -214,7 +214,7 @@ def _everything(actor: PolicyActor) -> dict[str, torch.Tensor]:
 
 
 def _plain_tensors(directory: Path, vocabulary: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by megatron-core's own reader; vocabularies without their padding."""
+    """Return every tensor of a checkpoint, whole, by megatron-core's own reader; vocabularies without their padding."""
     with megatron_device():
         tensors = load_plain_tensors(str(directory))
     vocabularies = ("word_embeddings.weight", "output_layer.weight")

@@ -26,7 +26,7 @@ GROUPS, GROUP_SIZE = 4, 4
 
 
 def example_batch(groups: int = GROUPS) -> SequenceBatch:
-    """Ragged responses in groups of 4 that are interleaved (so that they straddle any split), one unscored, with
+    """Return ragged responses in groups of 4 that are interleaved (so that they straddle any split), one unscored, with
     log-probs of a slightly different old policy and of a reference."""
     count = groups * GROUP_SIZE
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +97,7 @@ def supervised_gradient(path: str, **layout) -> dict:
 
 
 def cross_entropy_gradient(path: str) -> dict[str, torch.Tensor]:
-    """What supervised_gradient should be: of the mean cross-entropy of all completion tokens."""
+    """Return what supervised_gradient should be: of the mean cross-entropy of all completion tokens."""
     model = hugging_face_model(path)
     loss = -torch.cat(response_logprobs(model, example_batch())).mean()
     loss.backward()
@@ -136,7 +136,7 @@ def set_adapters(actor: PolicyActor, path: str) -> None:
 
 
 def group_loss_gradient(path: str, settings: dict, adapter: str | None = None) -> dict[str, torch.Tensor]:
-    """What step_gradient should be; with `adapter`, by PEFT."""
+    """Return what step_gradient should be; with `adapter`, by PEFT."""
     model, batch = hugging_face_model(path), example_batch()
     if adapter:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
@@ -151,7 +151,7 @@ def group_loss_gradient(path: str, settings: dict, adapter: str | None = None) -
 
 
 def hugging_face_model(path: str):
-    """transformers' model in float64."""
+    """Return transformers' model in float64."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).train()
@@ -167,7 +167,7 @@ def response_logprobs(model, batch: SequenceBatch) -> list[torch.Tensor]:
 
 
 def clipped_importance(logprobs: list, old: list, clip_high: float) -> torch.Tensor:
-    """m of each sequence: the mean over its tokens of min(pi / pi_old, 1 + clip_high)."""
+    """Return m of each sequence: the mean over its tokens of min(pi / pi_old, 1 + clip_high)."""
     bound = torch.tensor(1 + clip_high, dtype=torch.float64)
     return torch.stack([torch.minimum(torch.exp(x - y), bound).mean() for x, y in zip(logprobs, old, strict=True)])
 
@@ -179,7 +179,7 @@ def k3_of_reference(logprobs: list, reference: list) -> torch.Tensor:
 
 
 def group_loss(importance: torch.Tensor, batch: SequenceBatch, lambda_: float) -> torch.Tensor:
-    """The mean over groups of FRPO's loss with jackknife and baseline, in the authors' scale."""
+    """Return the mean over groups of FRPO's loss with jackknife and baseline, in the authors' scale."""
     rewards, groups = batch.columns["reward"], batch.columns["group"]
     losses = []
     for group in groups.unique():

@@ -24,7 +24,7 @@ def _tensor_group() -> dist.ProcessGroup:
 
 
 def compare_with_log_softmax(chunk_tokens: int) -> dict[str, float]:
-    """Largest errors of this rank against log_softmax over the real vocabulary."""
+    """Return the largest errors of this rank against log_softmax over the real vocabulary."""
     group = _tensor_group()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     generator = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ class _Largest(TorchDispatchMode):
 
 
 def largest_tensor(tokens: int, vocabulary: int, chunk_tokens: int) -> int:
-    """Elements of the largest tensor in a forward and backward pass."""
+    """Return the number of elements of the largest tensor in a forward and backward pass."""
     group = _tensor_group()
     hidden, weight = torch.randn(tokens, HIDDEN).requires_grad_(), torch.randn(vocabulary, HIDDEN).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,))
@@ -111,7 +111,7 @@ def largest_tensor(tokens: int, vocabulary: int, chunk_tokens: int) -> int:
 
 
 def uniform_entropy(vocabulary: int) -> float:
-    """Entropy when all logits are equal, with a padded vocabulary."""
+    """Return the entropy when all logits are equal, with a padded vocabulary."""
     group = _tensor_group()
     hidden, weight = torch.zeros(1, HIDDEN), torch.zeros(PADDED, HIDDEN)
     targets = torch.zeros(1, dtype=torch.int64)
@@ -130,7 +130,7 @@ def columns_of_a_small_batch(path: str) -> dict[str, torch.Tensor]:
 
 
 def distance_after_a_step(path: str, *, tp=1, pp=1, sp=False) -> tuple[dict, dict]:
-    """(columns of compare_with_reference, the policy's Hugging Face weights) after one large step, on rank 0."""
+    """Return (columns of compare_with_reference, the policy's Hugging Face weights) after one large step, on rank 0."""
     layout = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sp)
     model = ModelConfig(path=path, precision="fp32", logprob_chunk_tokens=32, **layout)
     use_layout(model)

@@ -19,7 +19,7 @@ from frpo_nemo.processes import world
 
 
 def compared_with_reference(path: str, lora: LoRAConfig, adapter: str, **layout) -> dict[str, torch.Tensor]:
-    """Log-probs of the example's responses by the policy with PEFT's `adapter`, and by its reference."""
+    """Return the log-probs of the example's responses by the policy with PEFT's `adapter`, and by its reference."""
     actor = make_actor(path, lora=lora, **layout)
     set_adapters(actor, adapter)
     actor.freeze_reference()
@@ -40,7 +40,7 @@ def check_merged_stream(path: str, lora: LoRAConfig, adapter: str, expected: dic
 
 
 def initial_adapters(path: str, lora: LoRAConfig, **layout) -> dict[str, torch.Tensor]:
-    """PEFT's name -> tensor."""
+    """Return PEFT's name -> tensor."""
     actor = make_actor(path, lora=lora, **layout)
     return dict(stream_adapters(actor.gpt, actor.arch))
 

@@ -72,7 +72,7 @@ def check_export_equals(path: str, out: str) -> None:
 
 
 def _imported(path: str, tp: int, pp: int, sp: bool = False, precision: str = "fp32", **layout) -> tuple:
-    """(Architecture, this rank's model with the weights of `path`)."""
+    """Return (Architecture, this rank's model with the weights of `path`)."""
     config = ModelConfig(
         path=path,
         precision=precision,
@@ -91,7 +91,7 @@ def _imported(path: str, tp: int, pp: int, sp: bool = False, precision: str = "f
 
 
 def _packed_logits(model, sequences: list[list[int]], pad_multiple: int):
-    """Full-vocabulary logits [T, padded vocabulary] on the last stage, None on others."""
+    """Return full-vocabulary logits [T, padded vocabulary] on the last stage, None on others."""
     batch = SequenceBatch.from_lists([s[:1] for s in sequences], [s[1:] for s in sequences])
     micro = build_microbatch(batch, list(range(len(sequences))), device=world.device(), pad_multiple=pad_multiple)
 

@@ -37,7 +37,7 @@ LLAMA_8B = dict(  # Llama-3.1-8B-Instruct, as transformers 4 wrote it
 
 
 def read(tmp_path, **changes) -> Architecture:
-    """Architecture of LLAMA_8B with changes; None removes a key."""
+    """Return the architecture of LLAMA_8B with changes; None removes a key."""
     config = {key: value for key, value in {**LLAMA_8B, **changes}.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return Architecture.from_hf(tmp_path)

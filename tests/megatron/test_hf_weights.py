@@ -25,7 +25,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> dict[str, str]:
-    """Family -> directory of a tiny model; "tied" is a llama with tied embeddings."""
+    """Return family -> directory of a tiny model; "tied" is a llama with tied embeddings."""
     base = tmp_path_factory.mktemp("tiny")
     models = {family: make_tiny(base / family, family) for family in FAMILIES}
     return {**models, "tied": make_tiny(base / "tied", "llama", tied=True)}

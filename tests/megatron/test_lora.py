@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory):
-    """A directory that PEFT wrote; A and B are random, so that both have gradients."""
+    """Return a directory that PEFT wrote; A and B are random, so that both have gradients."""
     return write_adapter(model, tmp_path_factory.mktemp("adapter") / "peft")
 
 

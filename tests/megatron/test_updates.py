@@ -46,12 +46,12 @@ def adapter(models, tmp_path_factory):
 
 
 def run(workers, check, layout: dict, **arguments):
-    """What `check` returns on rank 0."""
+    """Return what `check` returns on rank 0."""
     return workers.run(layout["world"], check, **{k: v for k, v in layout.items() if k != "world"}, **arguments)[0]
 
 
 def errors(found: dict, wanted: dict) -> dict[str, float]:
-    """Name -> |difference| / |wanted|."""
+    """Return name -> |difference| / |wanted|."""
     assert found.keys() == wanted.keys()
     return {name: ((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted}
 

@@ -30,7 +30,7 @@ RATES = (0.5e-2, 1e-2, 1e-2)
 
 
 def batch(update: int) -> SequenceBatch:
-    """Ragged prompts and completions."""
+    """Return ragged prompts and completions."""
     generator = torch.Generator().manual_seed(update)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -57,7 +57,7 @@ def make_actor(
 
 
 def weights(actor: PolicyActor) -> dict[str, torch.Tensor]:
-    """Hugging Face name -> value of what is trained: all weights, or adapters alone."""
+    """Return Hugging Face name -> value of what is trained: all weights, or adapters alone."""
     stream = stream_adapters(actor.gpt, actor.arch) if actor.config.lora.rank else actor.stream_hf_weights()
     return {name: tensor.clone() for name, tensor in stream}
 
@@ -82,7 +82,7 @@ def changes(
 
 
 def changes_by_adamw(path: str, adapter: str | None = None) -> dict[str, torch.Tensor]:
-    """What `changes` should be."""
+    """Return what `changes` should be."""
     model = hugging_face_model(path)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
@@ -111,7 +111,7 @@ def changes_by_adamw(path: str, adapter: str | None = None) -> dict[str, torch.T
 
 
 def shrinkage(path: str, **layout) -> dict[str, float]:
-    """Hugging Face name -> the factor by which an update without gradient changes a weight."""
+    """Return Hugging Face name -> the factor by which an update without gradient changes a weight."""
     return _shrink(make_actor(path, **layout))
 
 

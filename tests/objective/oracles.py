@@ -25,7 +25,7 @@ def repeatable(max_examples: int) -> settings:
 
 
 def ragged_batch(seed: int, sizes: Sequence[int], missing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """float64 rewards in [-1, 1], some of them tied (NaN where missing), and interleaved group ids."""
+    """Return float64 rewards in [-1, 1], some of them tied (NaN where missing), and interleaved group ids."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(10 * len(sizes), generator=generator)[: len(sizes)] - 5
     groups = ids.repeat_interleave(torch.tensor(sizes))
@@ -38,12 +38,12 @@ def ragged_batch(seed: int, sizes: Sequence[int], missing: float = 0.0) -> tuple
 
 
 def drifted_importance(seed: int, like: Tensor) -> Tensor:
-    """Off-policy m, uniform from 0.3 to 1.3."""
+    """Return off-policy m, uniform from 0.3 to 1.3."""
     return 0.3 + torch.rand(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def far_drifted_importance(seed: int, like: Tensor) -> Tensor:
-    """Off-policy m, log-uniform from 1e-9 to 1: some responses all but dropped."""
+    """Return off-policy m, log-uniform from 1e-9 to 1: some responses all but dropped."""
     return 10 ** (-9 * torch.rand(like.shape, dtype=like.dtype, generator=torch.Generator().manual_seed(seed)))
 
 
@@ -65,7 +65,7 @@ def plain_loss(rewards: Tensor, m: Tensor, lambda_: float, f_divergence: str) ->
 
 
 def chi_squared_nu(rewards: Tensor, m: Tensor, lambda_: float) -> float:
-    """Root of mean_i m_i max(nu - r_i, 0) / lambda = 1, by Brent's method."""
+    """Return the root of mean_i m_i max(nu - r_i, 0) / lambda = 1, by Brent's method."""
 
     def excess(nu: float) -> float:
         return (m * (nu - rewards).clamp(min=0) / lambda_).mean().item() - 1
@@ -76,7 +76,7 @@ def chi_squared_nu(rewards: Tensor, m: Tensor, lambda_: float) -> float:
 
 
 def jackknifed(loss: Callable[[Tensor, Tensor], Tensor], rewards: Tensor, m: Tensor) -> Tensor:
-    """(14): G L - (G-1) mean_i L_{-i}."""
+    """Return (14): G L - (G-1) mean_i L_{-i}."""
     others = ~torch.eye(rewards.numel(), dtype=torch.bool)
     left_out = torch.stack([loss(rewards[mask], m[mask]) for mask in others])
     return rewards.numel() * loss(rewards, m) - (rewards.numel() - 1) * left_out.mean()
@@ -94,7 +94,7 @@ def group_loss(rewards: Tensor, m: Tensor, objective: Any) -> Tensor:
 
 
 def batch_loss(rewards: Tensor, groups: Tensor, m: Tensor, objective: Any) -> Tensor:
-    """The reward part of the total loss, scalar; 0 if no group has two scored responses."""
+    """Return the reward part of the total loss, scalar; 0 if no group has two scored responses."""
     values = []
     for group in groups.unique():
         chosen = (groups == group) & ~rewards.isnan()
@@ -127,7 +127,7 @@ def precise_level(values: Sequence, m: Sequence, f_divergence: str):
 
 
 def precise_loss(rewards: Sequence, m: Sequence, lambda_: float, f_divergence: str, jackknife: bool):
-    """(8) over -lambda, with jackknife (14)."""
+    """Return (8) over -lambda, with jackknife (14)."""
 
     def loss(values: Sequence, m: Sequence):
         level = precise_level(values, m, f_divergence)
@@ -157,7 +157,7 @@ def differences_of_loss(rewards: list, m: list, lambda_: float, f_divergence: st
 
 
 def precise_gradients(rewards: list, m: list, lambda_: float, f_divergence: str, jackknife: bool) -> Tensor:
-    """g_i of section 5 with 40 digits, of (14) with jackknife."""
+    """Return g_i of section 5 with 40 digits, of (14) with jackknife."""
     with mpmath.workdps(40):
         values, m = [mpmath.mpf(r) / mpmath.mpf(lambda_) for r in rewards], [mpmath.mpf(b) for b in m]
         size, conjugate = len(values), CONJUGATE[f_divergence]
@@ -204,7 +204,7 @@ def worst_mean_in_the_ball(groups: list[np.ndarray], radius: float) -> float:
     edges = np.cumsum([0, *map(len, groups)])
 
     def mean_and_kl(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The two numbers, [2], and their gradients, [2, M]."""
+        """Return the two numbers, [2], and their gradients, [2, M]."""
         totals, slopes = np.zeros(2), np.zeros((2, len(logits)))
         for rewards, start, end in zip(groups, edges, edges[1:], strict=False):
             log_p = logits[start:end] - special.logsumexp(logits[start:end])
@@ -231,7 +231,7 @@ def worst_mean_in_the_ball(groups: list[np.ndarray], radius: float) -> float:
 
 
 def precise_lambda(groups: list[np.ndarray], radius: float) -> float:
-    """Root of mean_x KL(q_lambda || uniform) = radius with 40 digits, by bisection of log lambda."""
+    """Return the root of mean_x KL(q_lambda || uniform) = radius with 40 digits, by bisection of log lambda."""
     with mpmath.workdps(40):
 
         def excess(log_lambda):

@@ -28,7 +28,7 @@ each_case = pytest.mark.parametrize(("f_divergence", "lambda_", "distribution"),
 
 @cache
 def all_counts(size: int, outcomes: int) -> Tensor:
-    """Every way to share `size` responses among `outcomes` rewards, int64 [C, outcomes]."""
+    """Return every way to share `size` responses among `outcomes` rewards, int64 [C, outcomes]."""
     if outcomes == 1:
         return torch.tensor([[size]])
     parts = [(first, all_counts(size - first, outcomes - 1)) for first in range(size + 1)]
@@ -53,7 +53,7 @@ def as_float64(*lists: list[float]) -> list[Tensor]:
 
 
 def values_of(counts: Tensor, rewards: Tensor, lambda_: float, f_divergence: str) -> Tensor:
-    """V of a group for each row of counts, [C]."""
+    """Return V of a group for each row of counts, [C]."""
     groups, rewards_M = expanded(counts, rewards)
     return DIVERGENCES[f_divergence].worst_case(groups, rewards_M, lambda_).value_K
 
@@ -132,7 +132,7 @@ def test_bias_of_the_kl_value_for_normal_rewards_by_monte_carlo():
 
 
 def gradient_bias(size: int, jackknife: bool, f_divergence: str, lambda_: float, distribution: tuple) -> float:
-    """Norm of E[mean_i g_i d log pi(y_i)] minus the gradient of -V / lambda of the distribution itself."""
+    """Return the norm of E[mean_i g_i d log pi(y_i)] minus the gradient of -V / lambda of the distribution itself."""
     rewards, probabilities = as_float64(*distribution)
     counts = all_counts(size, len(rewards))
     groups, rewards_M = expanded(counts, rewards)

@@ -38,7 +38,7 @@ def test_sequence_kl_is_the_token_mean_of_each_sequence_and_differentiable():
 
 
 def penalty_and_slope(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The penalty at d = log pi_ref - log pi, and its derivative in d."""
+    """Return the penalty at d = log pi_ref - log pi, and its derivative in d."""
     logprobs = (-difference).requires_grad_()
     penalty = k3_penalty(logprobs, torch.zeros_like(difference))
     penalty.sum().backward()

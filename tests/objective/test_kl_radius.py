@@ -25,7 +25,7 @@ share_of_attainable = st.one_of(st.floats(1e-3, 0.95), st.sampled_from([0.99, 0.
 
 
 def as_batch(prompts: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """float64 rewards and group ids, interleaved, with an unscored response and a prompt that has one response only."""
+    """Return float64 rewards and group ids, interleaved, with an unscored response and a prompt that has one response only."""
     rewards = torch.tensor([r for group in prompts for r in group] + [UNSCORED, 7.0], dtype=torch.float64)
     groups = torch.tensor([x for x, group in enumerate(prompts) for _ in group] + [0, 99])
     order = torch.randperm(rewards.numel(), generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def as_batch(prompts: list[list[float]]) -> tuple[Tensor, Tensor]:
 
 
 def attainable(prompts: list[list[float]]) -> float:
-    """Mean KL with all mass on the lowest rewards."""
+    """Return the mean KL with all mass on the lowest rewards."""
     return float(np.mean([math.log(len(group) / group.count(min(group))) for group in prompts]))
 
 

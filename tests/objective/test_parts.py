@@ -30,13 +30,13 @@ EACH_ITS_OWN = {"a": [1, 0, NAN, NAN], "b": [NAN, NAN, 3, 5]}
 
 
 def one_group(**parts: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts [N, P], weights of 1, and one group."""
+    """Return parts [N, P], weights of 1, and one group."""
     columns = torch.tensor([*parts.values()], dtype=torch.float64).T
     return columns, torch.ones(len(parts)), torch.zeros(len(columns), dtype=torch.int64)
 
 
 def random_parts(seed: int, sizes: list[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ragged groups with ties; in each group every part has its own share of missing values, from none to all."""
+    """Return ragged groups with ties; in each group every part has its own share of missing values, from none to all."""
     generator = torch.Generator().manual_seed(seed)
     _, groups = ragged_batch(seed, sizes)
     parts = torch.stack([ragged_batch(seed + 1 + part, sizes)[0] for part in range(count)], 1)
@@ -63,7 +63,7 @@ def test_a_reward_that_half_of_a_group_lacks_moves_nothing_if_it_is_equal(object
 
 
 def with_one_more(seed: int, parts: Tensor, weights: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """A further reward that is equal wherever a group has it."""
+    """Return a further reward that is equal wherever a group has it."""
     generator = torch.Generator().manual_seed(seed)
     ids, places = groups.unique(return_inverse=True)
     equal = (6 * torch.rand(ids.numel(), generator=generator, dtype=torch.float64) - 3)[places]
@@ -99,7 +99,7 @@ def test_where_every_response_had_a_reward_it_changes_no_weight_and_no_lambda_ei
 
 
 def written_out(parts: list[list[float]], weights: list[float]) -> list[float]:
-    """The rule for one group, response by response."""
+    """Apply the rule to one group, response by response."""
     columns = [[p for p in column if not math.isnan(p)] for column in zip(*parts, strict=True)]
     differ = [
         weight * max(c, default=0) != weight * min(c, default=0) for c, weight in zip(columns, weights, strict=True)

@@ -19,7 +19,7 @@ from frpo_nemo.planning.communication import Transfer
 
 
 def counted_and_computed(path: str, directory: str, **layout) -> dict:
-    """Phase name -> benchmarks.communication.Phase, of this rank."""
+    """Return phase name -> benchmarks.communication.Phase, of this rank."""
     config = model_config(path, **layout)
     use_layout(config)
     return compare(config, directory)
@@ -56,7 +56,7 @@ def counted_ways_to_communicate() -> tuple[dict, int]:
 
 
 def refit_traffic(path: str, bucket_bytes: int, **layout) -> dict[str, float]:
-    """Bytes of the whole model, of what this rank's shards lack of it, of the replicated weights that it has, and what
+    """Return bytes of the whole model, of what this rank's shards lack of it, of the replicated weights that it has, and what
     reached it in one stream."""
     actor = _actor(path, **layout)
     with CollectiveCounter() as counter:

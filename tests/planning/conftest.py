@@ -8,6 +8,6 @@ from known_models import MODELS, write_config
 
 @pytest.fixture(scope="session")
 def known(tmp_path_factory) -> dict[str, Path]:
-    """Directory of each known model, with its config.json."""
+    """Return the directory of each known model, with its config.json."""
     directory = tmp_path_factory.mktemp("known")
     return {name: write_config(name, directory) for name in MODELS}

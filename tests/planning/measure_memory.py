@@ -26,7 +26,7 @@ CASES = {"none": [(0, 0.0), (RANK, 0.0)], "full": [(0, 0.0), (RANK, 0.1)]}  # re
 
 
 def resident(kind: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, or with VmHWM the most since `reset_peak`."""
+    """Return the bytes of this process in memory now, or with VmHWM the most since `reset_peak`."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
@@ -59,7 +59,7 @@ def measure(model: ModelConfig) -> dict[str, int]:
 
 
 def warm_up(directory: str) -> None:
-    """Libraries make buffers of their own at first use."""
+    """Let libraries make their own buffers, as they do at first use."""
     for precision, rank in (("fp32", 0), ("bf16", 0), ("fp32", RANK), ("bf16", RANK)):
         model = ModelConfig(path=directory, precision=precision, lora=LoRAConfig(rank=rank))
         actor = PolicyActor(model, OptimizerConfig(lr=1e-4), microbatch_tokens=64)

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def printed_by(script: str, *arguments: str, **environment: str) -> list[dict]:
-    """The JSON lines that a script of this directory prints."""
+    """Return the JSON lines that a script of this directory prints."""
     path = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent)))
     env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments]

@@ -27,7 +27,7 @@ BUCKET = 1 << 18  # bytes: several buckets, and one tiny weight (fc1, 192 KiB) f
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """family -> a tiny model; qwen3 has norms of queries and keys, and here a tied embedding."""
+    """Return family -> a tiny model; qwen3 has norms of queries and keys, and here a tied embedding."""
     directory = tmp_path_factory.mktemp("models")
     return {
         family: make_tiny(directory / family, family, layers=2, tied=family == "qwen3") for family in ("llama", "qwen3")

@@ -33,7 +33,7 @@ BILLIONS = {  # as published on the model cards
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict]:
-    """What dry_run checked on the way: the table of weights, and names and shapes in transformers."""
+    """Return what dry_run checked on the way: the table of weights, and names and shapes in transformers."""
     return {row["name"]: row for row in printed_by("dry_run_all.py")}
 
 

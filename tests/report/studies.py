@@ -9,7 +9,7 @@ GRPO = {"name": "dr_grpo", "beta": 0.04}
 
 
 def train_row(arm, seed, objective, reward=0.8, *, kl=1.0, steps=240, tokens=360_000, tasks=None, **more):
-    """A finished stage one, with the rewards `tasks` ({"harmful": .9}) at its end."""
+    """Return a finished stage one, with the rewards `tasks` ({"harmful": .9}) at its end."""
     end = {"step": steps, "reward/mean": reward, "kl/per_response": kl, "response_length/mean": 4.5}
     end |= {f"reward/task/{name}/mean": value for name, value in (tasks or {}).items()}
     start = end | {"step": 0, "reward/mean": 0.6, "kl/per_response": 0.0}
@@ -19,7 +19,7 @@ def train_row(arm, seed, objective, reward=0.8, *, kl=1.0, steps=240, tokens=360
 
 
 def finetune_row(arm, seed, task, before, after, *, kl=2.0, accuracy=1.0, tasks=None, **more):
-    """A finished fine-tuning in two probes; tasks: {"harmful": (before, after)}."""
+    """Return a finished fine-tuning in two probes; tasks: {"harmful": (before, after)}."""
     start = {"step": 0, "reward/mean": before, "kl/exact": 0.0, "downstream/accuracy": 0.0}
     end = {"step": 200, "reward/mean": after, "kl/exact": kl, "downstream/accuracy": accuracy}
     for name, (first, last) in (tasks or {}).items():
@@ -35,7 +35,7 @@ def failed_row(arm, seed, objective, error):
 
 
 def two_arms(after_frpo: dict[int, float], after_grpo: dict[int, float], task="alpaca"):
-    """Rows of FRPO and GRPO with these rewards after fine-tuning, from .9 before."""
+    """Return rows of FRPO and GRPO with these rewards after fine-tuning, from .9 before."""
     rows = []
     for arm, objective, after in (("frpo", FRPO, after_frpo), ("grpo", GRPO, after_grpo)):
         for seed, value in after.items():
@@ -56,7 +56,7 @@ LIKE_REAL = {
 
 
 def like_real(seeds=(11, 12, 13, 14, 15), arms=tuple(LIKE_REAL)):
-    """Rows with curves, noise and sizes such as real runs have."""
+    """Return rows with curves, noise and sizes such as real runs have."""
     random = np.random.default_rng(0)
     rows = []
     for seed in seeds:

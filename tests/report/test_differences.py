@@ -9,7 +9,7 @@ from frpo_nemo.report.frame import Results
 
 
 def matched(**changes):
-    """Two arms, two seeds, one task, the same except for the objective; changes: {arm: fields of its train rows}."""
+    """Return two arms, two seeds, one task, the same except for the objective; changes: {arm: fields of its train rows}."""
     rows = []
     for arm, objective in (("frpo", FRPO), ("grpo", GRPO)):
         for seed in (1, 2):

@@ -13,7 +13,7 @@ from frpo_nemo.report.plots import draw_finetuning, draw_landscape, draw_stage_o
 
 
 def probes(seed, *points):
-    """A finetune row with (kl, reward) by step."""
+    """Return a finetune row with (kl, reward) by step."""
     rows = [{"step": step, "kl/exact": kl, "reward/mean": reward} for step, (kl, reward) in enumerate(points)]
     return finetune_row("a", seed, "math", 0, 0) | {"points": rows}
 

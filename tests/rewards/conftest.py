@@ -6,7 +6,7 @@ from reward_models import Server, make_classifier, make_judge
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """name -> directory."""
+    """Return name -> directory."""
     at = tmp_path_factory.mktemp("models")
     return {
         "judge": make_judge(at / "judge"),

@@ -17,7 +17,7 @@ START_SECONDS = 300  # for a server, on a busy machine
 
 
 def make_judge(path: Path, seed: int = 0, **config) -> str:
-    """A causal LM, whose tokenizer puts <bos> before a text as Gemma's does."""
+    """Return a causal LM, whose tokenizer puts <bos> before a text as Gemma's does."""
     from tokenizers.processors import TemplateProcessing
 
     make_tiny(path, "llama", layers=2, seed=seed, **config)
@@ -30,7 +30,7 @@ def make_judge(path: Path, seed: int = 0, **config) -> str:
 
 
 def make_classifier(path: Path, labels: list[str], *, seed: int = 0, **config) -> str:
-    """A Llama with a classification head."""
+    """Return a Llama with a classification head."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     names = dict(enumerate(labels))
@@ -53,7 +53,7 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        """Begin to start."""
+        """Begin starting the server."""
         command = [sys.executable, str(SERVE), "127.0.0.1", str(self.url_file), self.model, *self.options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -79,7 +79,7 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def answered(self, path: str) -> int:
-        """Requests so far, by its own log."""
+        """Return the number of requests so far, by the server's own log."""
         return self.log.read_text().count(f'"POST {path} HTTP/1.1" 200')
 
     def end(self) -> None:

@@ -62,7 +62,7 @@ def classify(path: str, texts: list[dict]) -> torch.Tensor:
 
 
 def procedure(path: str) -> dict:
-    """What configs/reward/harmbench.yaml sets, for a model whose answers are nearly as likely as any other token."""
+    """Return what configs/reward/harmbench.yaml sets, for a model whose answers are nearly as likely as any other token."""
     cut = {"max_response_tokens": CUT, "truncation_side": "right", "drop_special_tokens": True}
     return {"model": path, "decide": True, "min_mass": 1e-6, "local": LOCAL, **cut}
 

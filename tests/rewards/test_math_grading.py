@@ -290,7 +290,7 @@ OWN_GOLDS = [
 
 
 def share_wrong(golds, *, after_hashes=False):
-    """(kinds of wrong rewards, number of cases)."""
+    """Return (kinds of wrong rewards, number of cases)."""
     wrong, count = Counter(), 0
     for gold in golds:
         for case in cases(gold, after_hashes=after_hashes):

@@ -41,7 +41,7 @@ SAID = ("Yes, it does.", "no", "As an AI model, I had rather not say.")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """name -> directory of a random model; template: of the judge."""
+    """Return name -> directory of a random model; template: of the judge."""
     absent = [file for file in FILES.values() if not file.exists()]
     if absent:
         pytest.skip(f"{absent[0]} is not there")
@@ -104,13 +104,13 @@ def runs(tiny, tmp_path_factory):
 
 
 def samples(file: Path) -> dict[str, list[dict]]:
-    """Responses by task."""
+    """Return responses by task."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return {task: [row for row in rows if row["task"] == task] for task in PROMPTS}
 
 
 def texts(rows: list[dict]) -> tuple[list[str], list[str]]:
-    """Prompts and responses as rewards see them."""
+    """Return prompts and responses as rewards see them."""
     prompts = [row["prompt"].removeprefix("u:").removesuffix("\na:") for row in rows]
     return prompts, [row["response"].removesuffix("<eos>") for row in rows]
 

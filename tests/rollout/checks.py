@@ -31,7 +31,7 @@ _engines: dict[tuple, RolloutEngine] = {}
 
 
 def use_engine(path: str, *, tp: int = 1, **settings) -> RolloutEngine:
-    """The engine of these settings, made at the first call. vLLM keeps one tensor-parallel layout per process."""
+    """Return the engine of these settings, made at the first call. vLLM keeps one tensor-parallel layout per process."""
     key = (path, tp, *settings.items())
     if key not in _engines:
         if any(other[1] != tp for other in _engines):
@@ -62,7 +62,7 @@ def prompts() -> list[list[int]]:
 
 
 def sample(engine: RolloutEngine, **settings) -> list[tuple[list[int], list[float], bool]]:
-    """(tokens, log-probs, truncated) of 3 responses to each prompt."""
+    """Return (tokens, log-probs, truncated) of 3 responses to each prompt."""
     settings = dict(samples=3, max_tokens=24, seed=11, stop_token_ids=[EOS]) | settings
     groups = engine.generate(prompts(), **settings)
     return [(c.token_ids, c.logprobs, c.truncated) for group in groups for c in group]
@@ -72,7 +72,7 @@ def sample(engine: RolloutEngine, **settings) -> list[tuple[list[int], list[floa
 def reference_logprobs(
     model, responses, temperature: float = 1.0, samples: int = 3, asked: list | None = None
 ) -> Tensor:
-    """transformers' log-probs of the responses to `asked` (prompts() by default), one after the other."""
+    """Return transformers' log-probs of the responses to `asked` (prompts() by default), one after the other."""
     out = []
     for i, (tokens, _, _) in enumerate(responses):
         prompt = (asked or prompts())[i // samples]
@@ -82,14 +82,14 @@ def reference_logprobs(
 
 
 def gap_to(path: str, engine: RolloutEngine, temperature: float = 1.0, dtype=torch.float32) -> tuple[float, float]:
-    """(mean, largest) difference between the engine's log-probs and transformers' with the model at `path`."""
+    """Return (mean, largest) difference between the engine's log-probs and transformers' with the model at `path`."""
     responses = sample(engine)
     rollout = torch.tensor([logprob for _, logprobs, _ in responses for logprob in logprobs])
     return logprob_gap(rollout, reference_logprobs(hf_model(path, dtype), responses, temperature))
 
 
 def refitted(tiny: dict[str, str], name: str = "qwen2", tp: int = 1) -> RolloutEngine:
-    """The engine that most checks share, holding the weights of `name`."""
+    """Return the engine that most checks share, holding the weights of `name`."""
     engine = use_engine(tiny["qwen2"], tp=tp)
     engine.refit(hf_weights(tiny[name]))
     return engine
@@ -247,7 +247,7 @@ def check_faults_are_named(tiny, tp: int = 1) -> list[str]:
 
 
 def _stream_problem(engine: RolloutEngine, pair: tuple[str, Tensor]) -> str:
-    """What the check says of a tensor, without vLLM, whose own assertions come first."""
+    """Return what the check reports about a tensor, without vLLM, whose own assertions come first."""
     from frpo_nemo.rollout.refit_check import WeightCheck
 
     check = WeightCheck(engine._model(), torch.float32)
@@ -256,7 +256,7 @@ def _stream_problem(engine: RolloutEngine, pair: tuple[str, Tensor]) -> str:
 
 
 def _refit_with_fault(engine: RolloutEngine, weights, fault) -> str:
-    """The error of a refit in whose course `fault(model)` damages the engine's live weights after they arrived."""
+    """Return the error of a refit during which `fault(model)` damages the engine's live weights after they arrived."""
     reload = engine._llm.collective_rpc
     before = {name: shard.live.clone() for name, shard in live_shards(engine._model()).items()}
 

@@ -9,7 +9,7 @@ from worlds import Workers
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, str]:
-    """Name -> directory of a tiny model. Two of each kind that is refitted, so that the weights really change."""
+    """Return name -> directory of a tiny model. Two of each kind that is refitted, so that the weights really change."""
     base = tmp_path_factory.mktemp("rollout")
     return {name: make_tiny(base / name, **settings) for name, settings in checks.MODELS.items()}
 

@@ -16,7 +16,7 @@ SHAPES = [("llama", 4), ("llama", 12), ("qwen3", 4), ("qwen3", 12)]
 
 
 def to_tf32(x: Tensor) -> Tensor:
-    """Ten bits of mantissa, as tensor cores read fp32."""
+    """Round to ten bits of mantissa, as tensor cores read fp32."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -61,7 +61,7 @@ def models(request, tmp_path_factory) -> Models:
 
 
 def statistic(limit: GapLimit, gap: Tensor) -> float:
-    """What `limit` bounds."""
+    """Return what `limit` bounds."""
     return (gap.abs().max() if limit.statistic == "max" else gap.abs().mean()).item()
 
 

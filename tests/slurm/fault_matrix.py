@@ -194,7 +194,7 @@ def main(out: Path) -> int:
 
 
 def same_training(a: Path, b: Path) -> bool:
-    """Weights and everything that the steps computed."""
+    """Return whether two runs agree in weights and everything that the steps computed."""
     weights, others = exported(a), exported(b)
     last = {row["step"]: without_times(row) for row in steps(b)}  # a step that was lost is there twice
     return (

@@ -35,7 +35,7 @@ class Cluster:
         self.cluster("down", "--purge")
 
     def slurm(self, *command: str) -> str:
-        """The output of a Slurm command on the login node."""
+        """Return the output of a Slurm command on the login node."""
         for attempt in range(1 if command[0] == "sbatch" else ATTEMPTS):  # the controller may be busy
             time.sleep(attempt)
             done = self.cluster("exec", *command, check=False)
@@ -60,12 +60,12 @@ class SlurmJob:
         return self.log.read_text() if self.log.exists() else ""
 
     def show(self) -> dict[str, str]:
-        """What `scontrol show job` knows."""
+        """Return what `scontrol show job` knows."""
         line = self.cluster.slurm("scontrol", "-o", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", line))
 
     def wait(self, limit: int = LIMIT) -> tuple[str, int]:
-        """(state, restarts) when it has ended."""
+        """Return (state, restarts) when it has ended."""
         done = self.cluster.cluster("wait", self.number, str(limit), check=False)
         if done.returncode == 124:
             raise AssertionError(f"job {self.number} still there after {limit} s: {done.stderr}\n{self.output[-5000:]}")
@@ -92,7 +92,7 @@ class SlurmJob:
             time.sleep(0.2)
 
     def signal(self) -> None:
-        """What --signal=B:USR1@300 does, without the wait for Slurm's next look at the time limits."""
+        """Do what --signal=B:USR1@300 does, without waiting for Slurm's next check of the time limits."""
         self.cluster.slurm("scancel", "--batch", "--signal=USR1", self.number)
 
     def cancel(self) -> None:

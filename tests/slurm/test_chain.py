@@ -50,7 +50,7 @@ WRONG = "model.sequence_parallel=true"  # found by the recipe's check: it needs 
 
 @pytest.fixture
 def forgetting(cluster, tmp_path):
-    """Function of arguments of slurm/forgetting.sh: the finished process."""
+    """Return a function from arguments of slurm/forgetting.sh to the finished process."""
     configs = tmp_path / "configs"
     configs.mkdir()
     (configs / "chain.yaml").write_text(STUDY)
@@ -59,7 +59,7 @@ def forgetting(cluster, tmp_path):
 
 
 def arms(**overrides: str) -> str:
-    """An override, one or none, for each arm."""
+    """Return an override, one or none, for each arm."""
     lists = {name: [override] if override else [] for name, override in overrides.items()}
     return f"arms={{{', '.join(f'{name}: {values}' for name, values in lists.items())}}}"
 
@@ -68,7 +68,7 @@ def test_a_study_goes_on_where_a_failed_arm_broke_its_chain(cluster, forgetting,
     out = tmp_path / "out"
 
     def submit(arms: str) -> dict[str, SlurmJob]:
-        """{name: job} of what a call submitted"""
+        """Return {name: job} of what a call submitted"""
         done = forgetting(arms)
         assert done.returncode == 0, done.stderr
         found = re.findall(r"^job (\d+)  (\S+)", done.stdout, re.MULTILINE)

@@ -164,7 +164,7 @@ def test_where_too_few_nodes_would_be_left_none_is_excluded(cluster, model, tmp_
 
 @pytest.fixture(scope="module")
 def undisturbed(model, tmp_path_factory) -> Path:
-    """The same run without Slurm: two ranks of torchrun."""
+    """Return the same run without Slurm: two ranks of torchrun."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     return Job("frpo.py", frpo_overrides(model), run_dir, ranks=2).succeed().run_dir
 

@@ -33,7 +33,7 @@ def overrides(model: str, max_steps: int = 1, config: str = "experiment/demo_sft
 
 
 def start(cluster, run_dir: Path) -> dict:
-    """What the first start of a run wrote down of itself."""
+    """Return what the first start of a run recorded about itself."""
     return json.loads((run_dir / "environment.jsonl").read_text().splitlines()[0])
 
 

@@ -41,7 +41,7 @@ def files_that_use_the_stack() -> list[str]:
 
 
 def uses_in(file: str) -> tuple[list[Use], set[str]]:
-    """All uses in a file, and which of its entries in receivers.RECEIVERS were needed."""
+    """Return all uses in a file, and which of its entries in receivers.RECEIVERS were needed."""
     tree = ast.parse((SOURCES / file).read_text())
     reader = _Reader(file, tree)
     reader.visit(tree)
@@ -70,7 +70,7 @@ class _Reader(ast.NodeVisitor):
         self.within: list[ast.FunctionDef] = []
 
     def references(self, node: ast.expr) -> list[str]:
-        """What an expression may be; nothing if it is not of the stack."""
+        """Return what an expression may be; nothing if it is not of the stack."""
         text = ast.unparse(node)
         if text in self.receivers:
             self.needed.add(text)
@@ -116,7 +116,7 @@ class _Reader(ast.NodeVisitor):
                 self.kept[text] = self.known[text] = found
 
     def visit_If(self, node: ast.If) -> None:
-        """Inside `if isinstance(x, C)` x is a C."""
+        """Take x as a C inside `if isinstance(x, C)`."""
         self.visit(node.test)
         before = dict(self.known)
         for test in ast.walk(node.test):
@@ -178,7 +178,7 @@ class _Reader(ast.NodeVisitor):
             self.uses.append(Use(kind, reference, self.file, node.lineno, text, **more))
 
     def _keys(self, mapping: ast.expr) -> list[str] | None:
-        """The keys of `mapping` in f(**mapping), where it is made in the same file."""
+        """Return the keys of `mapping` in f(**mapping), where it is made in the same file."""
         if isinstance(mapping, ast.Call) and ast.unparse(mapping.func) in self.functions:
             return _keys_of_dicts(self.functions[ast.unparse(mapping.func)])
         function = self.within[-1] if self.within else None
@@ -189,7 +189,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _results(reference: str) -> list[str]:
-    """What a call returns: an instance if a class is called."""
+    """Return what a call returns: an instance if a class is called."""
     if reference in receivers.RESULTS:
         return receivers.RESULTS[reference]
     name = reference.rpartition(".")[2].lstrip("_")
@@ -197,7 +197,7 @@ def _results(reference: str) -> list[str]:
 
 
 def _keys_of_dicts(function: ast.FunctionDef) -> list[str]:
-    """The keys of every dict that is written in a function."""
+    """Return the keys of every dict that is written in a function."""
     keys = []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict":

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def printed_by(script: str) -> list[dict]:
-    """The JSON lines of a script of this directory, in a process that sees no GPU."""
+    """Return the JSON lines of a script of this directory, in a process that sees no GPU."""
     path = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE)))
     env = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", str(HERE / script)]
@@ -23,7 +23,7 @@ def printed_by(script: str) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def te_facts():
-    """Function to the facts with these values."""
+    """Return a function that gives the facts with these values."""
     everything = printed_by("te_process.py")
 
     def chosen(**values) -> list[dict]:

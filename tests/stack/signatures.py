@@ -103,7 +103,7 @@ def _forward(reference: str, keywords: list[str]) -> None:
 
 
 def look_up(reference: str) -> tuple[object, bool]:
-    """(what a reference names, whether it is a method whose `self` is given). Raises Drift."""
+    """Return (what a reference names, whether it is a method whose `self` is given). Raises Drift."""
     if ":" in reference:
         return _local_functions(*reference.split(":")), False
     path, *members = reference.split("()")
@@ -116,7 +116,7 @@ def look_up(reference: str) -> tuple[object, bool]:
 
 
 def _import(path: str):
-    """The module, class or function called `path`."""
+    """Return the module, class or function called `path`."""
     package, *names = path.split(".")
     found = importlib.import_module(package)
     for name in names:
@@ -143,7 +143,7 @@ def _member(cls: type, name: str) -> tuple[object, bool]:
 
 
 def _attributes(cls: type) -> set[str]:
-    """What instances have: annotated fields, and what the methods assign to `self`."""
+    """Return what instances have: annotated fields, and what the methods assign to `self`."""
     names = set(vars(cls)) | set(vars(cls).get("__annotations__", ()))
     if cls.__module__.startswith(("builtins", "torch.nn.")):
         return names
@@ -180,7 +180,7 @@ def _documented_signatures(compiled) -> Iterator[inspect.Signature]:
 
 
 def _local_functions(module: str, name: str) -> list:
-    """The functions of a module with a name, also those that are made inside others."""
+    """Return the functions of a module with a name, also those that are made inside others."""
     tree = ast.parse(inspect.getsource(importlib.import_module(module)))
     found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
     if not found:
@@ -194,7 +194,7 @@ def _signature(arguments: ast.arguments, drop_self: bool) -> inspect.Signature:
 
 
 def _function(arguments: ast.arguments):
-    """A function that takes these arguments."""
+    """Return a function that takes these arguments."""
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
             argument.annotation = None
@@ -213,7 +213,7 @@ def _keywords_of(module: str, called: str) -> list[str]:
 
 
 def _notices(use: Use, keyword: str) -> bool:
-    """Whether a renamed keyword would be found."""
+    """Return whether a renamed keyword would be found."""
     keywords = [f"{name}_" if name == keyword else name for name in use.keywords]
     try:
         check(Use(**{**vars(use), "keywords": keywords}))

@@ -88,5 +88,5 @@ def _linear(layer, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention(layer, query: torch.Tensor) -> torch.Tensor:
-    """[T, heads, d] -> [T, heads * d]"""
+    """Return [T, heads, d] -> [T, heads * d]"""
     return query.flatten(-2)

@@ -55,7 +55,7 @@ def facts(settings: ModelConfig, stage: int) -> dict:
 
 
 def build(arch: Architecture, settings: ModelConfig, *, meta: bool):
-    """The product's model."""
+    """Return the product's model."""
     with as_on_a_gpu(meta=meta), torch.device("meta") if meta else contextlib.nullcontext():
         return model.build_model(arch, settings)
 
@@ -78,14 +78,14 @@ def as_on_a_gpu(*, meta: bool) -> Iterator[None]:
 
 
 def bound(gpt, arch: Architecture, stage: int) -> list:
-    """[parameter's name or None, shape of the shard by the table] of each weight of this stage."""
+    """Return [parameter's name or None, shape of the shard by the table] of each weight of this stage."""
     names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     bindings = [b for b in (*bind(gpt, arch), *bind_adapters(gpt, arch)) if b.weight.stage == stage]
     return [[names.get(id(binding.parameter)), [*binding.weight.shard_shape]] for binding in bindings]
 
 
 def marks(parameter) -> list[bool]:
-    """[sequence_parallel, tensor_model_parallel]"""
+    """Return [sequence_parallel, tensor_model_parallel]"""
     return [bool(getattr(parameter, mark, False)) for mark in ("sequence_parallel", "tensor_model_parallel")]
 
 

@@ -60,7 +60,7 @@ class _Changed:
 
 
 def is_possible() -> bool:
-    """Whether Transformer Engine is installed, with or without its compiled part."""
+    """Return whether Transformer Engine is installed, with or without its compiled part."""
     try:
         return bool(metadata.version("transformer-engine"))
     except metadata.PackageNotFoundError:

@@ -11,7 +11,7 @@ from calls import SOURCES, files_that_use_the_stack
 
 @pytest.fixture
 def uses(signatures) -> list[dict]:
-    """Every use of a package's name, as it was examined."""
+    """Return every use of a package's name, as it was examined."""
     return [row for row in signatures if "problem" in row]
 
 
@@ -41,7 +41,7 @@ def test_what_is_woken_is_what_vllm_lets_sleep_on():
 
 
 def _strings_of(file: Path, name: str) -> set[str]:
-    """All strings in the statements that begin with `name`."""
+    """Return all strings in the statements that begin with `name`."""
     statements = [s for s in ast.walk(ast.parse(file.read_text())) if isinstance(s, (ast.Assign, ast.AnnAssign))]
     chosen = [statement for statement in statements if ast.unparse(statement).startswith(name)]
     return {node.value for s in chosen for node in ast.walk(s.value) if isinstance(node, ast.Constant)}

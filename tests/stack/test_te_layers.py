@@ -41,7 +41,7 @@ def tied(request) -> bool:
 
 @pytest.fixture(params=FAMILIES)
 def stages(request, tied, lora, layout, te_facts) -> list[dict]:
-    """The facts about every pipeline stage of one model."""
+    """Return the facts about every pipeline stage of one model."""
     found = te_facts(kind="layers", family=request.param, tied=tied, lora=lora, layout=layout)
     assert len(found) == LAYOUTS[layout].get("pipeline_model_parallel_size", 1)
     return found

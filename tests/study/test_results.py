@@ -18,7 +18,7 @@ def write_lines(path, records):
 
 
 def write_run(path, *, model, objective=None, seed=1, max_steps=2, data="rows.jsonl", records):
-    """A run directory as the recipes leave it."""
+    """Return a run directory as the recipes leave it."""
     path.mkdir(parents=True)
     lines = [f"run_dir: {path}", f"model: {{path: {model}}}", "optim: {lr: 1.0e-3}"]
     lines += [f"data: {{train: [{{path: '{data}'}}]}}", f"trainer: {{max_steps: {max_steps}, seed: {seed}}}"]

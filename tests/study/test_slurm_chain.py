@@ -20,7 +20,7 @@ from frpo_nemo.study.slurm_chain import SlurmChain
 
 @pytest.fixture
 def sbatch_lines(tmp_path, capsys):
-    """Function of a study's changes: {name of the job: what --dry-run prints for it}"""
+    """Return a function from a study's changes to {name of the job: what --dry-run prints for it}"""
 
     def lines(**changes) -> dict[str, list[str]]:
         study = ForgettingStudy(tiny_study(tmp_path / "out", **changes), lambda recipe, arguments: None)

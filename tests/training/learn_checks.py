@@ -226,7 +226,7 @@ def check_masked(path: str, run_dir: str, updates: int = 1, pp: int = 1) -> None
 
 
 def weights_of_checkpoint(path: str, run_dir: str) -> dict[str, torch.Tensor]:
-    """The newest checkpoint, as Hugging Face names and tensors."""
+    """Return the newest checkpoint, as Hugging Face names and tensors."""
     learner = Learner(path)
     save_load.load(checkpoint_files.newest(run_dir), learner.actor)
     return {name: tensor.clone() for name, tensor in learner.actor.stream_hf_weights()}

@@ -70,7 +70,7 @@ def off_policy_batch() -> SequenceBatch:
 
 
 def recorded_step(path: str, *, tp: int = 1, pp: int = 1, **settings) -> tuple[list[Update], dict[str, float]]:
-    """The updates of one rollout batch (on rank 0; empty elsewhere), and of every rank what the step logs, the
+    """Return the updates of one rollout batch (on rank 0; empty elsewhere), and of every rank what the step logs, the
     objective's memory and the number of forward passes. settings: of the objective."""
     options = {f"objective.{name}": value for name, value in settings.items()}
     options |= {"objective.clip_high": CLIP_HIGH, "trainer.updates_per_rollout": UPDATES, "optim.lr": 1e-3}

@@ -24,7 +24,7 @@ LIMIT = 900  # seconds that a job may take: many times what it needs, because a 
 
 
 def random_model(path: Path) -> str:
-    """A random model that knows the world's words."""
+    """Return a random model that knows the world's words."""
     sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
     new_model(path, tokenizer=toy_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
     return str(path)
@@ -65,7 +65,7 @@ class Job:
         return self.log.read_text()[self._before :]
 
     def wait(self, limit: float = LIMIT) -> int:
-        """The exit code."""
+        """Return the exit code."""
         try:
             return self.process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -93,7 +93,7 @@ class Job:
             time.sleep(0.01)
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The processes of a job under torchrun."""
+        """Return the processes of a job under torchrun."""
         return {int(p.environ()["RANK"]): p for p in psutil.Process(self.process.pid).children()}
 
     def listens_on(self) -> set[str]:
@@ -113,7 +113,7 @@ class Job:
 
 
 def steps(run_dir: Path) -> list[dict]:
-    """What metrics.jsonl says of training steps, in its order; also while it is being written."""
+    """Return what metrics.jsonl says of training steps, in its order; also while it is being written."""
     return [row for row in _rows(run_dir) if _kind(row) == "step"]
 
 
@@ -126,12 +126,12 @@ def probes(run_dir: Path) -> list[dict]:
 
 
 def without_times(row: dict) -> dict:
-    """What a step computed, which a repetition must give again bit for bit."""
+    """Return what a step computed, which a repetition must give again bit for bit."""
     return {k: v for k, v in row.items() if k not in ("time", "tokens_per_second") and not k.startswith("seconds/")}
 
 
 def exported(run_dir: Path) -> dict:
-    """Name -> tensor of run_dir/hf."""
+    """Return name -> tensor of run_dir/hf."""
     return {name: t for file in sorted((run_dir / "hf").glob("*.safetensors")) for name, t in load_file(file).items()}
 
 

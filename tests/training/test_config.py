@@ -59,7 +59,7 @@ trainer: {max_steps: 3}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A directory with a good model, data and configurations, and with broken ones."""
+    """Return a directory with a good model, data and configurations, and with broken ones."""
     root = tmp_path_factory.mktemp("files")
     make_tiny(root / "tiny", "llama")
     for name in ("no_weights", "missing_shard", "no_template", "no_tokenizer", "moe", "small_heads", "broken_json"):

@@ -32,7 +32,7 @@ EVERYTHING = "optim.weight_decay=0.1 applies to all weights, norms and biases in
 
 @pytest.fixture
 def printed(tmp_path, monkeypatch, capsys):
-    """What --check prints for further options."""
+    """Return what --check prints for further options."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for module in (sys, threading):
@@ -49,7 +49,7 @@ def printed(tmp_path, monkeypatch, capsys):
 
 
 def write_run(run_dir: str, **record) -> Path:
-    """What the checks read of a run after step 2, whose checkpoint says `record` of itself."""
+    """Return what the checks read of a run after step 2, whose checkpoint says `record` of itself."""
     checkpoint = checkpoint_files.directory(run_dir, 2)
     checkpoint.mkdir(parents=True)
     record |= {"format": checkpoint_files.FORMAT, "step": 2, "adam_step": 2, "score": None}

@@ -163,7 +163,7 @@ def test_a_later_training_keeps_no_checkpoint_but_the_last_which_is_what_is_meas
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A working directory with runs/tiny: the models of the tiny experiments, as docs/reproduce.md makes them."""
+    """Return a working directory with runs/tiny: the models of the tiny experiments, as docs/reproduce.md makes them."""
     root = tmp_path_factory.mktemp("tiny")
     words = "Which harmful words are in this answer? 1 2 3 4 5 safe unsafe, and a box \\boxed{7}."
     rows = json.loads((DATA / FILES[2]).read_text())[:200] if (DATA / FILES[2]).is_file() else []
@@ -229,7 +229,7 @@ def small_inputs(name: str) -> list[str]:
 
 
 def tiny_rewards(key: str) -> list[str]:
-    """The small models of reward/safety_tiny as the rewards of the run or of its probe."""
+    """Return the small models of reward/safety_tiny as the rewards of the run or of its probe."""
     choice = key if key == "reward" else f"reward@{key}"
     return [f"{choice}=safety_tiny", f"{key}.safety.args.judge.template_file=null"]
 

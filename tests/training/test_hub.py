@@ -35,14 +35,14 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty Hugging Face cache, in a place without the hub."""
+    """Return an empty Hugging Face cache, in a place without the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
 
 def download(cache: Path, model: Path, name: str = NAME, commit: str = "0" * 40, **changed: str) -> Path:
-    """What a download of `name` leaves: each file is a link to its content, which commits share. The newest is main."""
+    """Return what a download of `name` leaves: each file is a link to its content, which commits share. The newest is main."""
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / commit
     for directory in (repository / "refs", repository / "blobs", snapshot):
@@ -78,7 +78,7 @@ def test_what_is_neither_gives_one_sentence(cache):
 
 @pytest.fixture
 def a_run(cache, model, tmp_path, monkeypatch) -> Path:
-    """The directory of a run by hub name that died after its second step; and the snapshot that it began with."""
+    """Return the directory of a run by hub name that died after its second step; and the snapshot that it began with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for module in (sys, threading):
@@ -102,7 +102,7 @@ def a_run(cache, model, tmp_path, monkeypatch) -> Path:
 
 
 def start_again(monkeypatch, capsys, path: str) -> str:
-    """What the command says of its configuration."""
+    """Return what the command says of its configuration."""
     monkeypatch.setattr(sys, "argv", ["frpo.py", "--check", *OPTIONS, f"model.path={path}"])
     try:
         main(None, FRPORun, "frpo", validate_frpo)

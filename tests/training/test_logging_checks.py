@@ -14,7 +14,7 @@ NETRC = "machine {}\n  login user\n  password " + KEY + "\n"
 
 @pytest.fixture
 def asked(tmp_path):
-    """Function of environment variables: what the check says of logging.wandb_project=mine in a new home directory."""
+    """Return a function: environment variables -> the check's report on logging.wandb_project=mine in a new home."""
     script = (
         "from frpo_nemo.config.options import LoggingConfig\n"
         "from frpo_nemo.training.checks.logging import check_logging\n"

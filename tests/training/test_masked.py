@@ -57,7 +57,7 @@ class Edge:
 
 @pytest.fixture(scope="module")
 def edge() -> SimpleNamespace:
-    """A step's batch, sampled in fp32 by the reference itself, and the policy, which the trainer computes in bf16."""
+    """Return a step's batch, sampled in fp32 by the reference itself, and the policy, which the trainer computes in bf16."""
     policy = Edge()
     with torch.no_grad():
         sampled, trained = policy.logprobs(torch.float32), policy.logprobs(torch.bfloat16)

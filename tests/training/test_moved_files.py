@@ -42,7 +42,7 @@ def small_model(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def begun(tmp_path, monkeypatch) -> Path:
-    """A directory, which is the working directory, with the files of a run and what a start of it wrote down."""
+    """Return a directory, which is the working directory, with the files of a run and what a start of it wrote down."""
     monkeypatch.chdir(tmp_path)
     small_model(Path("model"), seed=1)
     Path("rows.jsonl").write_text('{"prompt": "1+1?"}\n')

@@ -23,7 +23,7 @@ def expected(model):
 
 
 def run(workers, model, layout, **settings):
-    """(updates, what each rank logged) of one step."""
+    """Return (updates, what each rank logged) of one step."""
     world, sizes = layout["world"], {name: size for name, size in layout.items() if name != "world"}
     ranks = workers.run(world, recorded_step, path=model, **sizes, **settings)
     updates = ranks[0][0]

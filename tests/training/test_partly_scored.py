@@ -75,7 +75,7 @@ def test_a_response_that_nothing_compares_leaves_its_group_and_keeps_its_logged_
 
 @pytest.fixture
 def printed(tmp_path, monkeypatch, capsys):
-    """What --check prints for rewards with these tasks, on data with the tasks chat, code and math."""
+    """Return what --check prints for rewards with these tasks, on data with the tasks chat, code and math."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     for module in (sys, threading):

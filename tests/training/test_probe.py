@@ -29,7 +29,7 @@ def overrides(model: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def both(model, tmp_path_factory):
-    """(the run directory of a fine-tuning with probes, killed between two of them and continued; that of one without)"""
+    """Return (the run directory of a fine-tuning with probes, killed between two of them and continued; that of one without)"""
     directory = tmp_path_factory.mktemp("both")
     unprobed = Job("sft.py", [*overrides(model), "probe.interval=0", "probe.prompts=[]"], directory / "unprobed")
     command = [*overrides(model), *PROBE, "trainer.save_interval=5"]

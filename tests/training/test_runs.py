@@ -51,7 +51,7 @@ RANK_1 = r"rank 1 \(host \S+, pid {pid}\) died in phase \"\w+\" at step \d+"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A model in a directory full of traps: whoever unpickles or imports something there creates a file `sprung`."""
+    """Return a model in a directory full of traps: whoever unpickles or imports something there creates a file `sprung`."""
     path = random_model(tmp_path_factory.mktemp("model") / "base")
     set_traps(Path(path))
     return path
@@ -82,7 +82,7 @@ def frpo_overrides(model: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
-    """The run directory of an undisturbed run on TP2, with secrets in its environment and configuration."""
+    """Return the run directory of an undisturbed run on TP2, with secrets in its environment and configuration."""
     environment = {name: SECRETS[name] for name in ("HF_TOKEN", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
     overrides, run_dir = [*frpo_overrides(model), "logging.wandb_project=test"], tmp_path_factory.mktemp("r") / "run"
     return Job("frpo.py", overrides, run_dir, ranks=2, environment=environment, umask=UMASK).succeed().run_dir
@@ -90,7 +90,7 @@ def reference(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disturbed(model, tmp_path_factory):
-    """The same command with probes, four times: rank 1 killed between saves; all ranks inside the save of step 8; all
+    """Run the same command with probes, four times: rank 1 killed between saves; all ranks inside the save of step 8; all
     ranks between saves again; and through to the end, by the command that the first start wrote down."""
     overrides, run_dir = [*frpo_overrides(model), *PROBE], tmp_path_factory.mktemp("disturbed") / "run"
     found = SimpleNamespace(run_dir=run_dir)
@@ -421,7 +421,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(workers, model, t
 
 
 def samples(run_dir) -> list[dict]:
-    """Responses of the last validation."""
+    """Return responses of the last validation."""
     return [json.loads(line) for line in (run_dir / "validation" / f"step_{STEPS:08d}.jsonl").read_text().splitlines()]
 
 

@@ -25,7 +25,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def several_nodes(environment) -> str:
-    """The variables of a world over two nodes, of which this machine is the first; its address."""
+    """Return the variables of a world over two nodes, of which this machine is the first; its address."""
     found = [a.address for entries in psutil.net_if_addrs().values() for a in entries if a.family == socket.AF_INET]
     real = [address for address in found if not address.startswith("127.")]
     if not real:
@@ -41,7 +41,7 @@ def listening() -> set[tuple[str, int]]:
 
 
 def accept_and_look(environment, world_size: str) -> set[str]:
-    """The addresses on which rank 0's watchdog waits for rank 1."""
+    """Return the addresses on which rank 0's watchdog waits for rank 1."""
     store, links, before = dist.HashStore(), {}, listening()
     waiting = threading.Thread(target=lambda: links.update(accept_ranks(store, "key", 2, timeout=30)))
     waiting.start()

@@ -39,7 +39,7 @@ def configuration(run_dir, **optim) -> FRPORun:
 
 @pytest.fixture
 def a_run(tmp_path) -> Path:
-    """The directory of a run that died after its second step, before its first checkpoint."""
+    """Return the directory of a run that died after its second step, before its first checkpoint."""
     saved = redact.values(OmegaConf.to_container(OmegaConf.structured(configuration(tmp_path))))
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(saved))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')

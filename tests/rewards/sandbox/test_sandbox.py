@@ -33,7 +33,7 @@ def run(sandbox: Sandbox, program: str, seconds: float = 10.0, **options) -> Pro
 
 
 def processes_of(sandbox: Sandbox) -> list[Path]:
-    """Directories in /proc of bubblewrap's and Python's processes: the limit of memory is in their command."""
+    """Return directories in /proc of bubblewrap's and Python's processes: the limit of memory is in their command."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -295,7 +295,7 @@ def test_the_program_has_no_capabilities_and_is_not_root(sandbox):
 
 
 def confined(fields: dict[str, str]) -> bool:
-    """Python after it gave up its power, of the processes of a sandbox."""
+    """Return whether a sandbox's process is Python and has dropped its privileges."""
     return fields["Name"].startswith("python") and fields["Seccomp"] == "2" and fields["CapEff"] == "0" * 16
 
 
