@@ -1,4 +1,4 @@
-"""Adapters into vLLM: merged into the weights, as a refit sends them, against vLLM's own LoRA, which takes the adapter alone.
+"""Adapters into vLLM: merged into the weights, as a refit sends them, against vLLM's own LoRA, which takes only the adapter.
 
     python -m benchmarks.adapter_refit merged
     python -m benchmarks.adapter_refit lora

@@ -1,4 +1,4 @@
-"""Programs per second of the `code` reward: a short right program with three assert statements, each in its own sandbox.
+"""Programs per second of the `code` reward: a short correct program with three assert statements, each in its own sandbox.
 
 python benchmarks/code_reward.py"""
 

@@ -1,5 +1,5 @@
 """Completions whose reward is known by construction: for a gold answer, the same answer in other spellings and places
-(reward 1) and answers that are nearly it (reward 0), each with the name of its kind.
+(reward 1) and answers that nearly match (reward 0), each with the name of its kind.
 
 Uses no grader, so that it can judge them all. The spellings are in math_spellings.py, wrong answers in
 math_near_misses.py."""

@@ -1,4 +1,4 @@
-"""Answers that are nearly a gold answer, and wrong."""
+"""Answers that nearly match a gold answer, and are wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same answer, spelled otherwise: rewritings of the text of a gold answer, and through sympy of the formula that it is."""
+"""The same answer in other spellings: rewritings of a gold answer's text, and of its formula with sympy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A study as a chain of jobs, from a login node:  bash slurm/forgetting.sh [--dry-run] --config-name study/mine [override ...]
 #   bash slurm/forgetting.sh --config-name study/safety_7b out=runs/safety num_seeds=1
-# Checks what can be known of its parts, then submits those that have neither finished nor are in the queue, each after the
+# Checks its parts as far as possible, then submits those that have neither finished nor are in the queue, each after the
 # one that it needs: preparation, stage one of every arm, the later tasks, evaluations; then this script as the job that
 # writes the report when all of them have ended (docs/slurm.md). Options: docs/options.md.
 #SBATCH --job-name=report

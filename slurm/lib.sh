@@ -1,4 +1,4 @@
-# What the job scripts share; they source it from the top of the checkout. Nothing here knows of an algorithm.
+# Shared by the job scripts, which source it from the top of the checkout. Nothing here depends on an algorithm.
 #
 # From the environment of sbatch:
 #   FRPO_CONTAINER     image for enroot/pyxis (srun --container-image); without it, a virtual environment
@@ -8,9 +8,9 @@
 #   FRPO_PATIENCE      seconds in which every node must report in the preflight (default 40)
 #   FRPO_MAX_FAILURES  give up after so many failed starts without a new checkpoint (default 3)
 #
-# How a job ends. By itself with 0: done. A wrong configuration ends it, mostly before anything is loaded (exit code 2). After any
-# other end, a dead rank, a hang that the watchdog found, an exception, the job requeues itself under its number, and the
-# recipe continues from the newest checkpoint in its run_dir. Slurm requeues by itself when a node is lost.
+# How a job ends. Exit code 0: done. A wrong configuration ends it, mostly before anything is loaded (exit code 2). After any
+# other end (a dead rank, a hang that the watchdog found, an exception) the job requeues itself under its number, and the
+# recipe continues from the newest checkpoint in its run_dir. When a node is lost, Slurm itself requeues the job.
 
 set -uo pipefail
 
@@ -26,7 +26,7 @@ stop() { # exit code, why
   exit "$1"
 }
 
-# A command that Slurm's controller may refuse while it restarts.
+# Repeats a command that Slurm's controller may refuse while it restarts.
 try() {
   local attempt
   for attempt in 1 2 3 4 5 6; do
@@ -36,7 +36,7 @@ try() {
   return 1
 }
 
-# The same for a question: its answer, which is never empty where it is right.
+# Repeats a query likewise, and prints its answer, which is never empty where it is right.
 ask() {
   try frpo_answer "$@"
 }
@@ -46,7 +46,7 @@ frpo_answer() {
   answer=$("$@") && [ -n "$answer" ] && echo "$answer"
 }
 
-# srun with the job's environment: frpo_srun [srun options] -- command. A command's `python` is the environment's.
+# Runs srun with the job's environment: frpo_srun [srun options] -- command. A command's `python` is the environment's.
 frpo_srun() {
   local options=() command run_dir
   while [ "$1" != -- ]; do options+=("$1"); shift; done
@@ -54,18 +54,18 @@ frpo_srun() {
   command=("$@")
   if [ -n "${FRPO_CONTAINER:-}" ]; then
     run_dir=$(realpath -m -- "${RUN_DIR:-$PWD}")
-    [[ $run_dir == "$PWD"/* ]] && run_dir=$PWD # which is mounted
-    [[ $run_dir == *[,:]* ]] && stop 2 "$run_dir has a comma or colon, which the list of a container's mounts cannot hold: take another run_dir"
+    [[ $run_dir == "$PWD"/* ]] && run_dir=$PWD # the checkout is mounted
+    [[ $run_dir == *[,:]* ]] && stop 2 "$run_dir has a comma or colon, which a container's list of mounts cannot hold; choose another run_dir"
     options+=("--container-image=$FRPO_CONTAINER" "--container-workdir=$PWD"
       "--container-mounts=$PWD:$PWD,$run_dir:$run_dir${FRPO_MOUNTS:+,$FRPO_MOUNTS}")
-    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, not one that the image has
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout, not one in the image
   else
     [ "$1" = python ] && command[0]=$FRPO_VENV/bin/python
   fi
   srun --export=ALL --overlap --label --kill-on-bad-exit=1 "${options[@]}" "${command[@]}"
 }
 
-# frpo_srun in the background, because a shell runs no trap before its foreground command has ended.
+# Runs frpo_srun in the background, because a shell runs no trap before its foreground command has ended.
 frpo_step() {
   local step
   frpo_srun "$@" &
@@ -77,7 +77,7 @@ frpo_step() {
   wait "$step"
 }
 
-# Slurm's signal: the time limit is near.
+# Handles Slurm's signal: the time limit is near.
 frpo_heed_signal() {
   [ "$signalled" = 0 ] && return
   [ "$training" = 1 ] || frpo_continue "the time limit came before training began"
@@ -92,7 +92,7 @@ frpo_heed_signal() {
 
 frpo_newest_checkpoint() { ls -- "$RUN_DIR/checkpoints" 2>/dev/null | grep -x 'step_[0-9]*' | tail -n 1; }
 
-# After the signal: requeue, which counts as a failed start if this one made no checkpoint.
+# Requeues after the signal; it counts as a failed start if this one made no checkpoint.
 frpo_continue() { # what happened
   local newest
   newest=$(frpo_newest_checkpoint)
@@ -101,7 +101,7 @@ frpo_continue() { # what happened
   frpo_requeue
 }
 
-# After a failed start: requeue, unless the last FRPO_MAX_FAILURES starts all failed at the same checkpoint.
+# Requeues after a failed start, unless the last FRPO_MAX_FAILURES starts all failed at the same checkpoint.
 frpo_retry() { # what happened
   local newest checkpoint failures=0 file=$RUN_DIR/slurm_failures
   newest=$(frpo_newest_checkpoint)
@@ -125,7 +125,7 @@ frpo_requeue() { # [nodes to exclude]
   local nodes=${1:-} job state before left
   job=$(ask scontrol -o show job "$SLURM_JOB_ID")
   state=$(sed -n 's/.* JobState=\([^ ]*\).*/\1/p' <<<"$job")
-  [ "$state" = RUNNING ] || stop 1 "not requeued: the job is ${state:-unknown to Slurm}" # Slurm would revive a cancelled one
+  [ "$state" = RUNNING ] || stop 1 "not requeued: the job is ${state:-unknown to Slurm}" # Slurm would start a cancelled job again
   if [ -n "$nodes" ]; then
     before=$(sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p' <<<"$job")
     [ "$before" = "(null)" ] || nodes=$before,$nodes
@@ -136,12 +136,12 @@ frpo_requeue() { # [nodes to exclude]
   fi
   trap '' TERM # Slurm ends this shell now
   try scontrol requeue "$SLURM_JOB_ID" || stop 1 "Slurm does not requeue this job. $(frpo_how_to_continue)"
-  # A pending job's nodes can be changed, and Slurm starts it no sooner than some seconds from now.
+  # A pending job's nodes can be changed, and Slurm starts it only some seconds from now.
   [ -z "$nodes" ] || try scontrol update "JobId=$SLURM_JOB_ID" "ReqNodeList=" "ExcNodeList=$nodes"
   exit 0
 }
 
-# All nodes, in seconds: GPUs, versions, the shared file system, ports, all-reduce. Names the bad ones.
+# Checks all nodes in seconds: GPUs, versions, the shared file system, ports, all-reduce. Names the bad ones.
 frpo_preflight() {
   local reports=$RUN_DIR/preflight/restart_${SLURM_RESTART_COUNT:-0} each=(--ntasks-per-node=1 --kill-on-bad-exit=0)
   rm -rf "$reports"
@@ -160,14 +160,14 @@ frpo_judge() { # nodes or ranks, reports
   frpo_exclude "$bad" "preflight failed"
 }
 
-# Not a failed start: each time another node is gone, so it ends.
+# This isn't a failed start: each time one more node is excluded, so it comes to an end.
 frpo_exclude() { # nodes, why
   say "$2; requeued without $1"
   frpo_requeue "$1"
 }
 
-# RUN_DIR, which only the recipe knows: it composes the configuration. Where that names none, a directory with the job's name
-# and number, the same at every restart; OWN_RUN_DIR is then the override that continues the run in another job.
+# Sets RUN_DIR, which only the recipe knows, because it composes the configuration. Where that names none, RUN_DIR is a directory
+# with the job's name and number, the same at every restart; OWN_RUN_DIR is then the override that continues it in another job.
 frpo_find_run_dir() { # recipe [argument ...]
   local printed code
   RUN_DIR= OWN_RUN_DIR=
@@ -188,10 +188,10 @@ frpo_own_run_dir() {
   local other queue
   mkdir -p -- "$RUN_DIR"
   other=$(cat "$RUN_DIR/slurm_job" 2>/dev/null)
-  # The whole queue, which holds this job: squeue fails for a job that has left it, as it does when Slurm is away.
-  queue=$(ask squeue -h -o %A) || stop 1 "Slurm does not say which jobs are in the queue"
+  # Asks for the whole queue, which has this job: for a job that has left it, squeue fails as it does when Slurm is unreachable.
+  queue=$(ask squeue -h -o %A) || stop 1 "Slurm does not report which jobs are in the queue"
   if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && grep -qx "$other" <<<"$queue"; then
-    stop 2 "run_dir=$RUN_DIR belongs to job $other, which is still in the queue; cancel it first, or take another run_dir"
+    stop 2 "run_dir=$RUN_DIR belongs to job $other, which is still in the queue; cancel it first, or choose another run_dir"
   fi
   echo "$SLURM_JOB_ID" >"$RUN_DIR/slurm_job"
   rm -f "$RUN_DIR/slurm_finished"
@@ -203,7 +203,7 @@ frpo_finished() { # slurm/forgetting.sh looks for the file
   stop 0 "finished"
 }
 
-# Outside of a job: check the configuration for the nodes that the script asks for, then submit it.
+# Outside of a job, checks the configuration for the nodes that the script asks for, then submits it.
 frpo_submit() { # recipe configuration [override ...]
   local nodes ranks
   nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0") ranks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
@@ -214,18 +214,18 @@ frpo_submit() { # recipe configuration [override ...]
   exec sbatch "$0" "${@:3}"
 }
 
-# What the processes find: where they meet, how many there are, and how to continue the run.
+# Exports what the processes need: where they meet, how many there are, and how to continue the run.
 frpo_export() { # [override ...]
   local script restart=${SLURM_RESTART_COUNT:-0}
   FRPO_HOSTS=$(ask scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
   MASTER_ADDR=${FRPO_HOSTS%%,*}
-  MASTER_PORT=$((20000 + 2 * ((SLURM_JOB_ID + 7 * restart) % 5000))) # preflight takes the next one
+  MASTER_PORT=$((20000 + 2 * ((SLURM_JOB_ID + 7 * restart) % 5000))) # the preflight uses the next one
   FRPO_RANKS_PER_NODE=$SLURM_NTASKS_PER_NODE
   SRUN_CPUS_PER_TASK=$((SLURM_CPUS_ON_NODE > SLURM_NTASKS_PER_NODE ? SLURM_CPUS_ON_NODE / SLURM_NTASKS_PER_NODE : 1))
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # else a line per rank where addresses have no names
+  TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # else it prints a line per rank where addresses have no names
   script=$(ask scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* Command=\(.*\) WorkDir=.*/\1/p')
-  script=${script%" $*"} # Slurm has the arguments after it
+  script=${script%" $*"} # Slurm appends the arguments
   FRPO_RESUME_COMMAND="cd ${PWD@Q} && sbatch --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=$SLURM_NTASKS_PER_NODE ${script@Q} ${*@Q}"
   [ -z "${OWN_RUN_DIR:-}" ] || FRPO_RESUME_COMMAND+=" ${OWN_RUN_DIR@Q}"
   export FRPO_HOSTS MASTER_ADDR MASTER_PORT FRPO_RANKS_PER_NODE SRUN_CPUS_PER_TASK OMP_NUM_THREADS TORCH_CPP_LOG_LEVEL
@@ -257,8 +257,8 @@ frpo_train() {
   frpo_step -- python "recipes/$recipe" "${arguments[@]}"
   code=$?
   [ "$code" = 0 ] && frpo_finished
-  # One rank may refuse what others do not see, and srun's exit code is then that of the others, which it ended. ls sees
-  # what another node has just written, where a file's own name may still be cached as absent.
+  # One rank may refuse what others do not see; srun then ends the others and returns their exit code. ls shows what another
+  # node has just written, where a lookup of the file's name may still be cached as absent.
   [ "$code" = 2 ] || ls -- "$RUN_DIR" | grep -qx slurm_refused && stop 2 "the configuration is wrong, see above"
   [ "$signalled" = 2 ] && frpo_continue "stopped by the signal"
   frpo_retry "srun ended with exit code $code"

@@ -2,8 +2,8 @@
 # A recipe that trains nothing, in one process on one GPU:  sbatch slurm/recipe.sh DIRECTORY RECIPE [option ...]
 #   sbatch slurm/recipe.sh runs/first/eval evaluate model.path=runs/first benchmarks=[math500] out=runs/first/eval
 #   sbatch --ntasks-per-node=8 --gpus-per-node=8 --mem=0 slurm/recipe.sh runs/70b/eval evaluate tensor_parallel_size=8 ...
-# DIRECTORY belongs to this job while it is in the queue; slurm_finished is written there when it ended well. A recipe that
-# failed is not started again by itself.
+# DIRECTORY belongs to this job while it is in the queue; the job writes slurm_finished there when it succeeds. A recipe that
+# failed is not started again automatically.
 #SBATCH --job-name=recipe
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -2,10 +2,10 @@
 
     python slurm/serve.py ADDRESS URL_FILE MODEL [option of vllm serve ...]
 
-Listens on ADDRESS alone, at a free port. A server that has answered and then ends is started again, elsewhere, as rewards
-that wait for it expect; when that fails, again after a pause that doubles, MOST_FAILURES times in a row. Then, or when no
-server ever answered, this program ends with the last one's exit code. The file is written in one piece, and removed when
-the server is not there.
+Listens only on ADDRESS, at a free port. A server that has answered and then ends is started again, at another port, because
+rewards wait for it. A failed restart is repeated after a pause that doubles, up to MOST_FAILURES times in a row. Then, or
+if no server ever answered, this program ends with the last one's exit code. The file is written in one step, and removed
+when the server is gone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
     ever_answered, failures = False, 0
     while True:
         url_file.parent.mkdir(parents=True, exist_ok=True)
-        url_file.unlink(missing_ok=True)  # of a server that was killed
+        url_file.unlink(missing_ok=True)  # left by a server that was killed
         answered, code = serve(address, url_file, model, options)
         if answered:
             ever_answered, failures = True, 0
@@ -58,12 +58,12 @@ def main() -> int:
 
 
 def serve(address: str, url_file: Path, model: str, options: list[str]) -> tuple[bool, int]:
-    """(whether it ever answered, its exit code), when it has ended."""
+    """Run a server to its end; return (whether it ever answered, its exit code)."""
     with socket.create_server((address, 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://{address}:{port}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", address, "--port", str(port)]
-    # Its processes are on this node, and need not listen on the network.
+    # The server's processes are on this node and need not listen on the network.
     environment = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "VLLM_PLUGINS": "", **os.environ}
     server = subprocess.Popen([*command, "--model", model, *options], env=environment, start_new_session=True)
     answered = False
@@ -100,7 +100,7 @@ def wait(server: subprocess.Popen, seconds: float) -> None:
 
 
 def end(server: subprocess.Popen) -> None:
-    """With all of its processes: those that compute outlive a killed one that listens."""
+    """End the server with all of its processes: those that compute outlive a killed one that listens."""
     for number, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(server.pid, number)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# vLLM's server for one model, on a node of its own:  sbatch slurm/serve.sh URL_FILE MODEL [option of vllm serve ...]
+# vLLM's server for one model, on its own node:  sbatch slurm/serve.sh URL_FILE MODEL [option of vllm serve ...]
 #   sbatch slurm/serve.sh runs/servers/reward.url allenai/Llama-3.1-8B-Instruct-RM-RB2 --revision 2 --runner pooling
 #   sbatch --gpus=2 slurm/serve.sh runs/servers/judge.url models/judge --tensor-parallel-size 2
-# A reward finds it by remote.url=URL_FILE (docs/reward_models.md). FRPO_SERVE_HOST: where it listens, if not where Slurm reaches
+# A reward finds it with remote.url=URL_FILE (docs/reward_models.md). FRPO_SERVE_HOST: where it listens, if not where Slurm reaches
 # the node. End it with scancel.
 #SBATCH --job-name=serve
 #SBATCH --nodes=1
@@ -31,4 +31,4 @@ trap 'signalled=1' USR1
 node=$(try scontrol -o show node "$SLURMD_NODENAME" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 frpo_step -- python slurm/serve.py "${FRPO_SERVE_HOST:-${node:-$SLURMD_NODENAME}}" "$@"
 code=$?
-stop "$code" "the server ended with exit code $code and is not started again, for the reason above"
+stop "$code" "the server ended with exit code $code and is not started again; the reason is above"

@@ -1,4 +1,4 @@
-"""The lock files, the bounds of pyproject.toml and the versions that the documentation names agree. Reads files alone."""
+"""The lock files, the bounds of pyproject.toml and the versions that the documentation names agree. Reads files only."""
 
 import re
 import tomllib

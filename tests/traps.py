@@ -1,4 +1,4 @@
-"""Files that create a file `sprung` beside them when somebody unpickles or imports them: for tests of trust."""
+"""Files that create a file `sprung` next to them when they are unpickled or imported: for tests of trust."""
 
 from __future__ import annotations
 

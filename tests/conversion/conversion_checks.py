@@ -1,4 +1,4 @@
-"""Checks of conversion in worlds of ranks and in processes of their own (see worlds.py)."""
+"""Checks of conversion in worlds of ranks and in separate processes (see worlds.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`frpo_nemo.objective` is for other trainers as well: it needs torch and nothing else."""
+"""`frpo_nemo.objective` can be used in other trainers: it needs only torch."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What the processes print that look at Transformer Engine's layers and at the installed signatures."""
+"""Output of the processes that examine Transformer Engine's layers and the installed signatures."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Prints what the other te_*.py find, a JSON line each. A process of its own: megatron.core looks for Transformer Engine
-once, when it is imported, and has to find the stand-in."""
+"""Prints what the other te_*.py find, a JSON line each. It is a separate process, because megatron.core looks for Transformer
+Engine once, when it is imported, and has to find the stand-in."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""No installed package has put its file over another's. Neither pip nor uv notices: cuda-python 12 over cuda-bindings 13
-passed every check of theirs, and broke the import of megatron.core."""
+"""No installed package has overwritten another's file. Neither pip nor uv notices: cuda-python 12 over cuda-bindings 13
+passed all their checks, and broke the import of megatron.core."""
 
 import os.path
 from collections import defaultdict

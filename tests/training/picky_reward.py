@@ -1,4 +1,4 @@
-"""A user's own reward, for test_runs.py: named by path, moody, and not able to score everything."""
+"""A user's own reward, for test_runs.py: named by path, inconsistent, and unable to score everything."""
 
 import random
 

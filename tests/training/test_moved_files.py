@@ -1,4 +1,4 @@
-"""A run goes on when what it reads lies elsewhere or is spelled otherwise, and says so; not when it is something else."""
+"""A run continues, and reports it, when its files have moved or are spelled differently; not when their content differs."""
 
 import json
 import shutil

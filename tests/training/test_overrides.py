@@ -1,4 +1,4 @@
-"""What a shell passes on is meant as it stands, and `~` is a home directory. (Mistakes: test_config.py.)"""
+"""Text that a shell passes on is taken literally, and `~` is a home directory. (Mistakes: test_config.py.)"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Probes during supervised fine-tuning: they measure what they say, and the training never notices them."""
+"""Probes during supervised fine-tuning: they measure what their names say, and do not affect the training."""
 
 from __future__ import annotations
 

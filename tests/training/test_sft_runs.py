@@ -1,4 +1,4 @@
-"""Whole runs of recipes/sft.py: the same again, and on a disk that becomes full."""
+"""Whole runs of recipes/sft.py: repeated exactly, and on a disk that becomes full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run in a rank: loads what test_loading.py has poisoned, and says which exception that raised."""
+"""Run in a rank: load what test_loading.py has poisoned, and report which exception that raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is taken for a secret, and that none is in messages, commands and results."""
+"""Tests of what counts as a secret, and that messages, commands and results contain none."""
 
 import json
 import re
