@@ -40,7 +40,7 @@ _C10D = {
     "recv_": ("recv", 0, None),
     "barrier": ("barrier", None, None),
 }
-_FUNCTIONAL = {  # the group is an argument by name; an all-gather is given this rank's part alone
+_FUNCTIONAL = {  # the group is an argument by name; an all-gather gets only this rank's part
     "all_reduce": "all_reduce",
     "all_reduce_": "all_reduce",
     "all_reduce_coalesced": "all_reduce",

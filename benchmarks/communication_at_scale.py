@@ -25,7 +25,7 @@ from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.timing import transfer_seconds
 
 CLUSTER = Cluster(**OmegaConf.to_container(OmegaConf.load(CLUSTERS / "h100.yaml")))
-# Bytes/s per rank for CPU tensors (gloo), of which a cluster's file says nothing: 100 Gb/s of Ethernet for a node's ranks.
+# Bytes/s per rank for CPU tensors (gloo), which cluster files don't have: 100 Gb/s of Ethernet for a node's ranks.
 HOST = 12.5e9 / CLUSTER.gpus_per_node
 ROLLOUT_TOKEN_BYTES = 8  # of a response in the gather of rollouts: an id and a log-prob
 PROMPTS, SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 128, 16, 256, 1024

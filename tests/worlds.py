@@ -2,7 +2,7 @@
 
 `Workers.run(world_size, check, **arguments)` calls `check(**arguments)` in every rank of a gloo world of that size and
 returns the ranks' results. Importing torch and megatron-core takes seconds per process, so the processes stay; the
-process group is made anew when the size changes. Checks call `use_layout`, which keeps Megatron's groups from one check
+process group is made again when the size changes. Checks call `use_layout`, which keeps Megatron's groups from one check
 to the next of the same layout: every gloo group costs threads.
 """
 

@@ -139,7 +139,7 @@ def peaks(warm: dict, conversions: list[dict]) -> list[int]:
     found = []
     for options in conversions:
         libc.malloc_trim(0)  # or the next would use unseen what is free
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _memory("VmRSS")
         convert(ConvertRun(**options))
         found.append(_memory("VmHWM") - before)

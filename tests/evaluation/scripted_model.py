@@ -32,7 +32,7 @@ IFEVAL = [
 ]
 MMLU = 2  # questions, of which the first has the answer A, the model's to all
 CODE = ["int(text)", "int(text) % 3"]  # of which f=int passes 2 and 1 tests
-ENDLESS = "Never ends."  # of a third problem, to which the model writes x for ever
+ENDLESS = "Never ends."  # answer to a third problem: the model then writes x forever
 LONGER = "A prompt that is longer in tokens than those before. " * 6 + ENDLESS
 
 

@@ -27,7 +27,7 @@ from frpo_nemo.megatron.cpu import megatron_device
 SEQUENCES = 13
 STEPS = 6  # of the whole run; the checkpoint is made after BEFORE
 BEFORE = 3
-LOSSES = "losses"  # beside the names of weights
+LOSSES = "losses"  # a key in addition to the names of weights
 STATE = {"data": {"position": 39}, "note": "the caller's own"}
 
 

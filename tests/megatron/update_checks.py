@@ -21,7 +21,7 @@ from frpo_nemo.megatron.weights.export import stream_adapters
 from frpo_nemo.training.loss import CompletionLoss
 
 SEQUENCES, UPDATES = 8, 3
-# Clipped at each update, warmed up over the first two of four. eps is not small beside the smallest gradients, of which
+# Clipped at each update, warmed up over the first two of four. eps is not small next to the smallest gradients, of which
 # AdamW would otherwise show the rounding error at full size.
 OPTIM = OptimizerConfig(
     lr=1e-2, schedule="cosine", warmup_ratio=0.5, weight_decay=0.1, clip_grad=0.5, adam_beta2=0.99, adam_eps=1e-5
@@ -107,7 +107,7 @@ def changes_by_adamw(path: str, adapter: str | None = None) -> dict[str, torch.T
     return {name.removeprefix("base_model.model.").replace(".default", ""): change for name, change in found.items()}
 
 
-# -- what is decayed, told from the rest by a gradient of zero
+# -- what is decayed, found by a gradient of zero
 
 
 def shrinkage(path: str, **layout) -> dict[str, float]:

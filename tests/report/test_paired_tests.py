@@ -48,7 +48,7 @@ def test_one_seed_has_no_spread_and_no_test():
 
 
 def test_equal_differences_have_no_t_test_and_no_differences_have_no_test_at_all():
-    equal = compared({1: 0.3, 2: 0.5}, {1: 0.2, 2: 0.4})  # both .1 but for rounding
+    equal = compared({1: 0.3, 2: 0.5}, {1: 0.2, 2: 0.4})  # both .1 except for rounding
     assert math.isnan(equal.t_p) and math.isnan(equal.low) and equal.wilcoxon_p == pytest.approx(0.5)
     none = compared({1: 0.3, 2: 0.5}, {1: 0.3, 2: 0.5})
     assert math.isnan(none.t_p) and math.isnan(none.wilcoxon_p) and (none.wins, none.losses) == (0, 0)

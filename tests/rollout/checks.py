@@ -242,7 +242,7 @@ def check_faults_are_named(tiny, tp: int = 1) -> list[str]:
         message = _refit_with_fault(engine, weights, fault)
         assert fault.tensor in message and "differs from the tensor sent" in message, message
         messages.append(message)
-    engine.refit(weights)  # and a good one afterwards goes through
+    engine.refit(weights)  # and a correct one afterwards succeeds
     return messages
 
 

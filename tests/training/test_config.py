@@ -404,7 +404,7 @@ def test_a_login_node_does_not_judge_the_memory_of_the_cluster(files, monkeypatc
     monkeypatch.setenv("FRPO_LOGIN_NODE", "1")
     check(files, [])
     check(files, ["model.path=small_heads"])
-    monkeypatch.setattr(resources, "gpu_memory", lambda: 3 * 2**30)  # with a GPU it is no login node
+    monkeypatch.setattr(resources, "gpu_memory", lambda: 3 * 2**30)  # with a GPU it isn't a login node
     with pytest.raises(ConfigError, match="on each GPU"):
         check(files, [])
 
@@ -582,7 +582,7 @@ try:
 except SystemExit as end:
     print(end.code, [name for name in ("megatron.core", "nemo", "vllm") if name in sys.modules])
 """
-    # run_dir is checked last, but for what is on the disk
+    # run_dir is checked last, except for what is on the disk
     ended = start(files, "--config-path=.", "--config-name", "good", "run_dir=prompts.jsonl/run", code=code)
     assert ended.stdout == "2 []\n", ended
 

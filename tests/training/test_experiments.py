@@ -84,7 +84,7 @@ BATCH = attrgetter("data.sequences_per_step", "data.max_tokens", "data.max_promp
         ("sft_gsm8k_70b", (0, 64, 0), (6e-6, "cosine", 0.25, 0, 1.0), (32, 2048, 2047), 218),
         ("sft_code", (16, 32, 0.05), (5e-5, "cosine", 0.03, 0.04, 0.3), (64, 4096, 2048), 781),
         ("sft_code_70b", (16, 32, 0.05), (5e-5, "cosine", 0.03, 0.04, 0.3), (64, 4096, 2048), 781),
-        # Not the authors': of their safety training, but for top-p (experiment/rl_ultrafeedback says why).
+        # Not the authors', but those of their safety training except top-p (experiment/rl_ultrafeedback says why).
         ("rl_ultrafeedback", (64, 64, 0), (1e-5, "cosine", 0.1, 0.1, 1.0), (16, 8, 1024, 2048, 1.0, 1.0), 500),
         ("rl_ultrafeedback_70b", (64, 64, 0), (1e-5, "cosine", 0.1, 0.1, 1.0), (16, 8, 1024, 2048, 1.0, 1.0), 500),
     ],

@@ -39,7 +39,7 @@ def load_poisoned_checkpoints(path: str, run_dir: str) -> dict[str, str | None]:
         try:
             save_load.load(poisoned, actor)
             found[name] = None
-        except BaseException as error:  # CheckpointException is no Exception
+        except BaseException as error:  # CheckpointException isn't an Exception
             found[name] = type(error).__name__
     return found
 
