@@ -1,1 +1,1 @@
-"""What a run will need, on paper: memory, time, communication. Nothing here starts anything."""
+"""Estimate what a run will need: memory, time, communication. Nothing here starts anything."""

@@ -1,4 +1,4 @@
-"""The machines that a plan is made for. configs/cluster/ has the known ones, and is the only list of GPU data sheets."""
+"""Describe the machines of a plan. configs/cluster/ has the known ones, and is the only list of GPU data sheets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Cluster:
 
     gpu: str = option("Name of the GPU, as its driver spells it.", example="H100")
     num_nodes: int = option("Machines.", 1, at_least=1)
-    gpus_per_node: int = option("GPUs of a machine, which NVLink connects.", 8, at_least=1)
+    gpus_per_node: int = option("GPUs per machine, connected by NVLink.", 8, at_least=1)
     gpu_memory_gib: float = option("Memory of a GPU, in GiB.", above=0, example="79")
     host_memory_gib: float = option("Memory of a machine, in GiB.", above=0, example="2000")
     peak_tflops: float = option("Dense bf16 TFLOP/s of a GPU, by its data sheet.", above=0, example="989")
@@ -40,7 +40,7 @@ class Cluster:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its data sheet; None for one that is not in configs/cluster/."""
+    """Return dense bf16 FLOP/s of a GPU by its data sheet; None for one that is not in configs/cluster/."""
     for file in sorted(CLUSTERS.glob("*.yaml")):
         known = yaml.safe_load(file.read_text())
         if known["gpu"] in device_name:

@@ -1,4 +1,4 @@
-"""What one rank says to others in a training step: every collective and message, from shapes and layout alone.
+"""Compute the communication of one rank in a training step: every collective and message, from shapes and layout alone.
 
 Formulas for what frpo_nemo and megatron-core 0.16 call, checked call by call and byte by byte against real process
 groups (tests/planning/test_communication.py); docs/scaling.md has them with symbols. Not here: vLLM's own
@@ -17,7 +17,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, weights
 
 FP32, INT64 = 4, 8  # bytes
-SHAPE_BYTES = 3 * INT64  # before every activation between stages: packs differ in length
+SHAPE_BYTES = 3 * INT64  # sent before every activation between stages: packs differ in length
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Parallel:
         return self.tp * self.cp * self.dp * self.pp
 
     def stage(self, rank: int) -> int:
-        """The pipeline stage of `rank`."""
+        """Return the pipeline stage of `rank`."""
         return rank // (self.tp * self.cp * self.dp)
 
     def replica(self, rank: int) -> int:
-        """The data-parallel replica of `rank`."""
+        """Return the data-parallel replica of `rank`."""
         return rank // (self.tp * self.cp) % self.dp
 
     def ranks(self, rank: int, group: str) -> tuple[int, ...]:
-        """Global ranks of the group of `rank` that is called `group`: world, tp, pp, cp, dp, dp_cp, embedding (first and
-        last stage); of "previous" and "next", the one rank there."""
+        """Return the global ranks in the group `group` of `rank`: world, tp, pp, cp, dp, dp_cp, embedding (first and
+        last stage); for "previous" and "next", the one rank there."""
         if group == "world":
             return tuple(range(self.world))
         inner = self.tp * self.cp  # ranks of one stage of one replica
@@ -76,15 +76,15 @@ class Transfer:
     others the tensor. root: this rank is the source of a broadcast or scatter, or the destination of a reduce or gather.
     """
 
-    part: str  # of the step, in words
+    part: str  # part of the step, in words
     kind: str  # all_reduce, all_gather, reduce_scatter, broadcast, reduce, gather, scatter, send, recv or barrier
-    group: str  # a name that Parallel.ranks knows
+    group: str  # a name of Parallel.ranks
     payload: int
     calls: int = 1
     root: bool = False
 
     def received(self, size: int) -> float:
-        """Bytes that reach this rank when `size` ranks use the ring algorithms (broadcast and reduce as pipelines)."""
+        """Return the bytes that this rank receives when `size` ranks use ring algorithms (broadcast and reduce: pipelines)."""
         if self.kind == "all_reduce":
             return 2 * (size - 1) / size * self.payload
         if self.kind in ("all_gather", "reduce_scatter"):
@@ -107,22 +107,22 @@ class Pack:
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model decides its traffic. element: bytes of a weight and an activation (2: bf16, 4: fp32)."""
+    """The properties of a model that decide its traffic. element: bytes of a weight and an activation (2: bf16, 4: fp32)."""
 
     arch: Architecture
     parallel: Parallel
     element: int
     chunk_tokens: int = 1024  # model.logprob_chunk_tokens
     recompute: bool = False  # model.recompute=full
-    lora_rank: int = 0  # of adapters, which alone are trained then
+    lora_rank: int = 0  # of adapters; if above 0, only they are trained
 
     def trained_of(self, stage: int) -> list[Weight]:
-        """The parameters of each rank of `stage` that have gradients."""
+        """Return the parameters of each rank of `stage` that have gradients."""
         return self._trained_by_stage[stage]
 
     @functools.cached_property
     def weights(self) -> list[Weight]:
-        """All parameters of all stages but adapters, in the order of the refit."""
+        """Return all parameters of all stages except adapters, in the order of the refit."""
         return weights(self.arch, self._layout)
 
     @functools.cached_property
@@ -141,7 +141,7 @@ class Model:
 
 
 def model_pass(model: Model, stage: int, packs: Sequence[Pack], *, backward: bool) -> list[Transfer]:
-    """Forward passes over a replica's microbatches, and the backward passes where `backward`."""
+    """Return the transfers of forward passes over a replica's microbatches, and of backward passes if `backward`."""
     transfers = []
     for pack in packs:
         forward = _layers(model, stage, pack, "forward")
@@ -153,16 +153,16 @@ def model_pass(model: Model, stage: int, packs: Sequence[Pack], *, backward: boo
 
 
 def _layers(model: Model, stage: int, pack: Pack, direction: str) -> list[Transfer]:
-    """Tensor and context parallelism inside the layers of one stage."""
+    """Return the transfers of tensor and context parallelism inside the layers of one stage."""
     arch, parallel, count = model.arch, model.parallel, model.layers_of(stage)
     local = pack.tokens // parallel.cp
     activations = local * arch.hidden_size * model.element
-    # Beside adapters nobody asks for the gradient of the very first input, unless the layer is to be computed again.
+    # With adapters nothing needs the gradient of the very first input, unless the layer is recomputed.
     asked = 2 * count - (direction == "backward" and model.lora_rank > 0 and stage == 0 and not model.recompute)
     name, transfers = f"layers, {direction}", []
     if parallel.tp > 1 and parallel.sequence_parallel:
-        # Backward gathers twice for each column-parallel matrix: its input again unless it is frozen, and the next one's
-        # gradient.
+        # Backward gathers twice for each column-parallel matrix: its input again unless it is frozen, and the gradient of
+        # the next one.
         gathers = 4 * count if direction == "backward" and not model.lora_rank else 2 * count
         transfers.append(Transfer(name, "all_gather", "tp", gathers * activations, gathers))
         transfers.append(Transfer(name, "reduce_scatter", "tp", asked * activations, asked))
@@ -170,7 +170,7 @@ def _layers(model: Model, stage: int, pack: Pack, direction: str) -> list[Transf
         transfers.append(Transfer(name, "all_reduce", "tp", asked * activations, asked))
     if parallel.tp > 1 and model.lora_rank:
         transfers += _adapters(model, count, local * model.lora_rank * model.element, direction)
-    if arch.num_kv_heads < parallel.tp:  # a query group's heads are spread over ranks: q, k and v come together first
+    if arch.num_kv_heads < parallel.tp:  # a query group's heads are split over ranks: q, k and v are gathered first
         fused = local * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * model.element
         kind = "all_gather" if direction == "forward" else "reduce_scatter"
         transfers.append(Transfer(f"layers, {direction}", kind, "tp", count * fused, count))
@@ -178,8 +178,8 @@ def _layers(model: Model, stage: int, pack: Pack, direction: str) -> list[Transf
 
 
 def _adapters(model: Model, count: int, product: int, direction: str) -> list[Transfer]:
-    """What adapters of `count` layers exchange: A's products, of `product` bytes each, 5 in the two column-parallel layers
-    (q, k, v; gate, up) and one in each of the two row-parallel ones (o; down)."""
+    """Return the transfers of adapters of `count` layers: A's products, of `product` bytes each, 5 in the two column-parallel
+    layers (q, k, v; gate, up) and one in each of the two row-parallel ones (o; down)."""
     name, forward = f"adapters, {direction}", direction == "forward"
     columns, rows, calls = count * 5 * product, count * 2 * product, count * 2
     if model.parallel.sequence_parallel:
@@ -204,7 +204,7 @@ def _embedding(model: Model, stage: int, pack: Pack, backward: bool) -> list[Tra
 
 
 def _head(model: Model, stage: int, pack: Pack, backward: bool) -> list[Transfer]:
-    """From the last hidden states to log-probs and entropy (and with CP, to columns over whole sequences)."""
+    """Return the transfers from the last hidden states to log-probs and entropy (with CP, to columns over whole sequences)."""
     parallel = model.parallel
     if stage < parallel.pp - 1:
         return []
@@ -237,7 +237,7 @@ def _between_stages(model: Model, stage: int, pack: Pack, backward: bool) -> lis
 
 
 def distribution_distance(model: Model, stage: int, packs: Sequence[Pack]) -> list[Transfer]:
-    """What an exact KL from the reference adds to a forward pass (logprobs.token_kl)."""
+    """Return the transfers that an exact KL from the reference adds to a forward pass (logprobs.token_kl)."""
     if stage < model.parallel.pp - 1:
         return []
     chunks = [math.ceil(pack.responses / model.chunk_tokens) for pack in packs]
@@ -246,8 +246,8 @@ def distribution_distance(model: Model, stage: int, packs: Sequence[Pack]) -> li
 
 
 def columns(parallel: Parallel, stage: int, names: Sequence[str], length: int) -> list[Transfer]:
-    """A pass's results on every rank: fp32 columns `names` of `length` entries of the global batch, by a sum over
-    replicas and one over stages."""
+    """Return the transfers of a pass's results to every rank: fp32 columns `names` of `length` entries of the global batch,
+    by a sum over replicas and one over stages."""
     transfers, last = [], stage == parallel.pp - 1
     if parallel.pp > 1:
         size = INT64 + len(pickle.dumps(list(names)))
@@ -259,8 +259,8 @@ def columns(parallel: Parallel, stage: int, names: Sequence[str], length: int) -
 
 
 def buffer_elements(model: Model, stage: int) -> list[int]:
-    """Elements of each gradient (and weight) bucket of the distributed optimizer, with its padding. Without overlap
-    there is one bucket, and one more for a tied embedding that first and last stage both hold."""
+    """Return the elements of each gradient (and weight) bucket of the distributed optimizer, with its padding. Without
+    overlap there is one bucket, and one more for a tied embedding that first and last stage both hold."""
     held = model.trained_of(stage)
     tied = [weight for weight in held if _is_shared_embedding(model, weight)]
     rest = [weight for weight in held if weight not in tied]
@@ -269,12 +269,12 @@ def buffer_elements(model: Model, stage: int) -> list[int]:
 
 
 def gradient_sync(model: Model, stage: int) -> list[Transfer]:
-    """After the last backward pass: gradients (fp32) over replicas, those of replicated weights over TP, that of a tied
-    embedding over stages."""
+    """Return the transfers after the last backward pass: gradients (fp32) over replicas, those of replicated weights over TP,
+    that of a tied embedding over stages."""
     parallel, arch = model.parallel, model.arch
     buckets = buffer_elements(model, stage)
     transfers = [Transfer("gradients", "reduce_scatter", "dp_cp", FP32 * sum(buckets), len(buckets))]
-    # Under sequence parallelism each rank saw its own tokens; norms of single heads saw this rank's heads always.
+    # Under sequence parallelism each rank saw only its own tokens; norms of single heads always saw only this rank's heads.
     of_heads = ("q_layernorm.weight", "k_layernorm.weight")
     partial = [
         weight.shard_numel
@@ -291,7 +291,7 @@ def gradient_sync(model: Model, stage: int) -> list[Transfer]:
 
 
 def optimizer_step(model: Model, stage: int) -> list[Transfer]:
-    """The global gradient norm, and the updated weights from the ranks that updated them."""
+    """Return the transfers of the global gradient norm, and of the updated weights from the ranks that updated them."""
     buckets = buffer_elements(model, stage)
     return [
         Transfer("gradient norm", "all_reduce", "world", FP32),
@@ -300,9 +300,9 @@ def optimizer_step(model: Model, stage: int) -> list[Transfer]:
 
 
 def refit(model: Model, rank: int, bucket_bytes: int) -> list[Transfer]:
-    """The stream of full weights to vLLM, and the verdict of its proof (nothing to report)."""
+    """Return the transfers of the stream of full weights to vLLM, and of the result of its check (nothing to report)."""
     parallel, transfers = model.parallel, []
-    first = rank % parallel.tp == 0  # of its tensor group: replicated weights come and go through this rank
+    first = rank % parallel.tp == 0  # of its tensor group: replicated weights pass through this rank
     for bucket in refit_buckets(model, bucket_bytes):
         split = model.element * sum(weight.shard_numel for weight in bucket if not weight.replicated)
         whole = model.element * sum(weight.shard_numel for weight in bucket if weight.replicated)
@@ -319,7 +319,7 @@ def refit(model: Model, rank: int, bucket_bytes: int) -> list[Transfer]:
 
 @functools.lru_cache(maxsize=8)
 def refit_buckets(model: Model, bucket_bytes: int) -> list[list[Weight]]:
-    """Consecutive weights of one stage, together at most `bucket_bytes` when whole, or one larger weight."""
+    """Return buckets: consecutive weights of one stage, together at most `bucket_bytes` when whole, or one larger weight."""
     buckets: list[list[Weight]] = []
     room = 0
     for weight in model.weights:
@@ -335,17 +335,18 @@ def refit_buckets(model: Model, bucket_bytes: int) -> list[list[Weight]]:
 
 
 def object_gather(part: str, world: int, largest: int) -> list[Transfer]:
-    """all_gather_object over the world, of pickles of at most `largest` bytes: sizes, then all padded to the largest."""
+    """Return the transfers of all_gather_object over the world, of pickles of at most `largest` bytes: sizes, then all
+    pickles padded to the largest."""
     return [Transfer(part, "all_gather", "world", world * (INT64 + largest), 2)]
 
 
 def agreement(parallel: Parallel) -> list[Transfer]:
-    """Every rank tells all that it has no problem."""
+    """Return the transfers by which every rank reports to all that it has no problem."""
     return object_gather("agreement", parallel.world, len(pickle.dumps(None)))
 
 
 def optimizer_collection(model: Model, stage: int) -> list[Transfer]:
-    """For a checkpoint: each parameter's fp32 weight and Adam moments come to one replica. Weights need no traffic."""
+    """Return a checkpoint's transfers of each parameter's fp32 weight and Adam moments to one replica. Weights need none."""
     replicas = model.parallel.dp * model.parallel.cp
     if replicas == 1:
         return []
@@ -355,11 +356,11 @@ def optimizer_collection(model: Model, stage: int) -> list[Transfer]:
 
 
 def checkpoint_agreements(parallel: Parallel, rank: int) -> list[Transfer]:
-    """For a checkpoint: which rank writes what, and that all could. Calls alone: the payload is pickles of names and
-    places of the tensors, whose length no formula here gives (0 stands for it)."""
+    """Return a checkpoint's agreements: which rank writes what, and that all could. Only calls are counted: the payload is
+    pickles of names and places of the tensors, whose length no formula here gives (0 stands for it)."""
     first, part = rank == 0, "agreement on files"
     transfers = [
-        # A name; three times that all is well; the places of all shards; how long each rank's plan and outcome are.
+        # A name; success, three times; the places of all shards; the lengths of each rank's plan and result.
         Transfer(part, "all_gather", "world", 0, 2 * (1 + 3 + 1) + 2),
         Transfer(part, "gather", "world", 0, 2, root=first),
         Transfer(part, "scatter", "world", 0, 2, root=first),
@@ -371,7 +372,7 @@ def checkpoint_agreements(parallel: Parallel, rank: int) -> list[Transfer]:
 
 
 def _is_shared_embedding(model: Model, weight: Weight) -> bool:
-    """Held by the first and by the last stage."""
+    """Return whether the first and the last stage both hold `weight`."""
     arch = model.arch
     return arch.tied_embeddings and model.parallel.pp > 1 and weight.hugging_face[0][0] == "model.embed_tokens.weight"
 

@@ -1,6 +1,6 @@
-"""The real model of every pipeline stage without memory or processes: on the meta device, in a fake process group as
-large as the job. Compares it with the table of weights, with transformers' own model, and with memory.py's arithmetic.
-For a process of its own without GPUs: megatron-core would put weights on one, whatever the default device is.
+"""Build the real model of every pipeline stage without memory or processes: on the meta device, in a fake process group as
+large as the job. Compare it with the table of weights, with transformers' own model, and with memory.py's arithmetic.
+Run this in a separate process without GPUs: megatron-core would put weights on one, whatever the default device is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from frpo_nemo.planning.memory import Layout, rank_parameters
 
 @dataclass(frozen=True)
 class Stage:
-    """What every rank of a pipeline stage holds: bytes of its parameters, and what memory.py says."""
+    """One pipeline stage: the bytes of parameters on each of its ranks, and memory.py's number."""
 
     number: int
     layers: range
@@ -44,14 +44,14 @@ def dry_run(model: ModelConfig, layout: Layout) -> list[Stage]:
     wrong = [stage for stage in stages if stage.bytes != stage.estimate]
     if wrong:
         raise ValueError(
-            f"Stage {wrong[0].number} holds {wrong[0].bytes} bytes of parameters; planning/memory.py says "
+            f"Stage {wrong[0].number} holds {wrong[0].bytes} bytes of parameters; planning/memory.py has "
             f"{wrong[0].estimate}."
         )
     return stages
 
 
 def check_against_transformers(arch: Architecture) -> int:
-    """Names and shapes that the table expects of the Hugging Face model, against transformers' model of the same
+    """Compare the names and shapes that the table expects of the Hugging Face model with transformers' model of the same
     config.json. Returns the number of tensors; raises ValueError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ def _stage(arch: Architecture, model: ModelConfig, layout: Layout, number: int) 
     replicas = layout.dp * layout.cp
     with _fake_world(layout, rank=number * layout.tp * replicas), torch.device("meta"):
         gpt = build_model(arch, model)
-        bind(gpt, arch)  # against the table of weights
+        bind(gpt, arch)  # checks against the table of weights
     held = list(gpt.parameters())
     if any(not parameter.is_meta for parameter in held):
         raise ValueError("A parameter is not on the meta device; hide the GPUs (CUDA_VISIBLE_DEVICES=).")

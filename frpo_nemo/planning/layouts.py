@@ -1,4 +1,4 @@
-"""Which layouts of a model fit a cluster, how fast each would be, and why the others do not fit."""
+"""Find the layouts of a model that fit a cluster, estimate their speed, and count why others do not fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.memory import GIB, Engine, Layout, PhaseMemory, cache_room, host_bytes, kv_bytes, phases
 from frpo_nemo.planning.timing import Workload, seconds
 
-ALIKE = 1.03  # steps that differ by less are not told apart by estimates
+ALIKE = 1.03  # estimates can't distinguish steps that differ by less
 MICROBATCH_TOKENS = (2048, 4096, 8192, 16384, 32768)
 
 
@@ -36,9 +36,9 @@ class Candidate:
 def find_layouts(
     arch: Architecture, cluster: Cluster, work: Workload, base: Layout, head_room: float
 ) -> tuple[list[Candidate], Counter[str]]:
-    """(the layouts that fit, best first; how many were rejected for which reason). Of those that are as good as the
-    fastest, fewer pipeline stages come first, then less memory; the others follow by time. `base` has what is not
-    searched: precision, reference, the engine's other settings. head_room: share of GPU memory that must stay free."""
+    """Return (the layouts that fit, best first; the number rejected for each reason). Of those that are as good as the
+    fastest, fewer pipeline stages come first, then less memory; the others follow by time. `base` has the settings that
+    aren't searched: precision, reference, the engine's others. head_room: share of GPU memory that must stay free."""
     arch.check_sequence_length(work.longest)
     found, rejected = [], Counter[str]()
     for layout in enumerate_layouts(arch, cluster, work, base, rejected):
@@ -58,8 +58,8 @@ def find_layouts(
 def enumerate_layouts(
     arch: Architecture, cluster: Cluster, work: Workload, base: Layout, rejected: Counter[str]
 ) -> Iterator[Layout]:
-    """Every layout that divides model, GPUs and batch. TP and vLLM's TP stay inside a node: their collectives wait for
-    the slowest link in every layer."""
+    """Return every layout that divides model, GPUs and batch. TP and vLLM's TP stay inside a node: their collectives wait
+    for the slowest link in every layer."""
     world = cluster.world_size
     sizes = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
     splits = [(tp, pp) for tp in sizes for pp in range(1, arch.num_layers + 1) if world % (tp * pp) == 0]
@@ -81,7 +81,7 @@ def enumerate_layouts(
 
 
 def _choices(layout: Layout, work: Workload) -> Iterator[Layout]:
-    """Microbatch sizes and recomputation. None smaller than the longest sequence, none larger than a replica's share."""
+    """Yield microbatch sizes and recomputation. No size is below the longest sequence or above a replica's share."""
     share = -(-work.sequences // work.updates_per_rollout // layout.dp) * work.longest
     tokens = [size for size in MICROBATCH_TOKENS if work.longest <= size <= share] or [work.longest]
     for size in tokens:
@@ -106,7 +106,7 @@ def _too_few(work: Workload, dp: int) -> str | None:
 
 def _too_large(arch: Architecture, cluster: Cluster, layout: Layout, fits: list[PhaseMemory], head_room: float) -> str | None:
     if cache_room(arch, layout, cluster.gpu_memory) < layout.engine.longest * kv_bytes(arch, layout):
-        return f"vLLM TP={layout.engine.tp}: weights leave no KV cache of gpu_memory_utilization"
+        return f"vLLM TP={layout.engine.tp}: weights leave no room for the KV cache in gpu_memory_utilization"
     allowed = cluster.gpu_memory * (1 - head_room)
     worst = max(fits, key=lambda phase: phase.total)
     if worst.total > allowed:
@@ -118,7 +118,7 @@ def _too_large(arch: Architecture, cluster: Cluster, layout: Layout, fits: list[
 
 
 def overrides(layout: Layout, cluster: Cluster, work: Workload) -> str:
-    """The options of recipes/frpo.py that choose `layout`, and those that it was chosen for."""
+    """Return the options of recipes/frpo.py that choose `layout`, and those for which it was chosen."""
     values = {
         "trainer.num_nodes": cluster.num_nodes,
         "trainer.devices": cluster.gpus_per_node,
@@ -142,8 +142,8 @@ def overrides(layout: Layout, cluster: Cluster, work: Workload) -> str:
 
 
 def default_base(precision: str, reference: bool, utilization: float, max_num_seqs: int, lora_rank: int) -> Layout:
-    """What find_layouts does not search, on GPUs with Transformer Engine. reference: there is one, which without adapters
-    is a copy."""
+    """Return the settings that find_layouts does not search, on GPUs with Transformer Engine. reference: there is one,
+    which without adapters is a copy."""
     return Layout(
         precision=precision,
         reference=reference and not lora_rank,

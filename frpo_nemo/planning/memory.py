@@ -1,6 +1,6 @@
-"""Bytes per GPU (or per process on a CPU), by part and by phase, before anything is loaded: pure arithmetic on an
-Architecture, neither torch nor megatron-core. Weights, gradients and optimizer are exact; activations follow what the
-layers save for the backward pass; docs/planning.md has the formulas. What happens to the figures is not decided here.
+"""Compute bytes per GPU (or per process on a CPU), by part and by phase, before anything is loaded: pure arithmetic on an
+Architecture, without torch and megatron-core. Weights, gradients and optimizer are exact; activations follow what the
+layers save for the backward pass; docs/planning.md has the formulas. Callers decide what to do with the result.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from frpo_nemo.megatron.architecture import Architecture
 
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two moments in fp32, and main weights where the weights are not
+OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two moments in fp32, and main weights if the weights aren't fp32
 GRADIENT_BYTES = 4
-GPU_RESERVE = 3 * GIB  # CUDA context, NCCL's and cuBLAS's buffers, what a sleeping vLLM keeps
+GPU_RESERVE = 3 * GIB  # CUDA context, buffers of NCCL and cuBLAS, memory of a sleeping vLLM
 CPU_RESERVE = GIB  # libraries; measured: 0.6 GiB with megatron-core, 1.0 GiB with vLLM as well
 VLLM_RESERVE = 2 * GIB  # of vLLM's share: activations of its largest batch, CUDA graphs
 CPU_KV_CACHE = GIB  # rollout/engine.py's limit for an engine rank
 FP8_WEIGHT_BYTES = 2  # Transformer Engine keeps a weight and its transpose in FP8 from one update to the next
-ROTARY_TABLES = 32  # of the longest sequences of as many packs, which megatron-core keeps in fp32
-ATTENTION_PADDING = 4 / 3  # of the local attention's rectangles, lengths spread evenly over a power of two
+ROTARY_TABLES = 32  # number that megatron-core keeps in fp32, each for the longest sequence of a pack
+ATTENTION_PADDING = 4 / 3  # of the local attention's rectangles, for lengths even over a power of two
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The part of vLLM in it. `utilization`: its share of GPU memory. `longest`: tokens of prompt and response."""
+    """The vLLM engine of a layout. `utilization`: its share of GPU memory. `longest`: tokens of prompt and response."""
 
     tp: int = 1
     utilization: float = 0.6
@@ -38,8 +38,8 @@ class Engine:
 class Layout:
     """What decides the memory of a training run. `first`, `last`: layers of those stages, if uneven. `gpu`: else a CPU,
     where nothing sleeps or is offloaded. `transformer_engine`: its layers, else the local ones of megatron/layers.py.
-    `microbatch_tokens`: that a pack really holds. `update_tokens`: of a replica in one optimizer step (None: many packs).
-    `reference`: a copy of the first weights in host memory. `lora_rank`: of adapters, beside which all is frozen; 0: none."""
+    `microbatch_tokens`: in an actual pack. `update_tokens`: of a replica in one optimizer step (None: many packs).
+    `reference`: a copy of the first weights in host memory. `lora_rank`: of adapters, with all else frozen; 0: none."""
 
     tp: int = 1
     pp: int = 1
@@ -63,12 +63,12 @@ class Layout:
 
     @property
     def element(self) -> int:
-        """Bytes of a weight and of an activation."""
+        """Return the bytes of a weight and of an activation."""
         return WEIGHT_BYTES[self.precision]
 
     @property
     def tokens(self) -> float:
-        """Of a microbatch, on one context-parallel rank."""
+        """Return the tokens of a microbatch on one context-parallel rank."""
         return self.microbatch_tokens / self.cp
 
     def __str__(self) -> str:
@@ -91,13 +91,13 @@ class PhaseMemory:
 
 
 def parameters(arch: Architecture) -> int:
-    """Number of parameters, without the padding of the vocabulary."""
+    """Return the number of parameters, without the padding of the vocabulary."""
     embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return arch.num_layers * layer_parameters(arch, 1) + embeddings + arch.hidden_size
 
 
 def layer_parameters(arch: Architecture, tp: int) -> int:
-    """Of one layer on one tensor-parallel rank."""
+    """Return the parameters of one layer on one tensor-parallel rank."""
     heads = arch.num_heads + 2 * arch.num_kv_heads
     attention = (arch.hidden_size * (heads + arch.num_heads) + (heads if arch.qkv_bias else 0)) * arch.head_dim
     norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
@@ -105,7 +105,7 @@ def layer_parameters(arch: Architecture, tp: int) -> int:
 
 
 def adapter_parameters(arch: Architecture, rank: int, tp: int) -> int:
-    """Of one layer's adapters of rank `rank`, on one tensor-parallel rank; 0 without any."""
+    """Return the parameters of one layer's adapters of rank `rank`, on one tensor-parallel rank; 0 without any."""
     h, f, q, kv = (
         arch.hidden_size,
         arch.ffn_hidden_size,
@@ -116,7 +116,7 @@ def adapter_parameters(arch: Architecture, rank: int, tp: int) -> int:
 
 
 def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Of a rank, those that have gradients and an optimizer."""
+    """Return the parameters of a rank that have gradients and an optimizer."""
     if not layout.lora_rank:
         return rank_parameters(arch, layout, stage)
     layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
@@ -124,8 +124,8 @@ def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
 
 
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
-    """Of one rank of pipeline stage `stage`, padding of the vocabulary and adapters included; tensor-parallel ranks are
-    equal."""
+    """Return the parameters of one rank of pipeline stage `stage`, including padding of the vocabulary and adapters;
+    tensor-parallel ranks are equal."""
     layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
     vocabulary = arch.padded_vocab_size(layout.tp) // layout.tp * arch.hidden_size
     own_output = not arch.tied_embeddings or layout.pp > 1  # a tied embedding has a copy on the last of several stages
@@ -138,13 +138,13 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
 
 
 def checkpoint_bytes(arch: Architecture, precision: str, lora_rank: int = 0) -> int:
-    """Of one checkpoint: weights and optimizer of what is trained."""
+    """Return the bytes of one checkpoint: weights and optimizer of the trained parameters."""
     trained = arch.num_layers * adapter_parameters(arch, lora_rank, 1) if lora_rank else parameters(arch)
     return trained * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
 
 
 def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    """Weights and gradients of a rank, and its share of the optimizer, which is sharded over DP and CP."""
+    """Return the bytes of a rank's weights and gradients, and of its share of the optimizer, sharded over DP and CP."""
     trained = trained_parameters(arch, layout, stage)
     return {
         "weights": rank_parameters(arch, layout, stage) * layout.element,
@@ -154,8 +154,8 @@ def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int
 
 
 def phases(arch: Architecture, layout: Layout, limit: int) -> list[PhaseMemory]:
-    """The phases of a step, each for its worst stage: generate and refit with an engine, log-probs, train. `limit`: bytes
-    that a rank may use, of which vLLM takes its share on a GPU."""
+    """Return the phases of a step, each for its worst stage: generate and refit with an engine, log-probs, train. `limit`:
+    bytes that a rank may use, of which vLLM takes its share on a GPU."""
     found = []
     for name in ("generate", "log-probs", "train", "refit"):
         if layout.engine is None and name in ("generate", "refit"):
@@ -191,7 +191,7 @@ def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int
 
 
 def engine_bytes(arch: Architecture, layout: Layout, limit: int, *, kv_cache: bool) -> dict[str, int]:
-    """vLLM's weights, and its KV cache: on a GPU all that is left of its share."""
+    """Return the bytes of vLLM's weights and KV cache, which on a GPU takes the rest of vLLM's share."""
     engine = layout.engine
     parts = {"vLLM weights": math.ceil(parameters(arch) * layout.element / engine.tp)}
     if kv_cache and layout.gpu:
@@ -203,37 +203,37 @@ def engine_bytes(arch: Architecture, layout: Layout, limit: int, *, kv_cache: bo
 
 
 def cache_room(arch: Architecture, layout: Layout, limit: int) -> int:
-    """Bytes that a GPU's share for vLLM leaves to its KV cache; negative if the weights alone are too much. At least one
-    sequence of the engine's `longest` must fit."""
+    """Return the bytes that vLLM's share of a GPU leaves for its KV cache; negative if the weights alone are too large. At
+    least one sequence of the engine's `longest` must fit."""
     weights = math.ceil(parameters(arch) * layout.element / layout.engine.tp)
     return int(limit * layout.engine.utilization) - weights - VLLM_RESERVE
 
 
 def kv_bytes(arch: Architecture, layout: Layout) -> int:
-    """Keys and values of one token on one rank of an engine."""
+    """Return the bytes of one token's keys and values on one rank of an engine."""
     heads = max(arch.num_kv_heads / layout.engine.tp, 1)
     return int(2 * arch.num_layers * heads * arch.head_dim * layout.element)
 
 
 def host_bytes(arch: Architecture, layout: Layout) -> int:
-    """Host memory of one GPU's process: the sleeping vLLM's weights, the offloaded optimizer, the reference."""
+    """Return the host memory of one GPU's process: the sleeping vLLM's weights, the offloaded optimizer, the reference."""
     state = max((state_bytes(arch, layout, s) for s in range(layout.pp)), key=lambda parts: parts["weights"])
     asleep = engine_bytes(arch, layout, 0, kv_cache=False)["vLLM weights"] if layout.engine else 0
     offloaded = state["optimizer"] if layout.engine and layout.precision != "fp32" else 0
     return CPU_RESERVE + asleep + offloaded + (state["weights"] if layout.reference else 0)
 
 
-# What a microbatch leaves for the backward pass.
+# Tensors that a microbatch keeps for the backward pass.
 
 
 def saved_per_token(arch: Architecture, layout: Layout) -> float:
-    """Bytes that one layer keeps of one token between the forward and the backward pass, without recomputation."""
+    """Return the bytes that a layer keeps of one token between forward and backward pass, without recomputation."""
     e, h = layout.element, arch.hidden_size / _sequence_split(layout)
     queries, keys, ffn = (size / layout.tp for size in _widths(arch))
-    # Each of two norms keeps its input and its output; not fused, the input and the normalised one in fp32 instead.
+    # Each of two norms keeps its input and its output; if not fused, the input is kept twice in fp32, raw and normalised.
     norms = 2 * (2 * e if layout.gpu else 8 + e) * h
     if layout.transformer_engine:
-        attention = 3 * e * (queries + keys)  # v keeps the fused qkv alive; q and k after the rotation; the output
+        attention = 3 * e * (queries + keys)  # the fused qkv, which v keeps alive; rotated q and k; the output
     else:
         padded = ATTENTION_PADDING * 2 * (queries + keys)  # rectangles of q, k, v and the output
         attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
@@ -242,8 +242,9 @@ def saved_per_token(arch: Architecture, layout: Layout) -> float:
 
 
 def _adapter_saved(arch: Architecture, layout: Layout) -> float:
-    """An adapter's input is kept in the place of its layer's, whose weight is frozen. Beside it: which elements of it were
-    dropped (bytes on a GPU, factors on a CPU), and A's products, gathered over TP where B follows split."""
+    """Return the additional bytes of adapters. An adapter's input is kept instead of its layer's, whose weight is frozen. In
+    addition: which of its elements were dropped (bytes on a GPU, factors on a CPU), and A's products, gathered over TP if
+    the following B is split."""
     h, queries, _, ffn = arch.hidden_size / _sequence_split(layout), *(size / layout.tp for size in _widths(arch))
     products = layout.lora_rank * (5 + 2 / _sequence_split(layout))
     dropped = (2 * h + queries + ffn) * (1 if layout.gpu else layout.element) if layout.lora_dropout else 0
@@ -251,13 +252,13 @@ def _adapter_saved(arch: Architecture, layout: Layout) -> float:
 
 
 def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    """Activations and logits of a stage where they peak in a training step: when the last stage begins its backward pass
-    with the logits, or any stage that of a layer. On a CPU, gloo's copy of the gradients may be more than both."""
+    """Return activations and logits of a stage at their peak in a training step: when the last stage begins its backward
+    pass with the logits, or any stage that of a layer. On a CPU, gloo's copy of the gradients may be larger than both."""
     e, tokens = layout.element, layout.tokens
     layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
     input_bytes = e * arch.hidden_size / _sequence_split(layout)
     layer = saved_per_token(arch, layout)
-    held = tokens * (layout.pp - stage)  # of the microbatches in flight of the 1F1B schedule
+    held = tokens * (layout.pp - stage)  # of the microbatches in flight in the 1F1B schedule
     if layout.update_tokens is not None:
         held = min(held, layout.update_tokens / layout.cp)
     full = layout.recompute == "full"
@@ -273,12 +274,12 @@ def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
     if not layout.gpu:
         peaks.append({"gradient reduction": count * GRADIENT_BYTES})
     elif not layout.transformer_engine:
-        peaks.append({"optimizer step": count * 4 / (layout.dp * layout.cp)})  # one temporary of torch's AdamW
+        peaks.append({"optimizer step": count * 4 / (layout.dp * layout.cp)})  # one temporary tensor of torch's AdamW
     return _whole(max(peaks, key=lambda parts: sum(parts.values())))
 
 
 def forward_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    """Peak of a pass without gradient: inside one feed-forward layer, or at the logits."""
+    """Return the peak of a pass without gradient: inside one feed-forward layer, or at the logits."""
     e, tokens, h = layout.element, layout.tokens, arch.hidden_size / _sequence_split(layout)
     layer = {"activations": tokens * e * (2 * h + 5 * arch.ffn_hidden_size / layout.tp)}
     if stage < layout.pp - 1:
@@ -288,8 +289,8 @@ def forward_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
 
 
 def logits_backward(arch: Architecture, layout: Layout) -> float:
-    """Of megatron/logprobs.py, where it peaks: a chunk of fp32 logits, their gradient, and the gradient of the output
-    weight, in fp32 and as a product that is added to it, unless it is frozen."""
+    """Return the peak of megatron/logprobs.py: a chunk of fp32 logits, their gradient, and the gradient of the output
+    weight, in fp32 and as a product that is added to it, unless the weight is frozen."""
     e, chunk = layout.element, _chunk(arch, layout)
     if layout.lora_rank:
         return (12 + e) * chunk
@@ -299,7 +300,7 @@ def logits_backward(arch: Architecture, layout: Layout) -> float:
 
 
 def _head_activations(arch: Architecture, layout: Layout) -> float:
-    """Behind the layers: the final norm, the hidden states gathered over TP, and those of responses with gradient."""
+    """Return bytes after the layers: the final norm, the hidden states gathered over TP, those of responses with gradient."""
     e, h = layout.element, arch.hidden_size / _sequence_split(layout)
     norm = 2 * e * h if layout.gpu else 8 * h
     gathered = e * arch.hidden_size if layout.sequence_parallel else 0
@@ -307,7 +308,7 @@ def _head_activations(arch: Architecture, layout: Layout) -> float:
 
 
 def _chunk(arch: Architecture, layout: Layout) -> float:
-    """Elements of the logits that exist at one time."""
+    """Return the elements of the logits that exist at one time."""
     return min(layout.logprob_chunk_tokens, layout.tokens) * arch.padded_vocab_size(layout.tp) / layout.tp
 
 
@@ -328,7 +329,7 @@ def _whole(parts: dict[str, float]) -> dict[str, int]:
 
 
 def readable(size: float) -> str:
-    """`size` bytes in the largest unit that leaves at least 1."""
+    """Return `size` bytes in the largest unit that leaves at least 1."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.3g} {unit}"

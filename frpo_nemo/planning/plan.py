@@ -1,5 +1,5 @@
-"""recipes/plan.py without its command line: the options, the search from a model and a cluster to a printed plan, and the
-hours of a run."""
+"""Run recipes/plan.py without its command line: its options, the search from a model and a cluster to a printed plan, and
+the hours of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from frpo_nemo.planning.timing import Workload, seconds
 @dataclass
 class PlanModel:
     path: str = option(
-        "Directory with config.json, or hub name; of the hub, config.json alone is downloaded.",
+        "Directory with config.json, or hub name; from the hub, only config.json is downloaded.",
         example="Qwen/Qwen2.5-7B-Instruct",
     )
     precision: str = option("Precision of training.", "bf16", choices=("bf16", "fp32"))
@@ -39,7 +39,7 @@ class PlanRun:
     gpu_memory_utilization: float = option(
         "Share of GPU memory that vLLM may use while it generates.", 0.6, above=0, at_most=1
     )
-    max_num_seqs: int = option("Sequences that one engine decodes together.", 256, at_least=1)
+    max_num_seqs: int = option("Most sequences that one engine decodes together.", 256, at_least=1)
     head_room: float = option("Share of GPU memory that must stay free.", 0.1, at_least=0, below=1)
     show: int = option("Rows of the table.", 8, at_least=0)
 
@@ -60,14 +60,14 @@ def plan(cfg: PlanRun, console: Console) -> None:
     trained = f", adapters of rank {cfg.model.lora_rank}" if cfg.model.lora_rank else ""
     console.print(
         f"{arch.family}, {size:.1f}B parameters, {cfg.model.precision}{trained}, on {cluster.num_nodes} x "
-        f"{cluster.gpus_per_node} {cluster.gpu}; {work.sequences} responses of {work.response_tokens} tokens a step",
+        f"{cluster.gpus_per_node} {cluster.gpu}; {work.sequences} responses of {work.response_tokens} tokens per step",
         highlight=False,
     )
     if not found:
         reasons = "; ".join(f"{count} by {reason}" for reason, count in rejected.most_common(4))
         raise ConfigError(
             f"No layout fits {cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu} (model.path={cfg.model.path}); "
-            f"{sum(rejected.values())} were tried and fail: {reasons}. Take more nodes (cluster.num_nodes), shorter "
+            f"{sum(rejected.values())} were tried and rejected: {reasons}. Take more nodes (cluster.num_nodes), shorter "
             "sequences (workload.max_response_tokens) or another gpu_memory_utilization."
         )
     print_layouts(console, found, cfg.show)
@@ -76,7 +76,7 @@ def plan(cfg: PlanRun, console: Console) -> None:
 
 
 def print_hours(cfg: PlanRun, layout: Layout, work: Workload, steps: int) -> None:
-    """Print the estimated time of `steps` steps of cfg's model on cfg's cluster, whose GPUs `layout` takes all."""
+    """Print the estimated time of `steps` steps of cfg's model on cfg's cluster. `layout` uses all of its GPUs."""
     _check(cfg)
     arch, cluster = Architecture.from_hf(cfg.model.path), cfg.cluster
     parts = phases(arch, layout, cluster.gpu_memory)
@@ -86,7 +86,7 @@ def print_hours(cfg: PlanRun, layout: Layout, work: Workload, steps: int) -> Non
     hours = steps * step / 3600
     print(
         f"{layout} on {cluster.num_nodes} x {cluster.gpus_per_node} {cluster.gpu}, {readable(peak)} of "
-        f"{readable(cluster.gpu_memory)}; {work.sequences} sequences a step, of {work.prompt_tokens} + "
+        f"{readable(cluster.gpu_memory)}; {work.sequences} sequences per step, of {work.prompt_tokens} + "
         f"{work.response_tokens} tokens on average\n"
         f"step: {step:.1f} s ({', '.join(f'{name} {value:.1f}' for name, value in spent.items())})\n"
         f"{steps} steps: {_rounded(hours)} hours, {_rounded(hours * cluster.world_size)} GPU hours, without rewards, "

@@ -1,4 +1,4 @@
-"""Plans as tables and sentences for a terminal. Nothing is computed here."""
+"""Print plans as tables and sentences on a terminal. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from frpo_nemo.planning.layouts import Candidate, overrides
 from frpo_nemo.planning.memory import GIB, Layout, PhaseMemory, readable
 from frpo_nemo.planning.timing import Workload
 
-REASONS = 8  # that are listed
+REASONS = 8  # listed
 
 
 def print_layouts(console: Console, found: list[Candidate], show: int) -> None:
-    """The best layouts, one row each, at most one row for every combination of TP, PP and vLLM's TP."""
+    """Print the best layouts, one row each, at most one row for every combination of TP, PP and vLLM's TP."""
     table = Table(
         box=box.SIMPLE, title=f"{len(found)} layouts fit; the best of each split, best first", title_justify="left"
     )
@@ -42,7 +42,7 @@ def print_layouts(console: Console, found: list[Candidate], show: int) -> None:
 
 
 def memory_table(phases: list[PhaseMemory], title: str) -> Table:
-    """Parts by phase, of the pipeline stage that needs most."""
+    """Return a table of parts by phase, for the pipeline stage that needs most."""
     table = Table("GiB", box=box.SIMPLE, title=title, title_justify="left")
     for phase in phases:
         table.add_column(f"{phase.name} (stage {phase.stage})", justify="right")
@@ -54,8 +54,8 @@ def memory_table(phases: list[PhaseMemory], title: str) -> Table:
 
 
 def print_choice(console: Console, choice: Candidate, cluster: Cluster, work: Workload) -> None:
-    """Memory and seconds of the chosen layout, and the options that choose it and that it was chosen for."""
-    title = f"{choice.layout}: memory of a GPU, of {cluster.gpu_memory_gib:g} GiB"
+    """Print memory and seconds of the chosen layout, the options that choose it, and those for which it was chosen."""
+    title = f"{choice.layout}: memory of a GPU, which has {cluster.gpu_memory_gib:g} GiB"
     console.print(memory_table(choice.phases, title))
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in choice.seconds.items())
     console.print(f"Estimated step of {choice.step:.0f} s: {spent}.")
@@ -64,7 +64,7 @@ def print_choice(console: Console, choice: Candidate, cluster: Cluster, work: Wo
 
 
 def print_rejected(console: Console, rejected: Counter[str]) -> None:
-    """Why others do not fit, the most frequent reasons first."""
+    """Print why others do not fit, the most frequent reasons first."""
     if rejected:
         console.print(f"\n{sum(rejected.values())} others do not fit:")
     for reason, count in rejected.most_common(REASONS):
@@ -75,7 +75,7 @@ def print_rejected(console: Console, rejected: Counter[str]) -> None:
 
 
 def print_dry_run(layout: Layout, stages: list) -> None:
-    """What dry_run.py built, one row per pipeline stage."""
+    """Print what dry_run.py built, one row per pipeline stage."""
     table = Table("stage", "layers", "parameters of a rank", "GiB", "by the arithmetic", title=f"{layout}: built")
     for stage in stages:
         layers = f"{stage.layers.start}-{stage.layers.stop - 1}"
@@ -87,7 +87,7 @@ def print_dry_run(layout: Layout, stages: list) -> None:
 
 
 def summary(layout: Layout, phases: list[PhaseMemory], limit: int, where: str) -> str:
-    """The plan of a run: its layout, the expected peak, and the memory of each phase by part."""
+    """Return the plan of a run: its layout, the expected peak, and the memory of each phase by part."""
     worst = max(phases, key=lambda phase: phase.total)
     lines = [
         f"plan: {layout}, {layout.precision}, microbatches of {layout.microbatch_tokens} tokens, "

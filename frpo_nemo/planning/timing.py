@@ -1,6 +1,6 @@
-"""Estimated seconds of the phases of a step, from FLOPs and bytes over the data sheet's rates times an efficiency each.
-Estimates, for comparing layouts: docs/planning.md says where the efficiencies come from and how far off published runs
-are. No measurement of this project is in them.
+"""Estimate the seconds of each phase of a step: FLOPs and bytes over the data sheet's rates, times an efficiency each. The
+estimates serve to compare layouts: docs/planning.md gives the sources of the efficiencies and the error on published runs.
+They contain no measurement of this project.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
 from frpo_nemo.planning.memory import Layout, kv_bytes, parameters, rank_parameters, trained_parameters
 
-# Share of the data sheet's rate that is reached.
+# Reached share of the data sheet's rate.
 MATRIX_EFFICIENCY = 0.5  # products of training and log-probs, in large microbatches
 SMALL_BATCH_TOKENS = 256  # tokens per microbatch at which products reach half of that: small ones starve the GPU
 MEMORY_EFFICIENCY = 0.7  # reading weights and KV cache while decoding
@@ -25,7 +25,7 @@ LINK_EFFICIENCY = 0.6  # NVLink, network and host link, in collectives and copie
 # Seconds.
 DECODE_OVERHEAD = 0.004  # vLLM's scheduler, sampler and kernel launches, per decoded token
 ALL_REDUCE_LATENCY = 12e-6  # of a small message over NVLink
-TENSOR_OVERHEAD = 0.001  # of a refit, per Hugging Face tensor: reload and two fingerprints
+TENSOR_OVERHEAD = 0.001  # in a refit, per Hugging Face tensor: reload and two fingerprints
 
 
 @dataclass
@@ -37,10 +37,12 @@ class Workload:
     prompt_tokens: int = option("Mean length of a prompt.", 256, at_least=1)
     response_tokens: int = option("Mean length of a response.", 512, at_least=1)
     max_prompt_tokens: int = option("Longest prompt.", 1024, at_least=1)
-    max_response_tokens: int = option("Longest response, which one of each step is taken to have.", 3072, at_least=1)
+    max_response_tokens: int = option(
+        "Longest response; each step is assumed to have one of this length.", 3072, at_least=1
+    )
     updates_per_rollout: int = option("Optimizer steps per rollout.", 1, at_least=1)
     logprob_passes: int = option(
-        "Forward passes besides training: 1 for objective.beta above 0, 1 for updates_per_rollout above 1.",
+        "Forward passes in addition to training: 1 for objective.beta above 0, 1 for updates_per_rollout above 1.",
         1,
         at_least=0,
     )
@@ -61,7 +63,7 @@ class Workload:
 def seconds(
     arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, kv_cache: int | None = None
 ) -> dict[str, float]:
-    """By phase: generation (if there is an engine; kv_cache: bytes of it), log-probs, training, refit."""
+    """Return seconds by phase: generation (if there is an engine; kv_cache: its bytes), log-probs, training, refit."""
     found = {}
     if layout.engine:
         found["generation"] = generation(arch, layout, cluster, work, kv_cache)
@@ -74,8 +76,8 @@ def seconds(
 
 
 def generation(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, kv_cache: int | None) -> float:
-    """A full batch while requests wait, then a tail in which ever fewer responses go on to the longest. Lengths are
-    taken to be exponential around the mean."""
+    """Return the seconds of a full batch while requests wait, and of a tail in which fewer and fewer responses continue up to
+    the longest. Lengths are assumed to be exponential around the mean."""
     tp, mean = layout.engine.tp, work.response_tokens
     engines = layout.tp * layout.pp * layout.cp * layout.dp // tp
     waiting = math.ceil(work.prompts_per_step / engines) * work.group_size
@@ -90,12 +92,12 @@ def generation(arch: Architecture, layout: Layout, cluster: Cluster, work: Workl
         alive = max(batch * math.exp(-done / mean), 1)
         each = _decode(arch, layout, cluster, alive, work.prompt_tokens + done)
         total += work.max_response_tokens / slices * each
-    prompts = work.prompts_per_step / engines * work.prompt_tokens  # of a group, once: the prefix cache has the rest
+    prompts = work.prompts_per_step / engines * work.prompt_tokens  # once per group: the prefix cache has the rest
     return total + 2 * parameters(arch) * prompts / (tp * _peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
 
 
 def _decode(arch: Architecture, layout: Layout, cluster: Cluster, batch: float, context: float) -> float:
-    """One token for each of `batch` sequences of `context` tokens."""
+    """Return the seconds of one token for each of `batch` sequences of `context` tokens."""
     tp, memory = layout.engine.tp, cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY
     weights = parameters(arch) * layout.element / tp / memory
     products = 2 * parameters(arch) * batch / tp / (_peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
@@ -105,16 +107,16 @@ def _decode(arch: Architecture, layout: Layout, cluster: Cluster, batch: float, 
 
 
 def logprobs(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
-    """Forward passes, and the reference's weights in and out of the GPU."""
+    """Return the seconds of forward passes, and of moving the reference's weights into and out of the GPU."""
     swap = 4 * rank_parameters(arch, layout, 0) * layout.element / _link(cluster.host_gb_per_s)
     passes = _passes(arch, layout, cluster, work, backward=False)
     return work.logprob_passes * passes + (swap if layout.reference else 0)
 
 
 def training(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload) -> float:
-    """Forward and backward, once more forward under recomputation, without the products of adapters (a percent); for each
-    update the gradient's reduction, the weights' gather and Adam; in bf16 the optimizer comes back from host memory and
-    goes again."""
+    """Return the seconds of forward and backward passes, with one more forward under recomputation, without the products of
+    adapters (a percent); for each update, the gradient's reduction, the weights' gather and Adam; in bf16, moving the
+    optimizer from host memory and back."""
     model = _model(arch, layout)
 
     def once(rank: int) -> list[Transfer]:
@@ -130,14 +132,14 @@ def training(arch: Architecture, layout: Layout, cluster: Cluster, work: Workloa
 
 
 def _passes(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload, *, backward: bool) -> float:
-    """All microbatches through all stages."""
+    """Return the seconds of all microbatches through all stages."""
     rows = min(layout.microbatch_tokens, work.tokens / work.updates_per_rollout / layout.dp)
     microbatches = math.ceil(work.tokens / work.updates_per_rollout / layout.dp / rows)
-    # Per parameter and token: 2 forward, 2 for the gradient of inputs, 2 for that of weights unless they are frozen.
+    # FLOPs per parameter and token: 2 forward, 2 for the gradient of inputs, 2 for that of weights unless they are frozen.
     flops = 2 + (backward and 2 * (1 + (not layout.lora_rank) + (layout.recompute == "full")))
     efficiency = MATRIX_EFFICIENCY * rows / (rows + SMALL_BATCH_TOKENS)
     length = work.prompt_tokens + work.response_tokens
-    attention = arch.num_layers * arch.num_heads * arch.head_dim * length  # causal; as many FLOPs per token as this
+    attention = arch.num_layers * arch.num_heads * arch.head_dim * length  # causal; as costly as so many parameters
     products = flops * rows * (parameters(arch) + attention) / (layout.tp * layout.pp * layout.cp)
     busy = products / (_peak_flops(layout, cluster) * efficiency)
 
@@ -151,7 +153,8 @@ def _passes(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload
 
 
 def refit(arch: Architecture, layout: Layout, cluster: Cluster) -> float:
-    """The stream, with copies into full tensors and into vLLM's, which first brings its sleeping weights back."""
+    """Return the seconds of the stream, with copies into full tensors and into vLLM, which first restores its sleeping
+    weights."""
     model, size = _model(arch, layout), parameters(arch) * layout.element
     stream = exchange(model, cluster, lambda rank: communication.refit(model, rank, layout.engine.bucket_bytes))
     copies = 4 * size / (cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY)
@@ -160,8 +163,8 @@ def refit(arch: Architecture, layout: Layout, cluster: Cluster) -> float:
 
 
 def exchange(model: Model, cluster: Cluster, transfers_of: Callable[[int], Sequence[Transfer]]) -> float:
-    """Seconds of `transfers_of(rank)` on the slowest pipeline stage, whose ranks have equal traffic (in a refit the first
-    has most)."""
+    """Return the seconds of `transfers_of(rank)` on the slowest pipeline stage, whose ranks have equal traffic (in a refit
+    the first has most)."""
     parallel = model.parallel
     stage_ranks = parallel.world // parallel.pp
     return max(
@@ -170,8 +173,8 @@ def exchange(model: Model, cluster: Cluster, transfers_of: Callable[[int], Seque
 
 
 def transfer_seconds(parallel: Parallel, cluster: Cluster, rank: int, transfers: Sequence[Transfer]) -> float:
-    """Of the bytes that reach `rank`, one transfer after the other: over NVLink in groups inside a node, else over the
-    network. No latency, no contention, no overlap with computation."""
+    """Return the seconds of the bytes that `rank` receives, one transfer after the other: over NVLink in groups inside a
+    node, else over the network. Ignores latency, contention and overlap with computation."""
     total, node = 0.0, rank // cluster.gpus_per_node
     for group in {transfer.group for transfer in transfers}:
         ranks = parallel.ranks(rank, group)
@@ -187,7 +190,7 @@ def _model(arch: Architecture, layout: Layout) -> Model:
     return _cached_model(arch, parallel, layout.element, layout.logprob_chunk_tokens, recompute, layout.lora_rank)
 
 
-_cached_model = functools.lru_cache(maxsize=128)(Model)  # its list of weights takes longer than all sums over them
+_cached_model = functools.lru_cache(maxsize=128)(Model)  # listing its weights takes longer than all sums over them
 
 
 def _peak_flops(layout: Layout, cluster: Cluster) -> float:

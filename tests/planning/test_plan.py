@@ -148,7 +148,7 @@ def test_hours_of_an_experiment_are_its_steps_times_seconds_times_gpus(known):
     printed = run("--hours", "--config-name", "experiment/safety_mistral_7b", *given)
     assert printed.returncode == 0, printed.stderr
     assert "TP2 PP1 DP4, vLLM TP8 on 1 x 8 H200" in printed.stdout
-    assert "128 sequences a step, of 110 + 300 tokens" in printed.stdout
+    assert "128 sequences per step, of 110 + 300 tokens" in printed.stdout
     step, hours, gpu_hours = map(float, re.search(HOURS, printed.stdout, re.DOTALL).groups())
     assert hours == pytest.approx(10 * step, rel=0.06) and gpu_hours == pytest.approx(80 * step, rel=0.06)
 
