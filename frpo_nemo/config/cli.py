@@ -1,4 +1,4 @@
-"""From the command line to a run: Hydra composes plain YAML, load.py types it, the recipe's checks look at it, and
+"""Go from the command line to a run: Hydra composes plain YAML, load.py types it, the recipe's checks examine it, and
 only then NeMo (whose import takes seconds) and everything heavier is imported. A mistake ends in one sentence and exit
 code 2.
 """

@@ -48,7 +48,7 @@ class SequenceBatch:
 
     @property
     def response_lengths(self) -> Tensor:
-        """int64 [N]."""
+        """Return int64 [N], in tokens."""
         return self.lengths - self.prompt_lengths
 
     def select(self, indices: Sequence[int] | Tensor) -> SequenceBatch:

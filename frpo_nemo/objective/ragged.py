@@ -40,7 +40,7 @@ class Groups:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Return K."""
         return self.sizes.numel()
 
     def sum(self, values_M: Tensor) -> Tensor:

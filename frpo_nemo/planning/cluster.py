@@ -35,7 +35,7 @@ class Cluster:
 
     @property
     def gpu_memory(self) -> int:
-        """Bytes."""
+        """Return the memory of a GPU in bytes."""
         return int(self.gpu_memory_gib * GIB)
 
 

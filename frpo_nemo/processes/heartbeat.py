@@ -51,7 +51,7 @@ class Link:
 
 
 def accept_ranks(store, key: str, world_size: int, timeout: float) -> dict[int, Link]:
-    """On rank 0: publish an address under `key`, and wait for a connection of every other rank."""
+    """Publish an address under `key`, and wait for a connection of every other rank. Rank 0 calls this."""
     deadline = time.monotonic() + timeout
     token = secrets.token_hex(16)  # a program that finds the port without the token is rejected
     links: dict[int, Link] = {}
@@ -77,7 +77,7 @@ def accept_ranks(store, key: str, world_size: int, timeout: float) -> dict[int, 
 
 
 def connect_to_rank_0(store, key: str, rank: int, timeout: float) -> Link:
-    """On every other rank: connect to the address that rank 0 published under `key`."""
+    """Connect to the address that rank 0 published under `key`. Every other rank calls this."""
     store.wait([key], timedelta(seconds=timeout))
     published = json.loads(store.get(key))
     token, problems = published["token"], []

@@ -58,7 +58,7 @@ def device() -> torch.device:
 
 
 def rank() -> int:
-    """In the world."""
+    """Return this process's rank in the default process group."""
     return dist.get_rank()
 
 

@@ -45,7 +45,7 @@ class WeightCheck:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
-        """`model`: this rank's vLLM model, whose unquantised parameters have `dtype`."""
+        """Begin a check. `model`: this rank's vLLM model, whose unquantised parameters have `dtype`."""
         self._model, self._dtype = model, dtype
         self._sent: dict[str, Tensor] = {}  # name -> fingerprint of this rank's part
         self._problems: list[str] = []

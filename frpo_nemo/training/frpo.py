@@ -191,6 +191,6 @@ def validate(run: Run[FRPORun], worker: RolloutWorker, actor: PolicyActor, held_
 
 
 def minibatches(groups: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Cut a batch into `count` parts of whole groups: the indices of each part's sequences."""
+    """Cut a batch into `count` parts of whole groups. Returns the indices of each part's sequences."""
     ids = torch.unique(groups)
     return [torch.isin(groups, part).nonzero().flatten() for part in ids.tensor_split(count)]

@@ -43,7 +43,7 @@ def _gate_and_up(arch: Architecture, tp: int, size: int) -> list[Piece]:
 
 
 def _stacked(arch: Architecture, tp: int, size: int, tensors: int) -> list[Piece]:
-    """Stack the tensors on each other."""
+    """Put the tensors one above the other."""
     return [(source, 0, size) for source in range(tensors)]
 
 
