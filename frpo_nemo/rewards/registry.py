@@ -189,7 +189,7 @@ def _let_import_siblings(file: Path) -> None:
         found = Path(spec.origin).resolve() if spec and spec.origin and spec.has_location else None
         if found != sibling:
             raise ImportError(
-                f"{file.name} imports {name} from its own directory, but another module has that name ({found or name}): "
+                f"{file.name} imports {name}, a module in its own directory, but another has that name ({found or name}): "
                 f"rename {sibling.relative_to(directory)}"
             )
 

@@ -310,7 +310,12 @@ BAD = {  # target, the model that it gets, other arguments, what the sentence sa
     "device": ("judge", "judge", {**JUDGE, "local": {"device": "tpu"}}, "local.device=tpu must be auto or cpu"),
     "dtype": ("judge", "judge", {**JUDGE, "local": {"dtype": "int4"}}, "local.dtype=int4 must be one of bfloat16"),
     "unknown": ("judge", "judge", {**JUDGE, "local": {"devise": "cpu"}}, "unexpected keyword argument 'devise'"),
-    "url": ("judge", "judge", {**JUDGE, "remote": {"url": "localhost:8000"}}, "remote.url=localhost:8000 is neither"),
+    "url": (
+        "judge",
+        "judge",
+        {**JUDGE, "remote": {"url": "localhost:8000"}},
+        "remote.url=localhost:8000 must be http:",
+    ),
     "user": (
         "judge",
         "judge",

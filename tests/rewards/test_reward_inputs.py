@@ -231,7 +231,9 @@ def test_modules_of_one_name_beside_two_reward_files_are_not_taken_for_each_othe
         write(tmp_path / name, own=text, own_shared=f"value = {value}") for name, value in (("a", 1.0), ("b", 2.0))
     )
     assert load_target(f"{first}/own.py:f")(completions=["c"]) == [1.0]
-    with pytest.raises(ConfigError, match="own.py imports own_shared from its own directory, .*: rename own_shared.py"):
+    with pytest.raises(
+        ConfigError, match="own.py imports own_shared, a module in its own directory, .*: rename own_shared.py"
+    ):
         load_target(f"{second}/own.py:f")
 
 
