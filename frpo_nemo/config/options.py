@@ -114,8 +114,8 @@ class SourceConfig:
         "Split of a directory or hub data set, or a part of it, such as train[:10%]; a file is train.", "train"
     )
     prompt: str = option(
-        'Column with text or chat messages, or a template of columns, "{instruction}\\n\\n{input}"; other braces are '
-        "doubled: \\boxed{{x}}.",
+        'Column with text or chat messages, or a template of columns, "{instruction}[[\\n\\n{input}]]"; a part in [[ ]] '
+        "vanishes with an empty column; other braces are doubled: \\boxed{{x}}.",
         "prompt",
     )
     completion: str | None = option(

@@ -1,5 +1,6 @@
 r"""Fill templates: text with places for columns, such as "{instruction}\n\n{input}".
 
+A part in double brackets with a column in it, such as "[[\n\n### Input:\n{input}]]", vanishes where that column is empty.
 Braces themselves are written twice, {{ and }}, as in Python's format; {} needs no such care, because prompts ask for \boxed{}.
 Nothing is evaluated.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from frpo_nemo.errors import ConfigError
 
 PLACE = re.compile(r"(?P<brace>\{\{|\}\})|\{\}|(?P<command>\\[A-Za-z]+)?\{(?P<column>[^{}\s][^{}]*)\}")
+OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 # Hydra keeps a backslash and an n of a command line, where a line end is meant. Some LaTeX commands begin like that.
 LINE_END = re.compile(r"(?<!\\)\\n(?P<word>[a-z]*)")
 LATEX = re.compile(
@@ -31,7 +33,8 @@ def is_template(name: str) -> bool:
 
 
 def fill(template: str, text_of: Callable[[str], str]) -> str:
-    """Return the template with each column's place replaced by `text_of` the column."""
+    """Return the template with each column's place replaced by `text_of` the column, without the optional parts whose columns
+    are all empty."""
     doubled = "{{" in template  # without it, }} is plain text: {"a": { "b": 1 }}
 
     def text(place: re.Match) -> str:
@@ -39,7 +42,13 @@ def fill(template: str, text_of: Callable[[str], str]) -> str:
             return text_of(place["column"])
         return place[0][0] if place["brace"] and doubled else place[0]
 
-    return PLACE.sub(text, with_line_ends(template))
+    def part(found: re.Match) -> str:
+        named = [place["column"] for place in PLACE.finditer(found[1]) if place["column"]]
+        if not named:
+            return found[0]
+        return found[1] if any(text_of(column).strip() for column in named) else ""
+
+    return PLACE.sub(text, OPTIONAL.sub(part, with_line_ends(template)))
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.ragged import Groups, per_token, token_mean
 from frpo_nemo.objective.registry import register_objective
 
-STD_EPSILON = 1e-6
+STD_EPSILON = 1e-4  # TRL's, and so that of the authors' baseline
 
 
 @register_objective("dr_grpo")
@@ -68,7 +68,7 @@ class DrGRPO(Objective):
 @register_objective("grpo")
 @dataclass(frozen=True, kw_only=True)
 class GRPO(DrGRPO):
-    """Advantages (r_i - mean(r)) / (std(r) + 1e-6) (DeepSeekMath, arXiv 2402.03300) and PPO's two-sided clip.
+    """Advantages (r_i - mean(r)) / (std(r) + 1e-4) (DeepSeekMath, arXiv 2402.03300) and PPO's two-sided clip.
 
     std is the sample standard deviation (divisor G - 1), as in TRL and verl; the paper does not state which.
     """

@@ -31,6 +31,15 @@ def test_a_template_joins_columns_and_an_empty_one_leaves_no_trace(empty):
     assert completion_text(row, source(**ALPACA)) == "3"
 
 
+@pytest.mark.parametrize("empty", ["", None, " \n"])
+def test_a_part_in_double_brackets_vanishes_with_an_empty_column(empty):
+    """The authors' prompts of Alpaca: headings, and the second only where there is an input."""
+    row = {"instruction": "Add.", "input": "1 and 2"}
+    alpaca = source(prompt="### Instruction:\n{instruction}[[\n\n### Input:\n{input}]]")
+    assert prompt_messages(row, alpaca) == [user("### Instruction:\nAdd.\n\n### Input:\n1 and 2")]
+    assert prompt_messages(row | {"input": empty}, alpaca) == [user("### Instruction:\nAdd.")]
+
+
 def test_a_template_takes_values_as_they_are_and_evaluates_nothing():
     row = {"n": 3, "two words": "{n} {n.__class__} $n %s"}
     template = "{n}: {two words}, in \\boxed{} {}"

@@ -203,10 +203,5 @@ def test_a_directory_of_save_to_disk_is_read(tmp_path):
 
 
 def test_names_of_the_hub_are_left_to_datasets():
-    for name in (
-        "openai/gsm8k",
-        "openai/gsm8k:main",
-        "tatsu-lab/alpaca.v2",
-        "python:frpo_nemo.examples.toy.rows?part=prompts",
-    ):
+    for name in ("openai/gsm8k", "openai/gsm8k:main", "tatsu-lab/alpaca.v2"):
         assert find_files(name) is None

@@ -22,6 +22,8 @@ ROW = {"q": "6*7?", "answer": "42", "two words": "{q} \\n {{q}}"}
     ("{two words}", "{q} \\n {{q}}"),
     (r"{q}\n\n{answer}", "6*7?\n\n42"),
     (r"{q}\nAnswer:\n- {answer}\n1", "6*7?\nAnswer:\n- 42\n1"),
+    (r"{q}[[\n\nAnswer: {answer}]]", "6*7?\n\nAnswer: 42"),
+    (r"{q} [[1, 2], [3, 4]] [[x]]", "6*7? [[1, 2], [3, 4]] [[x]]"),
     (r"{q} $x \neq \nu$, \nabla f, \not=, \\n", r"6*7? $x \neq \nu$, \nabla f, \not=, \\n"),
 ])  # fmt: skip
 def test_places_are_filled_and_other_braces_stay(template, text):
