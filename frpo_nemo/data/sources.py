@@ -28,7 +28,7 @@ from frpo_nemo.data.rows import Part, PlainRows, Rows, TableRows
 from frpo_nemo.data.templates import columns_of, is_template, with_line_ends
 from frpo_nemo.errors import ConfigError
 
-_kept: dict[tuple, Part] | None = None  # (file, when it changed, its size, how many rows were wanted) -> its rows
+_kept: dict[tuple, Part] | None = None  # (file, its inode, when it changed, its size, how many rows were wanted) -> its rows
 
 
 def check_source(source: SourceConfig) -> list[str]:
@@ -155,7 +155,7 @@ def _read_file(file: Path, files: Files, source: SourceConfig, stop: int | None)
         if _kept is None:
             return read_file(file, stop)
         content = file.stat()
-        key = (file, content.st_mtime_ns, content.st_size, stop)
+        key = (file, content.st_ino, content.st_ctime_ns, content.st_size, stop)
         if key not in _kept:
             _kept[key] = read_file(file, stop)
         return _kept[key]

@@ -19,6 +19,7 @@ from frpo_nemo.training.checks.config import validate_sft
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 RUN = ["run_dir=run", "model.path=some-org/some-model", "optim.lr=1e-5", "data.sequences_per_step=4"]
+NO_SYSTEM = "<|system|>\n\n<|user|>\n"  # code has an empty system message, as in the authors' script
 MBPP = ["data.train.0.prompt=text", "data.train.0.completion=code", "data.train.0.at_least=null"]
 
 
@@ -41,7 +42,7 @@ def examples(sources, texts):
     tokenizer = train_tokenizer(texts, 1024)
     batch = load_examples(sources, tokenizer, max_prompt_tokens=4096, max_tokens=16384).batch
     return [
-        (tokenizer.decode(p).removeprefix("<|bos|><|user|>\n").removesuffix("\n<|assistant|>\n"), tokenizer.decode(c))
+        (tokenizer.decode(p).removeprefix("<|bos|>").removeprefix("<|user|>\n").removesuffix("\n<|assistant|>\n"), tokenizer.decode(c))
         for p, c in batch.unpack()
     ]
 
@@ -51,8 +52,9 @@ def test_alpaca_asks_with_the_input_and_the_next_rows_are_held_out():
     cfg = configured("alpaca", path, "data.train.0.limit=900")
     validate_sft(cfg, 1)
     texts = [row["output"] for row in rows]
-    asked = [f"{r['instruction']}\n\n{r['input']}" if r["input"] else r["instruction"] for r in rows]
-    assert 400 < sum("\n\n" in text for text in asked) < 600, "with and without input"
+    inputs = [f"\n\n### Input:\n{r['input']}" if r["input"] else "" for r in rows]
+    asked = [f"### Instruction:\n{r['instruction']}{given}" for r, given in zip(rows, inputs, strict=True)]
+    assert 400 < sum(map(bool, inputs)) < 600, "with and without input"
     expected = [(q.strip(), r["output"] + "<|endoftext|>") for q, r in zip(asked, rows, strict=True)]
     assert examples(cfg.data.train, texts) == expected[:900]
     assert examples(cfg.data.validation, texts) == expected[900:]
@@ -74,7 +76,7 @@ def test_code_is_read_as_a_stream_and_its_next_rows_are_held_out():
     cfg = configured("code", path, *MBPP, "data.train.0.limit=900")
     assert cfg.data.train[0].streaming and cfg.data.validation[0].streaming
     validate_sft(cfg, 1)
-    expected = [(row["text"], row["code"] + "<|endoftext|>") for row in rows]
+    expected = [(NO_SYSTEM + row["text"], row["code"] + "<|endoftext|>") for row in rows]
     assert examples(cfg.data.train, [row["code"] for row in rows]) == expected[:900]
     assert examples(cfg.data.validation, [row["code"] for row in rows]) == expected[900:]
 
@@ -88,8 +90,8 @@ def test_code_keeps_what_passes_all_its_tests_of_the_rows_read(tmp_path):
     cfg = configured("code", tmp_path, "data.train.0.limit=8")
     validate_sft(cfg, 1)
     train, held_out = (examples(s, ["Task"]) for s in (cfg.data.train, cfg.data.validation))
-    assert [prompt for prompt, _ in train] == ["Task 0.", "Task 2.", "Task 4.", "Task 6."]
-    assert [prompt for prompt, _ in held_out] == [f"Task {i}." for i in range(8, 20, 2)]
+    assert [prompt for prompt, _ in train] == [f"{NO_SYSTEM}Task {i}." for i in range(0, 8, 2)]
+    assert [prompt for prompt, _ in held_out] == [f"{NO_SYSTEM}Task {i}." for i in range(8, 20, 2)]
 
 
 @pytest.mark.parametrize(

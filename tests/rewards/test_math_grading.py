@@ -229,6 +229,26 @@ def test_what_is_around_an_answer_in_a_box_does_not_count(before, after):
     assert wrong == []
 
 
+@pytest.mark.parametrize("gold, right, wrong", [
+    ("27", ["27", "27.0", r"\$27", "x = 27", r"27\text{ cm}", r"2.7 \times 10^1"],
+     ["26+1", "3^3", r"\sqrt{729}", r"\frac{54}{2}", "54/2", "27!/26!", "27", "The answer is 27."]),
+    (r"\frac{1}{2}", [r"\frac12", r"\dfrac{1}{2}", "1/2", "0.5"], [r"\frac{2}{4}", "1-0.5", "2^{-1}"]),
+    (r"1\frac{1}{2}", [r"1\frac{1}{2}", "1 1/2", "1.5", "3/2"], ["1+1/2"]),
+    (r"3\sqrt{13}", [r"3\sqrt{13}", r"\sqrt{117}"], [r"\sqrt{118}"]),
+])  # fmt: skip
+def test_a_strict_answer_is_a_number_as_written_in_the_last_box(gold, right, wrong):
+    """As the paper's grader: nothing is left to be worked out. The last of the wrong answers to 27 have no box."""
+    boxed = [f"So \\boxed{{{answer}}}." for answer in right + wrong[:6]] + wrong[6:]
+    scores = math_answer(None, boxed, strict=True, answer=[gold] * len(boxed))
+    assert scores == [1.0] * len(right) + [0.0] * len(wrong)
+
+
+def test_a_strict_answer_is_the_last_complete_box_alone():
+    texts = [r"$\boxed{2}$ and $\boxed{3}$", r"\boxed{3} or \boxed{2}", r"\boxed{3}, \boxed{2"]
+    assert math_answer(None, texts, strict=True, answer=["3", "3", "3"]) == [1.0, 0.0, 1.0]
+    assert math_answer(None, texts[:1], answer=["2, 3"]) == [1.0], "not strict: joined boxes are one list"
+
+
 @pytest.mark.parametrize(
     "statement",
     ["The answer is: $G$.", "**Final answer:** $G$", "Answer: \\(G\\)", "Thus the result is\n\\[\nG.\n\\]"]

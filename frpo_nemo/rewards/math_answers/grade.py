@@ -4,10 +4,11 @@ final_answer.py finds the answer in the text, reading.py parses it, equal.py com
 
 from __future__ import annotations
 
+import math
 import re
 
 from frpo_nemo.rewards.math_answers.equal import equal
-from frpo_nemo.rewards.math_answers.final_answer import FinalAnswer, final_answer, gold_text
+from frpo_nemo.rewards.math_answers.final_answer import FinalAnswer, complete_boxes, final_answer, gold_text
 from frpo_nemo.rewards.math_answers.reading import read, words_of
 from frpo_nemo.rewards.math_answers.text import clean
 from frpo_nemo.rewards.math_answers.values import Value, Words
@@ -15,23 +16,56 @@ from frpo_nemo.rewards.math_answers.values import Value, Words
 # Marks of another choice, not of what a choice stands for.
 _OTHER_CHOICE = re.compile(r"^[^\w\\$]|\b(?:and|or|but|not|wrong)\b|\([A-Z]\)|\?|,\s", re.I)
 
+_DECIMAL = r"(?:\d+(?:\.\d+)?|\.\d+)"
+# A number as one writes it: with a short name before it, currency, sign; percent, degrees or a unit after it.
+_WRITTEN = re.compile(
+    r"(?:[A-Za-z]{1,2}\s*=\s*)?(?:\\\$)?\s*[-+]?\s*(?:\\\$)?\s*"
+    rf"(?:(?:\d+\s*)?\\frac\{{(?P<top>-?\d+)\}}\{{(?P<bottom>\d+)\}}|(?:\d+\s+)?(?P<up>\d+)\s*/\s*(?P<down>\d+)"
+    rf"|{_DECIMAL}(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{{-?\d+\}}|\d))?)"
+    r"\s*(?:\\?%|\^\\circ|\\text\{[^{}]*\})?"
+)
 
-def math_answer(prompts, completions: list[str], *, column: str = "answer", **columns) -> list[float]:
+
+def math_answer(
+    prompts, completions: list[str], *, column: str = "answer", strict: bool = False, **columns
+) -> list[float]:
     """Score 1 where the completion's final answer equals the gold one as mathematics, else 0.
 
     The final answer is read from one place: the last complete \\boxed{} if there is a box, else the line after the last
     `####` where the gold answer has one, else the last statement. Gold answers may be GSM8K's (`... #### 72`), text that
     holds a box, or the answer alone, in LaTeX or plain; one that can't be read as mathematics or words is compared letter by
-    letter. Always runs in worker processes: evaluating a formula can take forever. Raises ValueError on a gold answer that
+    letter.
+
+    strict: the answer is the content of the last complete box alone, and where the gold answer is a number as one writes it
+    (27, 0.5, \\frac{1}{2}), it must be one, too: neither a sum, a power or a root, nor a fraction that isn't in lowest
+    terms. It is what the paper's grader does, and gives nothing for an answer that was left to the grader to work out.
+
+    Always runs in worker processes: evaluating a formula can take forever. Raises ValueError on a gold answer that
     is missing or a structure.
     """
     scores = []
     for completion, gold in zip(completions, columns[column], strict=True):
         text = gold_text(gold, column)
         expected, value = _gold(text, column)
-        answer = final_answer(completion, hashes="####" in text)
-        scores.append(float(answer is not None and _is_right(expected, value, answer)))
+        answer = _last_box(completion) if strict else final_answer(completion, hashes="####" in text)
+        right = answer is not None and _is_right(expected, value, answer)
+        scores.append(float(right and (not strict or _is_written_like(expected, answer.texts[0]))))
     return scores
+
+
+def _last_box(completion: str) -> FinalAnswer | None:
+    boxes = complete_boxes(completion)
+    return FinalAnswer((boxes[-1][2],), "box") if boxes else None
+
+
+def _is_written_like(gold: str, answer: str) -> bool:
+    """Return whether `answer` is a number as one writes it, if `gold` is one; of whole numbers no fraction."""
+    if not _WRITTEN.fullmatch(clean(gold)):
+        return True
+    if not (found := _WRITTEN.fullmatch(clean(answer))):
+        return False
+    terms = [int(number) for number in (found["top"] or found["up"], found["bottom"] or found["down"]) if number]
+    return not terms or (math.gcd(*terms) == 1 and terms[1] != 1)
 
 
 def _gold(text: str, column: str) -> tuple[str, Value | None]:
