@@ -41,9 +41,9 @@ def examples(sources, texts):
     """Return [(prompt, completion)] as text, with their own tokenizer."""
     tokenizer = train_tokenizer(texts, 1024)
     batch = load_examples(sources, tokenizer, max_prompt_tokens=4096, max_tokens=16384).batch
+    pairs = [(tokenizer.decode(p), tokenizer.decode(c)) for p, c in batch.unpack()]
     return [
-        (tokenizer.decode(p).removeprefix("<|bos|>").removeprefix("<|user|>\n").removesuffix("\n<|assistant|>\n"), tokenizer.decode(c))
-        for p, c in batch.unpack()
+        (p.removeprefix("<|bos|>").removeprefix("<|user|>\n").removesuffix("\n<|assistant|>\n"), c) for p, c in pairs
     ]
 
 

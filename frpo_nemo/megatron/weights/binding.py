@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from megatron.core import parallel_state
@@ -30,21 +29,18 @@ class Binding:
         return adapter.merge(self.parameter)
 
 
-# Bindings of each model, with the rank of its adapters: every refit needs them, and a large model's table is slow to walk.
-_bound: WeakKeyDictionary[torch.nn.Module, tuple[int, list[Binding]]] = WeakKeyDictionary()
-
-
 def bind(model: torch.nn.Module, arch: Architecture) -> list[Binding]:
     """Return all weights of the whole model except its adapters, in the same order on every rank. `model` is this rank's
     GPTModel, possibly in wrappers that hold it as `.module`. Raises ValueError when model and table disagree."""
     model, rank = _unwrap(model), _rank(model)
-    if model in _bound and _bound[model][0] == rank:
-        return _bound[model][1]
+    kept = getattr(model, "bindings", None)  # every refit needs them, and a large model's table is slow to walk
+    if kept and kept[0] == rank:
+        return kept[1]
     layout, stage = layout_of(model), parallel_state.get_pipeline_model_parallel_rank()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     check_complete(arch, layout, stage, shapes, rank)
     found = _bind(model, stage, weights(arch, layout))
-    _bound[model] = rank, found
+    model.bindings = rank, found  # on the model: a reference from elsewhere would keep it and its process groups alive
     return found
 
 
