@@ -80,18 +80,14 @@ ifeq ($(STACK),gpu)
 test: $(if $(wildcard /dev/nvidiactl),setup-gpu,$(GPU_STAMP))
 	$(GPU_BIN)/python -m pytest -p no:cacheprovider tests/objective tests/data tests/megatron tests/planning tests/stack
 else
-# Three streams at the same time: Slurm's tests mostly wait, others wait for programs that they start, the rest computes.
-SLURM := tests/slurm
-PROGRAMS := tests/rewards tests/evaluation tests/study tests/report tests/integrations tests/conversion tests/acceptance \
-  tests/examples
+# Two streams at the same time: tests that mostly wait for Slurm, servers and other programs, and the others.
+WAITING := tests/slurm tests/rewards tests/evaluation tests/study tests/report
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 test: setup
-	@$(PYTEST) $(SLURM) > $(VENV)/slurm.log 2>&1 & slurm=$$!; \
-	$(PYTEST) $(PROGRAMS) > $(VENV)/programs.log 2>&1 & programs=$$!; \
-	trap "kill $$slurm $$programs" INT TERM; \
-	$(PYTEST) $(addprefix --ignore=,$(SLURM) $(PROGRAMS)); others=$$?; \
-	wait $$programs; second=$$?; wait $$slurm; first=$$?; \
-	cat $(VENV)/programs.log $(VENV)/slurm.log; exit $$((others | first | second))
+	@$(PYTEST) $(WAITING) > $(VENV)/waiting.log 2>&1 & waiting=$$!; \
+	trap "kill $$waiting" INT TERM; \
+	$(PYTEST) $(addprefix --ignore=,$(WAITING)); others=$$?; \
+	wait $$waiting; code=$$?; cat $(VENV)/waiting.log; exit $$((others | code))
 endif
 
 ifdef CPU

@@ -66,10 +66,10 @@ def test_query_groups_are_interleaved_and_cut_by_rank(tiny):
     arch = Architecture.from_hf(tiny["llama"])  # 4 heads, 2 groups, head_dim 32
     qkv = next(w for w in weights(arch, WeightLayout(tp=2)) if w.names[0].endswith("linear_qkv.weight"))
     assert qkv.shard_shape == (128, 128)
-    second = [(run.offset, run.source, run.start, run.length) for run in qkv.runs if run.rank == 1]
+    second = [(run.offset, run.source, run.start, run.length) for run in qkv.segments if run.rank == 1]
     assert second == [(0, 0, 64, 64), (64, 1, 32, 32), (96, 2, 32, 32)]
     fewer_heads_than_ranks = next(w for w in weights(arch, WeightLayout(tp=4)) if w.names == qkv.names)
-    assert [(r.source, r.start, r.length) for r in fewer_heads_than_ranks.runs if r.rank == 1] == [
+    assert [(r.source, r.start, r.length) for r in fewer_heads_than_ranks.segments if r.rank == 1] == [
         (1, 0, 32),
         (2, 0, 32),
     ]
