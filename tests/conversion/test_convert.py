@@ -177,8 +177,8 @@ def test_of_a_run_directory_the_newest_or_the_best_is_converted(workers, model, 
         (dict(input="{saved}", checkpoint="last"), "checkpoint=last must be one of newest, best"),
         (dict(input="{saved}", dtype="int8"), "dtype=int8 must be one of null, float32, bfloat16, float16"),
         (dict(input="{saved}", max_shard_gb=0.0), "max_shard_gb=0.0 must be a number above 0"),
-        (dict(input="{saved}", out="{tmp}/notes"), "exists and is not an exported model"),
-        (dict(input="{saved}", out="{model}"), "would overwrite the model that it came from"),
+        (dict(input="{saved}", base="{model}", out="{tmp}/notes"), "exists and is not an exported model"),
+        (dict(input="{saved}", base="{model}", out="{model}"), "would overwrite the model that it came from"),
         (dict(input="{model}"), "is in Hugging Face format already"),
     ],
 )
@@ -309,7 +309,7 @@ def elsewhere(metadata) -> None:
     ],
 )
 def test_half_a_checkpoint_is_refused_before_anything_is_written(model, saved, tmp_path, damage, sentence):
-    half = shutil.copytree(model, saved, tmp_path / "half")
+    half = shutil.copytree(saved, tmp_path / "half")
     damage(half)
     with pytest.raises(ConfigError, match=sentence):
         convert(ConvertRun(input=str(half), base=model, out=str(tmp_path / "out")))
@@ -327,7 +327,7 @@ class Touch:
 
 
 def test_an_index_that_would_run_code_is_refused(model, saved, tmp_path):
-    evil = shutil.copytree(model, saved, tmp_path / "evil")
+    evil = shutil.copytree(saved, tmp_path / "evil")
     (evil / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
     with pytest.raises(ConfigError, match="which no checkpoint of frpo-nemo does; do not load it"):
         convert(ConvertRun(input=str(evil), base=model, out=str(tmp_path / "out")))
@@ -335,7 +335,7 @@ def test_an_index_that_would_run_code_is_refused(model, saved, tmp_path):
 
 
 def test_a_chunk_that_would_run_code_is_refused_and_nothing_gets_the_name(model, saved, tmp_path):
-    evil = shutil.copytree(model, saved, tmp_path / "evil")
+    evil = shutil.copytree(saved, tmp_path / "evil")
     torch.save(Touch(tmp_path / "ran"), evil / "evil.distcp")
 
     def point_to_it(metadata) -> None:

@@ -237,7 +237,7 @@ def test_what_does_not_pass_verification_gets_no_name(file, tmp_path):
         (dict(fields={"tokenizer.ggml.pre": None}), "cuts text into words by None"),
         (dict(fields={"tokenizer.ggml.model": "bert"}), "a tokenizer of kind 'bert'"),
         (dict(fields={"tokenizer.ggml.merges": None}), "has no tokenizer.ggml.merges"),
-        (dict(fields={"tokenizer.ggml.eos_token_id": 999}), "has tokenizer.ggml.eos_token_id=999, but 286 tokens"),
+        (dict(fields={"tokenizer.ggml.eos_token_id": 999}), "has tokenizer.ggml.eos_token_id=999, but only 286 tokens"),
         (dict(fields={"llama.attention.head_count": 0}), "has num_attention_heads=0"),
         (dict(leave_out="blk.1.ffn_up.weight"), "lacks blk.1.ffn_up.weight"),
         (dict(tensors_besides={"blk.0.attn_q.bias": np.ones(128, np.float32)}), "has blk.0.attn_q.bias, which is not supp"),
