@@ -176,7 +176,7 @@ BAD_INPUT = [
     (["data.shuffle=maybe"], ["data.shuffle=maybe", "true or false"]),
     (["data.train=prompts.jsonl"], ["data.train=prompts.jsonl", "must be a list"]),
     (["data.train.0.limit=x"], ["data.train.0.limit=x", "a whole number at least 1, or null"]),
-    (["reward=exact"], ["reward=exact", "gsm8k, ", "world"]),
+    (["reward=exact"], ["reward=exact", "gsm8k, ", "toy"]),
     ([], ["reward_list", "a mapping", "a list"], "reward_list"),
     (["optim=1e-3"], ["optim=0.001", "must be a mapping", "lr"]),
     (["model.path=${nowhere}"], ["model.path", "nowhere"]),

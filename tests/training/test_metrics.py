@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from frpo_nemo.processes.phases import PhaseTimer
-from frpo_nemo.training import logging
 from frpo_nemo.training.logging import MetricsLogger
 
 
@@ -173,12 +172,12 @@ def test_the_watchdog_hears_of_phases_and_keeps_the_one_that_raised():
 def test_phases_synchronise_on_cuda_only(monkeypatch):
     synchronised = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronised.append(1))
-    monkeypatch.setattr(logging.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     phases = PhaseTimer()
     with phases("a"):
         pass
     assert synchronised == []
-    monkeypatch.setattr(logging.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with phases("a"):
         pass
     assert synchronised == [1]
