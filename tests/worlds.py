@@ -16,7 +16,7 @@ import socket
 import time
 import traceback
 
-TIMEOUT = 240  # seconds for one check
+TIMEOUT = 1200  # seconds for one check: what hangs, not what a busy machine makes slow
 
 
 class Workers:
