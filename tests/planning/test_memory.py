@@ -20,6 +20,7 @@ from frpo_nemo.planning.memory import (
 )
 
 PACK = sum(LENGTHS)
+pytestmark = pytest.mark.timeout(3600)  # memory that is mapped anew for each tensor is slow to touch on some machines
 
 
 @pytest.fixture(scope="module")
