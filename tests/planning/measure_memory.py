@@ -1,5 +1,5 @@
 """The memory of real training steps on this machine's CPU, printed as JSON: started as a process of its own by
-test_memory.py, with a malloc that gives freed memory back at once, so that the resident size is what is allocated."""
+test_memory.py. Torch's allocator is asked, not the operating system: the figures are the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import gc
 import json
 import sys
 import tempfile
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from tiny_models import make_tiny
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch
@@ -18,21 +21,39 @@ from frpo_nemo.megatron.actor import Losses, PolicyActor
 from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.processes import world
 
-SHAPE = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=32, num_key_value_heads=8)
-LAYERS, VOCABULARY, CHUNK = 2, 2048, 256
-LENGTHS = [524, 614, 910]  # attention makes one rectangle of them, 3 x 910
+SHAPE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=16, num_key_value_heads=4)
+LAYERS, VOCABULARY, CHUNK = 2, 1024, 128
+LENGTHS = [262, 307, 455]  # attention makes one rectangle of them, 3 x 455
 RANK = 32  # of adapters
 CASES = {"none": [(0, 0.0), (RANK, 0.0)], "full": [(0, 0.0), (RANK, 0.1)]}  # recompute -> (rank, dropout)
+T = TypeVar("T")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-def resident(kind: str = "VmRSS") -> int:
-    """Return the bytes of this process in memory now, or with VmHWM the most since `reset_peak`."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return int(line.split()[1]) * 1024
+def allocated(work: Callable[[], T]) -> tuple[T, int, int]:
+    """Return what `work` returns, the bytes of tensors that it leaves, and the most that there were while it ran."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+        gc.collect()
+    events = profiler.profiler.kineto_results.experimental_event_tree()
+    now = most = 0
+    for _, size in sorted(_changes(events)):
+        now += size
+        most = max(most, now)
+    return result, now, most
 
 
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def _changes(events: list, scratch: frozenset[int] = frozenset()) -> Iterator[tuple[int, int]]:
+    """Yield time and bytes of each tensor made (+) or freed (-), without those that a matrix product makes for itself:
+    on a CPU that has no instructions for bf16, oneDNN sums in fp32."""
+    for event in events:
+        fields = event.extra_fields
+        if event.tag == _EventType.Allocation and fields.ptr not in scratch:
+            yield event.start_time_ns, fields.alloc_size
+        inside = [child for child in event.children if child.tag == _EventType.Allocation]
+        freed = {child.extra_fields.ptr for child in inside if child.extra_fields.alloc_size < 0}
+        yield from _changes(event.children, frozenset(freed if event.name in PRODUCTS else ()))
 
 
 def loss(logprobs, entropy, sequences) -> Losses:
@@ -47,23 +68,15 @@ def batch_of(lengths: list[int]) -> SequenceBatch:
 
 def measure(model: ModelConfig) -> dict[str, int]:
     """Bytes: `state` of weights, gradients and optimizer after a step, and `peak` of the next step above that."""
-    gc.collect()
-    before = resident()
-    actor = PolicyActor(model, OptimizerConfig(lr=1e-4), microbatch_tokens=sum(LENGTHS))
-    actor.train_step(batch_of([32]), loss, update=0, total_updates=2)  # the optimizer's moments appear
-    gc.collect()
-    state = resident()
-    reset_peak()
-    actor.train_step(batch_of(LENGTHS), loss, update=1, total_updates=2)
-    return {"state": state - before, "peak": resident("VmHWM") - state}
 
+    def start() -> PolicyActor:
+        actor = PolicyActor(model, OptimizerConfig(lr=1e-4), microbatch_tokens=sum(LENGTHS))
+        actor.train_step(batch_of([32]), loss, update=0, total_updates=2)  # the optimizer's moments appear
+        return actor
 
-def warm_up(directory: str) -> None:
-    """Let libraries make their own buffers, as they do at first use."""
-    for precision, rank in (("fp32", 0), ("bf16", 0), ("fp32", RANK), ("bf16", RANK)):
-        model = ModelConfig(path=directory, precision=precision, lora=LoRAConfig(rank=rank))
-        actor = PolicyActor(model, OptimizerConfig(lr=1e-4), microbatch_tokens=64)
-        actor.train_step(batch_of([32]), loss, update=0, total_updates=2)
+    actor, state, _ = allocated(start)
+    _, _, peak = allocated(lambda: actor.train_step(batch_of(LENGTHS), loss, update=1, total_updates=2))
+    return {"state": state, "peak": peak}
 
 
 def main() -> None:
@@ -77,7 +90,6 @@ def main() -> None:
             for rank, dropout in CASES[recompute]
         ]
         start_model_parallel(ModelConfig(path=directory), seed=1)
-        warm_up(directory)
         for precision, recompute, rank, dropout in cases:
             model = ModelConfig(
                 path=directory,

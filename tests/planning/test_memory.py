@@ -20,12 +20,11 @@ from frpo_nemo.planning.memory import (
 )
 
 PACK = sum(LENGTHS)
-pytestmark = pytest.mark.timeout(3600)  # memory that is mapped anew for each tensor is slow to touch on some machines
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str, int, float], dict[str, int]]:
-    rows = printed_by("measure_memory.py", "none", "full", MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="2")
+    rows = printed_by("measure_memory.py", "none", "full")
     return {(row["precision"], row["recompute"], row["rank"], row["dropout"]): row for row in rows}
 
 
@@ -52,10 +51,10 @@ def on_cpu(precision: str, recompute: str, rank: int, dropout: float) -> Layout:
     "recompute, rank, dropout", [(recompute, *case) for recompute in CASES for case in CASES[recompute]]
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_estimate_is_within_a_tenth_of_measured_memory(precision, recompute, rank, dropout, measured, small):
+def test_estimate_is_within_a_hundredth_of_the_state_and_a_tenth_of_the_peak(precision, recompute, rank, dropout, measured, small):
     case = (precision, recompute, rank, dropout)
     layout, row = on_cpu(*case), measured[case]
-    assert sum(state_bytes(small, layout, 0).values()) == pytest.approx(row["state"], rel=0.1)
+    assert sum(state_bytes(small, layout, 0).values()) == pytest.approx(row["state"], rel=0.01)
     assert sum(training_peak(small, layout, 0).values()) == pytest.approx(row["peak"], rel=0.1)
 
 
