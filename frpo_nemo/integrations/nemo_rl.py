@@ -16,7 +16,7 @@ from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective import FRPO, build_objective
-from frpo_nemo.objective.kl import k3, sequence_kl
+from frpo_nemo.objective.kl import k3
 from frpo_nemo.objective.mismatch import truncated_importance
 
 # NeMo-RL's loss settings that would change what FRPO computes, with the values that change nothing.
@@ -192,7 +192,9 @@ class FRPOLossFn:
         losses_N, _ = self.objective.sequence_loss(logprobs_R, old_R, lengths_N, ones_N, weights_R)
         if self.objective.beta == 0:
             return (sample_mask_N * losses_N).sum(), logprobs_R.new_zeros(())
-        kl_N = sequence_kl(tokens["unfiltered"], tokens["reference_policy_logprobs"], lengths_N)
+        # NeMo-RL weighs k3 by pi / pi.detach(), also in a minibatch after the first.
+        unfiltered_R, reference_R = tokens["unfiltered"], tokens["reference_policy_logprobs"]
+        kl_N = self.objective.reference_kl(unfiltered_R, unfiltered_R.detach(), reference_R, lengths_N)
         return (sample_mask_N * losses_N).sum(), (sample_mask_N * kl_N).sum()
 
     @torch.no_grad()
@@ -237,7 +239,13 @@ def frpo_objective(loss_config: Any) -> FRPO:
         raise ConfigError(
             "loss_fn.frpo.refresh_importance must be false: NeMo-RL computes advantages once per rollout."
         )
+    if "kl_gradient" in fields:
+        raise ConfigError(
+            "loss_fn.frpo.kl_gradient cannot be set: NeMo-RL's KL always has the gradient called reverse."
+        )
     named = {field: getattr(loss_config, name) for field, name in NAMED_BY_NEMO_RL.items()}
+    if named["beta"] != 0:
+        named["kl_gradient"] = "reverse"
     try:
         return cast(FRPO, build_objective({"name": "frpo", "refresh_importance": False, **fields, **named}))
     except ConfigError as error:

@@ -19,7 +19,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective import FRPO
-from frpo_nemo.objective.kl import sequence_kl
 from frpo_nemo.objective.parts import compared_rewards, partly_scored
 from frpo_nemo.objective.ragged import token_mean
 
@@ -51,7 +50,6 @@ FIXED = {
     "top_entropy_quantile": (1.0, "FRPO's importance is a mean over all tokens of a response"),
     "entropy_coef": (0.0, "FRPO's loss has no entropy bonus"),
     "use_adaptive_entropy": (False, "FRPO's loss has no entropy bonus"),
-    "use_bias_correction_kl": (False, "FRPO's KL term is the plain k3 estimate"),
 }
 
 # Inputs of a vision-language model in addition to token ids, by their names in TRL's batches.
@@ -73,8 +71,8 @@ MODEL_INPUTS = (
 class FRPOConfig(GRPOConfig):
     """GRPOConfig with FRPO's settings, frpo_*; frpo_nemo.objective.FRPO explains each.
 
-    TRL's `beta`, `epsilon_high` and `num_iterations` keep their meaning. Raises ConfigError for an option that FRPO
-    cannot follow (FIXED), a value out of range, or an optimizer step that would span two generation batches.
+    TRL's `beta`, `use_bias_correction_kl`, `epsilon_high` and `num_iterations` keep their meaning. Raises ConfigError for an
+    option that FRPO cannot follow (FIXED), a value out of range, or an optimizer step that would span two generation batches.
     """
 
     frpo_lambda: float | None = field(
@@ -111,7 +109,6 @@ class FRPOConfig(GRPOConfig):
         default=FRPO.clip_high, metadata={"help": "A token's probability ratio counts up to 1 + epsilon_high."}
     )
     scale_rewards: str = field(default="none", metadata={"help": "Always none."})
-    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Always False."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,7 +126,8 @@ class FRPOConfig(GRPOConfig):
     def build_objective(self) -> FRPO:
         """Return the objective of these options. Raises ConfigError, which names the options, for a wrong value."""
         try:
-            return FRPO(**{name: getattr(self, option) for name, option in OPTIONS.items()})
+            kl_gradient = "reverse" if self.beta and self.use_bias_correction_kl else "k3"
+            return FRPO(kl_gradient=kl_gradient, **{name: getattr(self, option) for name, option in OPTIONS.items()})
         except ConfigError as error:
             message = str(error)
             for name, option in OPTIONS.items():
@@ -249,7 +247,8 @@ class FRPOTrainer(GRPOTrainer):
         losses_B = losses_B * inputs["weights"]
         shares = {"clip_ratio/high_mean": clipped_B, "entropy": token_mean(entropies_BT[spans_BT].detach(), lengths_B)}
         if self.beta:
-            kl_B = sequence_kl(logprobs_R, inputs["ref_per_token_logps"][spans_BT], lengths_B)
+            reference_R = inputs["ref_per_token_logps"][spans_BT]
+            kl_B = self.frpo.reference_kl(logprobs_R, old_logprobs_R, reference_R, lengths_B)
             kl_B = kl_B * _loss_mask(inputs).any(dim=1)
             losses_B = losses_B + self.beta * kl_B
             shares["kl"] = kl_B.detach()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from frpo_nemo.config.option import check_values, option
+from frpo_nemo.errors import ConfigError
+from frpo_nemo.objective.kl import sequence_kl
 from frpo_nemo.objective.ragged import Groups
 
 
@@ -26,12 +28,22 @@ class Objective(ABC):
         0.0,
         at_least=0,
     )
+    kl_gradient: str = option(
+        "Gradient of that KL: of the estimate k3, as the authors have it, which pulls as KL(reference, policy) does; or "
+        "reverse, of KL(policy, reference) itself, as in TRL and NeMo-RL (docs/theory.md, section 9).",
+        "k3",
+        choices=("k3", "reverse"),
+    )
     clip_high: float = option(
         "A token's probability over that under the rollout policy counts up to 1 + clip_high.", 0.2, above=0
     )
 
     def __post_init__(self) -> None:
         check_values(self, "objective.")
+        if self.beta == 0 and self.kl_gradient != "k3":
+            raise ConfigError(
+                f"objective.kl_gradient={self.kl_gradient} has an effect with objective.beta above 0 only, and beta is 0."
+            )
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, state: MutableMapping[str, float]) -> Objective:
         """Return the objective for one global batch of rollouts. Called first on every batch; returns self unless a
@@ -72,6 +84,19 @@ class Objective(ABC):
         """Return losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose gradient
         the clip removes, [N], detached. Log-probs are float32 or float64, sequence after sequence; lengths_N:
         int64, >= 1, sums to R. token_weights_R multiply the tokens' terms (mismatch.truncated_importance)."""
+
+    def reference_kl(
+        self,
+        logprobs_R: Tensor,
+        old_logprobs_R: Tensor,
+        ref_logprobs_R: Tensor,
+        lengths_N: Tensor,
+        token_weights_R: Tensor | None = None,
+    ) -> Tensor:
+        """Return the KL term of each sequence, which counts beta / N in the loss, [N], differentiable in logprobs_R.
+        token_weights_R: see sequence_kl."""
+        old = old_logprobs_R if self.kl_gradient == "reverse" else None
+        return sequence_kl(logprobs_R, ref_logprobs_R, lengths_N, token_weights_R, old)
 
     def coefficients(self, rewards_N: Tensor, groups_N: Tensor) -> Tensor:
         """Return the weight of each sequence's loss in the total, over the global batch: loss_scale / (scored members

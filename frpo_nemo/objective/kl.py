@@ -30,10 +30,28 @@ def k3_penalty(logprobs_R: Tensor, ref_logprobs_R: Tensor) -> Tensor:
     return torch.where(difference_R > LINEAR_BEYOND, tangent_R, torch.expm1(bounded_R) - bounded_R)
 
 
+def reverse_penalty(logprobs_R: Tensor, ref_logprobs_R: Tensor, old_logprobs_R: Tensor) -> Tensor:
+    """Return rho k3_penalty with the gradient of rho k3, rho = pi / pi_old: -rho d for each token's log-prob. Under samples
+    from pi_old its mean is that of KL(pi, pi_ref) of each position, which k3's own gradient is not. theory.md (20).
+    old_logprobs_R: detached. [R], differentiable in logprobs_R."""
+    current_R = logprobs_R.detach()
+    ratios_R = torch.exp(current_R - old_logprobs_R)
+    slopes_R = ratios_R * (current_R - ref_logprobs_R)
+    # The slope is written down: autograd would find it as a difference of two terms of size e^d.
+    return ratios_R * k3_penalty(current_R, ref_logprobs_R) + slopes_R * (logprobs_R - current_R)
+
+
 def sequence_kl(
-    logprobs_R: Tensor, ref_logprobs_R: Tensor, lengths_N: Tensor, token_weights_R: Tensor | None = None
+    logprobs_R: Tensor,
+    ref_logprobs_R: Tensor,
+    lengths_N: Tensor,
+    token_weights_R: Tensor | None = None,
+    old_logprobs_R: Tensor | None = None,
 ) -> Tensor:
-    """Return k3_penalty, times the tokens' weights if given, averaged over each sequence's tokens. lengths_N: int64, >= 1.
-    [N], differentiable in logprobs_R."""
-    penalties_R = k3_penalty(logprobs_R, ref_logprobs_R)
+    """Return k3_penalty, or with old_logprobs_R reverse_penalty, times the tokens' weights if given, averaged over each
+    sequence's tokens. lengths_N: int64, >= 1. [N], differentiable in logprobs_R."""
+    if old_logprobs_R is None:
+        penalties_R = k3_penalty(logprobs_R, ref_logprobs_R)
+    else:
+        penalties_R = reverse_penalty(logprobs_R, ref_logprobs_R, old_logprobs_R)
     return token_mean(penalties_R if token_weights_R is None else penalties_R * token_weights_R, lengths_N)

@@ -10,7 +10,6 @@ from torch import Tensor
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron.actor import Losses
 from frpo_nemo.objective.base import Objective
-from frpo_nemo.objective.kl import sequence_kl
 from frpo_nemo.objective.mismatch import agreement, truncated_importance
 
 
@@ -38,7 +37,8 @@ class PolicyLoss:
         losses = losses * sequences.columns["coefficient"]
         per_sequence = {"clipped": clipped}
         if self.objective.beta > 0:
-            kl = sequence_kl(logprobs, sequences.token_columns["reference_logprobs"], lengths, counted)
+            reference = sequences.token_columns["reference_logprobs"]
+            kl = self.objective.reference_kl(logprobs, old, reference, lengths, counted)
             losses = losses + self.objective.beta * kl / self.num_sequences
             per_sequence["kl"] = kl.detach()
         return Losses(losses, per_sequence, {"ratio": torch.exp(logprobs.detach() - old), "masked": 1 - counted})

@@ -139,7 +139,8 @@ def group_loss(rollouts: Rollouts, current: Tensor, objective: FRPO) -> Tensor:
         ratios = torch.stack([torch.exp(current[row, t - 1] - rollouts.prev_logprobs[row, t]) for t in tokens])
         means.append(ratios.clamp(max=1 + objective.clip_high).mean())
         gaps = torch.stack([rollouts.reference_policy_logprobs[row, t] - current[row, t - 1] for t in tokens])
-        kls.append((torch.exp(gaps) - gaps - 1).mean())
+        own = torch.stack([current[row, t - 1] for t in tokens])
+        kls.append((torch.exp(own - own.detach()) * (torch.exp(gaps) - gaps - 1)).mean())  # as NeMo-RL weighs k3
     losses = []
     for group in range(3):
         members = [i for i in range(12) if rollouts.groups[i] == group and valid[i] and rollouts.rewards[i].isfinite()]

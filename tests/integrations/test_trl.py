@@ -61,6 +61,7 @@ CUTS = {
     "two passes of two updates": dict(
         gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_steps=4
     ),
+    "two passes with k3's own gradient": dict(num_iterations=2, max_steps=2, use_bias_correction_kl=False),
 }
 
 
@@ -246,7 +247,6 @@ REFUSED = {
     "top_entropy_quantile": 0.2,
     "entropy_coef": 0.01,
     "use_adaptive_entropy": True,
-    "use_bias_correction_kl": True,
     "epsilon_high": None,
     "beta": -1.0,
     "frpo_lambda": 0.0,

@@ -37,7 +37,6 @@ from verl.workers.utils.losses import ppo_loss
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.integrations import verl as frpo_in_verl
 from frpo_nemo.objective import FRPO
-from frpo_nemo.objective.kl import sequence_kl
 
 DOC = Path(__file__).parents[2] / "docs" / "integrations" / "verl.md"
 PROMPT_LENGTH = 2
@@ -294,16 +293,19 @@ def test_a_micro_batch_of_padding_has_no_gradient(old_log_probs, columns):
     assert gradient[:3].abs().sum() == 0 and gradient.isfinite().all()
 
 
-def test_verls_kl_loss_is_beta_times_the_mean_kl_of_the_sequences(old_log_probs, columns):
+@pytest.mark.parametrize(("kl_loss_type", "kl_gradient"), [("low_var_kl", "k3"), ("low_var_kl+", "reverse")])
+def test_verls_kl_loss_is_beta_times_the_mean_kl_of_the_sequences(old_log_probs, columns, kl_loss_type, kl_gradient):
     log_probs = moved(old_log_probs, 0.1)
     columns["ref_log_prob"] = moved(log_probs, 0.2)
     rows = torch.arange(len(REWARDS))
-    kl = {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "low_var_kl"}
+    kl = {"use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": kl_loss_type}
     actual = accumulated_gradient(log_probs, columns, rows, 2, 3, **kl)
     actual -= accumulated_gradient(log_probs, columns, rows, 2, 3)
     expected = log_probs.clone().requires_grad_()
     mask = response_mask().bool()
-    (0.3 * sequence_kl(expected[mask], columns["ref_log_prob"][mask], LENGTHS).mean()).backward()
+    objective = FRPO(lambda_=1.0, beta=0.3, kl_gradient=kl_gradient)
+    own = expected[mask]
+    (0.3 * objective.reference_kl(own, own.detach(), columns["ref_log_prob"][mask], LENGTHS).mean()).backward()
     assert relative_error(actual, expected.grad) < 1e-5
 
 

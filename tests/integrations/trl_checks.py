@@ -130,7 +130,8 @@ def group_loss_gradient(path, trainer, weights, old_weights, step_rows, mismatch
             ratio = ratio.detach() + mismatch[row] * (ratio - ratio.detach())
         importance.append(ratio.mean())
         difference = reference - own
-        kl.append((torch.exp(difference) - difference - 1).mean())
+        weight = torch.exp(own - old) if trainer.args.use_bias_correction_kl else 1.0
+        kl.append((weight * (torch.exp(difference) - difference - 1)).mean())
     loss = BETA * torch.stack([kl[row] for row in step_rows]).mean()
     for start in range(0, NUM_SEQUENCES, GROUP_SIZE):
         members = [row for row in range(start, start + GROUP_SIZE) if not rewards[row].isnan()]

@@ -144,7 +144,7 @@ def group_loss_gradient(path: str, settings: dict, adapter: str | None = None) -
     shifts = (batch.token_columns[name].double().split(lengths) for name in ("shift_old", "shift_reference"))
     old, reference = ([own.detach() + shift for own, shift in zip(logprobs, s, strict=True)] for s in shifts)
     importance = clipped_importance(logprobs, old, settings["clip_high"])
-    kl = k3_of_reference(logprobs, reference)
+    kl = kl_of_reference(logprobs, reference, old if settings.get("kl_gradient") == "reverse" else None)
     (group_loss(importance, batch, settings["lambda_"]) + settings["beta"] * kl).backward()
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name.removeprefix("base_model.model.").replace(".default", ""): grad for name, grad in trained.items()}
@@ -172,10 +172,14 @@ def clipped_importance(logprobs: list, old: list, clip_high: float) -> torch.Ten
     return torch.stack([torch.minimum(torch.exp(x - y), bound).mean() for x, y in zip(logprobs, old, strict=True)])
 
 
-def k3_of_reference(logprobs: list, reference: list) -> torch.Tensor:
-    """KL to the reference, averaged over the tokens of a sequence, then over sequences."""
+def kl_of_reference(logprobs: list, reference: list, old: list | None = None) -> torch.Tensor:
+    """KL to the reference by k3, averaged over the tokens of a sequence, then over sequences; with `old`, the log-probs under
+    the policy that sampled, each token is weighed by its ratio, so that autograd finds the gradient of the KL itself."""
     differences = [y - x for x, y in zip(logprobs, reference, strict=True)]
-    return torch.stack([(torch.exp(d) - d - 1).mean() for d in differences]).mean()
+    terms = [torch.exp(d) - d - 1 for d in differences]
+    if old is not None:
+        terms = [torch.exp(x - y) * term for x, y, term in zip(logprobs, old, terms, strict=True)]
+    return torch.stack([term.mean() for term in terms]).mean()
 
 
 def group_loss(importance: torch.Tensor, batch: SequenceBatch, lambda_: float) -> torch.Tensor:

@@ -46,6 +46,14 @@ def test_gradient_is_that_of_the_group_loss_in_every_layout(workers, model, expe
     assert relative_error(gradient, expected) < 1e-5
 
 
+def test_gradient_with_that_of_the_kl_itself(workers, model):
+    """kl_gradient=reverse, off-policy; tests/training/test_off_policy.py has it on TP2, PP2 and DP2."""
+    settings = SETTINGS | {"kl_gradient": "reverse"}
+    gradient = workers.run(1, gradient_checks.step_gradient, path=model, objective=settings, microbatch_tokens=64)[0]
+    assert relative_error(gradient, gradient_checks.group_loss_gradient(model, settings)) < 1e-5
+    assert relative_error(gradient, gradient_checks.group_loss_gradient(model, SETTINGS)) > 1e-3
+
+
 @pytest.mark.parametrize(
     "name", ["a microbatch per sequence", "DP2, groups straddle replicas", "TP2 PP2 with sequence parallelism"]
 )

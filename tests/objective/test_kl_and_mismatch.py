@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.objective.kl import LINEAR_BEYOND, k3, k3_penalty, sequence_kl
+from frpo_nemo.objective import FRPO, DrGRPO
+from frpo_nemo.objective.kl import LINEAR_BEYOND, k3, k3_penalty, reverse_penalty, sequence_kl
 from frpo_nemo.objective.mismatch import agreement, mismatch_statistics, truncated_importance
 
 
@@ -69,6 +70,101 @@ def test_sequence_kl_leaves_out_tokens_of_weight_0_and_keeps_the_weight_of_the_o
     logprobs, reference = torch.tensor([-1.0, -90.0, -3.0]), torch.tensor([-1.5, -2.0, -2.0])
     values = sequence_kl(logprobs, reference, torch.tensor([2, 1]), torch.tensor([1.0, 0.0, 1.0]))
     assert values.tolist() == pytest.approx([(math.exp(-0.5) + 0.5 - 1) / 2, math.e - 2])
+
+
+def mean_slope(logits: torch.Tensor, sampler: torch.Tensor, penalty) -> torch.Tensor:
+    """Return the expected gradient of penalty(log-probs) in the logits when `sampler`'s probabilities draw the tokens: all
+    of the vocabulary is gone through."""
+    logits = logits.clone().requires_grad_()
+    (sampler.exp() * penalty(logits.log_softmax(-1))).sum().backward()
+    return logits.grad
+
+
+def kl_slope(logits: torch.Tensor, kl) -> torch.Tensor:
+    logits = logits.clone().requires_grad_()
+    kl(logits.log_softmax(-1)).backward()
+    return logits.grad
+
+
+def kl_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first.exp() * (first - second)).sum()
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.7])
+def test_reverse_has_the_gradient_of_the_kl_and_k3_that_of_the_other_direction(drift):
+    """By enumeration of a vocabulary of 7; with drift, the samples are an older policy's."""
+    generator = torch.Generator().manual_seed(1)
+    logits, reference, moved = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    reference, old = reference.log_softmax(-1), (logits + drift * moved).log_softmax(-1)
+    forward, reverse = (kl_slope(logits, kl) for kl in (lambda p: kl_of(reference, p), lambda p: kl_of(p, reference)))
+    found = mean_slope(logits, old, lambda p: reverse_penalty(p, reference, old))
+    torch.testing.assert_close(found, reverse, rtol=1e-12, atol=1e-14)
+    if not drift:
+        torch.testing.assert_close(mean_slope(logits, old, lambda p: k3(p, reference)), forward, rtol=1e-12, atol=1e-14)
+        assert (forward - reverse).norm() > 0.1 * reverse.norm()
+    values = reverse_penalty(logits.log_softmax(-1), reference, old)
+    torch.testing.assert_close((old.exp() * values).sum(), kl_of(logits.log_softmax(-1), reference))
+
+
+def test_over_a_tree_reverse_has_the_gradient_of_the_kl_at_the_visited_places():
+    """All 27 sequences of 3 tokens of a vocabulary of 3. The gradient is that of mean_t KL at the places which the policy
+    visits; how a token moves the later places is left out, and is the whole difference from the gradient of the KL of
+    sequences."""
+    generator = torch.Generator().manual_seed(2)
+    prefixes = [(), *((a,) for a in range(3)), *((a, b) for a in range(3) for b in range(3))]
+    logits = torch.randn(len(prefixes), 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(len(prefixes), 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    place = {prefix: index for index, prefix in enumerate(prefixes)}
+    policy = logits.log_softmax(-1)
+
+    def tokens_of(table: torch.Tensor, sequence: tuple) -> torch.Tensor:
+        return torch.stack([table[place[sequence[:t]], token] for t, token in enumerate(sequence)])
+
+    sequences = [(a, b, c) for a in range(3) for b in range(3) for c in range(3)]
+    probability = torch.stack([tokens_of(policy, y).sum().exp() for y in sequences])
+    objective = FRPO(lambda_=1.0, beta=0.1, kl_gradient="reverse")
+    own = torch.cat([tokens_of(policy, y) for y in sequences])
+    references = torch.cat([tokens_of(reference, y) for y in sequences])
+    terms = objective.reference_kl(own, own.detach(), references, torch.full((27,), 3))
+    [found] = torch.autograd.grad((probability.detach() * terms).sum(), logits, retain_graph=True)
+
+    visited = torch.zeros(len(prefixes), dtype=torch.float64)
+    for sequence, weight in zip(sequences, probability, strict=True):
+        for t in range(3):
+            visited[place[sequence[:t]]] += weight.detach()
+    kl_at_places = (policy.exp() * (policy - reference)).sum(-1)
+    [at_places] = torch.autograd.grad((visited * kl_at_places).sum() / 3, logits, retain_graph=True)
+    torch.testing.assert_close(found, at_places, rtol=1e-12, atol=1e-14)
+
+    ratios = torch.stack([(tokens_of(policy, y) - tokens_of(reference, y)).sum() for y in sequences])
+    [of_sequences] = torch.autograd.grad((probability * ratios).sum() / 3, logits, retain_graph=True)
+    later = torch.zeros((), dtype=torch.float64)  # the score of each token times the KL at the places after it
+    for sequence, weight in zip(sequences, probability, strict=True):
+        scores = tokens_of(policy, sequence)
+        for t in range(3):
+            after = sum(kl_at_places[place[sequence[:s]]].detach() for s in range(t + 1, 3))
+            later = later + weight.detach() * scores[t] * after / 3
+    [of_later] = torch.autograd.grad(later, logits)
+    torch.testing.assert_close(found + of_later, of_sequences, rtol=1e-12, atol=1e-14)
+    assert of_later.norm() > 0.05 * of_sequences.norm()
+
+
+def test_reverse_stays_finite_and_exact_far_from_the_reference():
+    logprobs = torch.tensor([-1000.0, -30.0, -0.1], requires_grad=True)
+    reference = torch.tensor([-0.5, -0.5, -300.0])
+    penalty = reverse_penalty(logprobs, reference, logprobs.detach())
+    penalty.sum().backward()
+    assert penalty.isfinite().all()
+    assert logprobs.grad.tolist() == pytest.approx([-999.5, -29.5, 299.9])
+
+
+def test_a_gradient_of_the_kl_without_a_kl_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"objective\.kl_gradient=reverse has an effect with objective\.beta above 0 only"
+    ):
+        DrGRPO(kl_gradient="reverse")
+    with pytest.raises(ConfigError, match="kl_gradient"):
+        DrGRPO(beta=0.1, kl_gradient="k2")
 
 
 def test_agreement_is_within_the_limit_on_both_sides_and_a_nan_stays_visible():

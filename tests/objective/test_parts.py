@@ -163,7 +163,7 @@ def test_a_missing_part_of_equal_ones_is_exactly_equal_however_their_mean_rounds
 
 @pytest.mark.parametrize("judged", [2, 3, 5, 6])
 def test_missing_at_random_shrinks_what_a_reward_says_and_does_not_turn_it(judged):
-    """The mean over all ways to lack it, theory.md (21): (judged - 1) / (G - 1) of the centred reward."""
+    """The mean over all ways to lack it, theory.md (22): (judged - 1) / (G - 1) of the centred reward."""
     rewards = torch.tensor([0.0, 1.0, 1.0, 0.2, -3.0, 0.4], dtype=torch.float64)
     total, ways = torch.zeros(6), list(itertools.combinations(range(6), judged))
     for chosen in ways:

@@ -12,7 +12,7 @@ from gradient_checks import (
     group_loss,
     hugging_face_gradients,
     hugging_face_model,
-    k3_of_reference,
+    kl_of_reference,
     response_logprobs,
 )
 from learn_checks import Learner
@@ -92,9 +92,11 @@ class Expected:
         with torch.no_grad():
             self.old = response_logprobs(self.model, self.batch)
 
-    def gradient(self, update: Update, lambda_: float, *, frozen: bool = False) -> dict[str, torch.Tensor]:
+    def gradient(
+        self, update: Update, lambda_: float, *, frozen: bool = False, reverse: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Of the group loss over the update's groups at its weights. frozen: the group loss is replaced by its tangent
-        at m = 1, which is a sum of -A_i m_i with the on-policy advantages."""
+        at m = 1, which is a sum of -A_i m_i with the on-policy advantages. reverse: see objective.kl_gradient."""
         chosen = torch.isin(self.batch.columns["group"], torch.tensor(update.groups)).nonzero().flatten().tolist()
         minibatch, old = self.batch.select(chosen), [self.old[index] for index in chosen]
         self.model.load_state_dict({name: tensor.double() for name, tensor in update.weights.items()})
@@ -107,7 +109,7 @@ class Expected:
             loss = (slope * importance).sum()
         else:
             loss = group_loss(importance, minibatch, lambda_)
-        (loss + BETA * k3_of_reference(logprobs, old)).backward()
+        (loss + BETA * kl_of_reference(logprobs, old, old if reverse else None)).backward()
         return {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
 
     def lambda_of_radius(self, radius: float) -> float:

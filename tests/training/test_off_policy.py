@@ -44,6 +44,14 @@ def test_every_update_has_the_gradient_of_the_group_loss_at_the_policy_of_its_mo
 
 
 @in_every_layout
+def test_the_reverse_gradient_of_the_kl_counts_every_token_by_its_ratio(workers, model, expected, layout):
+    updates, _ = run(workers, model, layout, lambda_=LAMBDA, kl_gradient="reverse")
+    for update in updates:
+        assert relative_error(update.gradient, expected.gradient(update, LAMBDA, reverse=True)) < 1e-5
+    assert relative_error(updates[-1].gradient, expected.gradient(updates[-1], LAMBDA)) > 1e-4
+
+
+@in_every_layout
 def test_frozen_importance_takes_on_policy_advantages_and_no_further_passes(workers, model, expected, layout):
     updates, ranks = run(workers, model, layout, lambda_=LAMBDA, refresh_importance="false")
     for update in updates:
