@@ -66,6 +66,11 @@ class Objective(ABC):
         """Return the factor of the whole reward part."""
         return 1.0
 
+    def reward_weight(self, group_size: int) -> float | None:
+        """Return the factor of r_i - mean(r) in the loss of a group of `group_size` whose rewards hardly differ; None if it
+        depends on the batch. beta / reward_weight is the beta of Dr. GRPO with the same balance of rewards and KL."""
+        return None
+
     @abstractmethod
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """Return float32 [N], 0 for a sequence that takes no part: one without a reward, or whose group has fewer than

@@ -115,6 +115,11 @@ class FRPO(Objective):
         lambda_ = self._known_lambda()
         return max(lambda_, 1.0) if self.scale == "paper" else lambda_
 
+    def reward_weight(self, group_size: int) -> float | None:
+        if self.lambda_ is None:
+            return None
+        return self.loss_scale / self.lambda_ * (group_size / (group_size - 1) if self.jackknife else 1.0)
+
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """Return A_eff_i = baseline * mean_j m_j g_j - g_i, so that d (loss of the group) / d m_i = -A_eff_i / G. The
         mean is 1 with KL, whatever the rewards. See Objective."""

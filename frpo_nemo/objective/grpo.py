@@ -41,6 +41,9 @@ class DrGRPO(Objective):
     def _normalised(self, groups: Groups, centred_M: Tensor) -> Tensor:
         return centred_M
 
+    def reward_weight(self, group_size: int) -> float | None:
+        return 1.0
+
     def sequence_loss(
         self,
         logprobs_R: Tensor,
@@ -72,6 +75,9 @@ class GRPO(DrGRPO):
 
     std is the sample standard deviation (divisor G - 1), as in TRL and verl; the paper does not state which.
     """
+
+    def reward_weight(self, group_size: int) -> float | None:
+        return None  # one over the group's standard deviation
 
     def _normalised(self, groups: Groups, centred_M: Tensor) -> Tensor:
         std_K = torch.sqrt(groups.sum(centred_M.square()) / (groups.sizes - 1))

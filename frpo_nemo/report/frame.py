@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.objective import build_objective
 from frpo_nemo.study.results import ResultRow, check_row
 
 REWARD = "reward/mean"
@@ -110,6 +111,20 @@ class Results:
         """Return the objective's settings in stage one; {} for an arm that had none."""
         mine = (row["settings"] for row in self.rows if row["arm"] == arm and row["stage"] == "train")
         return dict(next(mine, dict[str, Any]()).get("objective") or {})
+
+    def effective_beta(self, arm: str) -> float | None:
+        """Return the beta of Dr. GRPO that weighs the KL against rewards that hardly differ as this arm does; None where
+        that depends on the batch, or where stage one is not among the runs."""
+        settings: dict[str, Any] = next((r["settings"] for r in self.rows if r["arm"] == arm and r["stage"] == "train"), {})
+        group_size = (settings.get("rollout") or {}).get("group_size")
+        if not self.objective(arm) or not group_size:
+            return None
+        try:
+            objective = build_objective(self.objective(arm))
+        except ConfigError:  # one of the user's own, whose module is not here
+            return None
+        weight = objective.reward_weight(group_size)
+        return objective.beta / weight if weight else None
 
     def objective_name(self, arm: str) -> str | None:
         objective = self.objective(arm)

@@ -59,12 +59,17 @@ def distance_table(results: Results, task: str) -> Table:
 def stage_one_table(results: Results) -> Table:
     """Return each arm's results of stage one. A section for each reward."""
     kl, sections = results.kl_at_end("train"), {}
+    betas = {arm: results.effective_beta(arm) for arm in results.arms}
+    beta = pd.Series({arm: NONE if value is None else f"{value:.3g}" for arm, value in betas.items()})
     for reward in results.rewards:
         before, after = results.at_start(reward, "train"), results.at_end(reward, "train")
-        sections[reward] = {"reward before": before, "reward after": after, "KL to the reference": kl}
+        columns = {"reward before": before, "reward after": after, "KL to the reference": kl}
+        sections[reward] = {"effective beta": beta} | columns
     note = (
         "Reward on held-out prompts at the first and the last validation of stage one; KL in nats per response "
-        f"({_measured(results.kl_name('train'))}). " + _OVER_SEEDS
+        f"({_measured(results.kl_name('train'))}). " + _OVER_SEEDS + " Effective beta: the beta with which GRPO without the "
+        "standard deviation would weigh the KL against rewards that hardly differ as the arm does; with the standard "
+        "deviation it is beta times that, and changes from group to group."
     )
     return Table(_by_reward(seeds_text(results, "train"), sections), note if sections else "")
 
@@ -131,8 +136,9 @@ def _by_reward(seeds: pd.Series, sections: dict[str, dict[str, pd.DataFrame]]) -
 
 
 def _lines(seeds: pd.Series, columns: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return a line for each arm: its seeds, and the mean of each column over them."""
-    lines = pd.DataFrame({"seeds": seeds} | {name: values.apply(mean_text) for name, values in columns.items()})
+    """Return a line for each arm: its seeds, and the mean of each column over them. A column may be text already."""
+    texts = {n: values if isinstance(values, pd.Series) else values.apply(mean_text) for n, values in columns.items()}
+    lines = pd.DataFrame({"seeds": seeds} | texts)
     return lines.rename_axis("arm")
 
 

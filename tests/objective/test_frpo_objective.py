@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracles import DIVERGENCES, batch_loss, batches, drifted_importance, group_sizes, ragged_batch, repeatable, seeds
 from torch import Tensor
 
-from frpo_nemo.objective import FRPO, DrGRPO
+from frpo_nemo.objective import FRPO, GRPO, DrGRPO
 
 SWITCHES = [
     {"f_divergence": f_divergence, "jackknife": jackknife, "baseline": baseline, "scale": scale}
@@ -338,3 +338,19 @@ def test_statistics_of_a_mixed_batch():
 def test_frozen_importance_is_not_asked_for():
     assert FRPO(lambda_=1.0).uses_importance
     assert not FRPO(lambda_=1.0, refresh_importance=False).uses_importance
+
+
+@pytest.mark.parametrize("jackknife", [True, False])
+@pytest.mark.parametrize("f_divergence", ["kl", "chi_squared"])
+@pytest.mark.parametrize("scale, lambda_", [("paper", 0.5), ("paper", 5.0), ("objective", 0.5)])
+def test_the_reward_weight_is_the_slope_of_the_advantages_where_rewards_hardly_differ(
+    jackknife, f_divergence, scale, lambda_
+):
+    objective = FRPO(lambda_=lambda_, f_divergence=f_divergence, jackknife=jackknife, scale=scale)
+    rewards = 1e-4 * torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, -2.5, 0.0, 1.5], dtype=torch.float64)
+    advantages = objective.loss_scale * objective.effective_advantages(rewards, torch.zeros(8, dtype=torch.int64)).double()
+    centred = rewards - rewards.mean()
+    slope = (advantages @ centred / (centred @ centred)).item()
+    assert slope == pytest.approx(objective.reward_weight(8), rel=1e-3)
+    assert DrGRPO().reward_weight(8) == 1
+    assert FRPO(kl_radius=0.1).reward_weight(8) is None and GRPO().reward_weight(8) is None

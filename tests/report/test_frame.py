@@ -58,3 +58,25 @@ def test_the_best_kl_that_most_runs_have_is_used_for_all():
 def test_no_rows_are_refused():
     with pytest.raises(ConfigError, match="no results"):
         Results([])
+
+
+def test_effective_beta_is_grpos_with_the_same_balance_of_rewards_and_kl():
+    """The betas of the paper's safety training: GRPO's .1 is 114 to 571 times FRPO's."""
+
+    def row(arm, objective, **rollout):
+        row = train_row(arm, 1, objective)
+        return row | {"settings": row["settings"] | {"rollout": rollout}}
+
+    frpo = {"name": "frpo"}
+    rows = [
+        row("grpo", {"name": "dr_grpo", "beta": 0.1}, group_size=8),
+        row("frpo_5", frpo | {"lambda_": 5, "beta": 0.0002}, group_size=8),
+        row("frpo_0.5", frpo | {"lambda_": 0.5, "beta": 0.002}, group_size=8),
+        row("grpo_std", {"name": "grpo", "beta": 0.1}, group_size=8),
+        row("radius", frpo | {"kl_radius": 0.1, "beta": 0.1}, group_size=8),
+        row("own", {"_target_": "nowhere.Objective", "beta": 0.1}, group_size=8),
+        row("unknown", frpo | {"lambda_": 5, "beta": 0.0002}),
+    ]
+    results = Results(rows)
+    found = [results.effective_beta(arm) for arm in results.arms]
+    assert found[:3] == pytest.approx([0.1, 0.000175, 0.000875]) and found[3:] == [None] * 4

@@ -103,6 +103,8 @@ def test_every_lambda_goes_with_the_beta_and_the_learning_rate_of_the_paper():
         objective = experiment("safety_mistral_7b", *overrides).objective
         pairs[name] = objective["name"], objective.get("lambda_"), objective["beta"]
     assert pairs.pop("grpo") == ("dr_grpo", None, 0.1) and pairs.pop("grpo_std") == ("grpo", None, 0.1)
+    at_frpos_weight = pairs.pop("grpo_beta_0.001"), pairs.pop("grpo_std_beta_0.001")
+    assert at_frpos_weight == (("dr_grpo", None, 0.001), ("grpo", None, 0.001))
     assert [pair[1:] for pair in pairs.values()] == [
         (5, 0.0002), (2, 0.0005), (1, 0.001), (0.5, 0.002), (0.2, 0.005), (0.1, 0.1), (0.1, 0.01),
     ]  # fmt: skip
