@@ -219,11 +219,18 @@ class RolloutConfig(EngineConfig):
         above=0,
     )
     importance_correction: str = option(
-        "Weigh by the ratio of the trainer's probability to vLLM's, of each token or of the whole sequence.",
+        "Weigh by the ratio of the trainer's probability to vLLM's: of each token, of the whole sequence, or the geometric mean "
+        "over the sequence.",
         "none",
-        choices=("none", "token", "sequence"),
+        choices=("none", "token", "sequence", "geometric"),
     )
-    importance_limit: float = option("Largest weight of importance_correction.", 2.0, above=0, also=float("inf"))
+    importance_limit: float = option("Largest ratio of importance_correction.", 2.0, above=0, also=float("inf"))
+    importance_floor: float = option("Smallest ratio of importance_correction.", 0.0, at_least=0)
+    importance_outside: str = option(
+        "What a ratio beyond importance_limit or importance_floor counts: that bound (truncate), or 0 (mask).",
+        "truncate",
+        choices=("truncate", "mask"),
+    )
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective import FRPO, build_objective
 from frpo_nemo.objective.kl import k3
-from frpo_nemo.objective.mismatch import truncated_importance
+from frpo_nemo.objective.mismatch import MismatchWeights
 
 # NeMo-RL's loss settings that would change what FRPO computes, with the values that change nothing.
 NEUTRAL = {
@@ -32,8 +32,7 @@ NEUTRAL = {
     "reference_policy_kl_type": ("k3",),
     "kl_input_clamp_value": (None,),
     "kl_output_clamp_value": (None,),
-    "truncated_importance_sampling_type": (None, "tis"),
-    "truncated_importance_sampling_ratio_min": (None,),
+    "truncated_importance_sampling_type": (None, "tis", "icepop"),
 }
 # Fields of FRPO that NeMo-RL's configuration already has a name for.
 NAMED_BY_NEMO_RL = {"clip_high": "ratio_clip_max", "beta": "reference_policy_kl_penalty"}
@@ -101,8 +100,9 @@ class FRPOLossFn:
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.force_on_policy_ratio = cfg.force_on_policy_ratio
         self.corrects_mismatch = cfg.use_importance_sampling_correction
-        truncated = cfg.truncated_importance_sampling_type == "tis"
-        self.importance_limit = cfg.truncated_importance_sampling_ratio if truncated else math.inf
+        kind, low = cfg.truncated_importance_sampling_type, cfg.truncated_importance_sampling_ratio_min
+        high = cfg.truncated_importance_sampling_ratio if kind else math.inf
+        self.mismatch_weights = MismatchWeights(low=low or 0.0 if kind else 0.0, high=high, mask=kind == "icepop")
 
     @property
     def reference_policy_kl_penalty(self) -> float:
@@ -187,7 +187,7 @@ class FRPOLossFn:
         weights_R = tokens["advantages"]
         if self.corrects_mismatch:
             generation_R = tokens["generation_logprobs"]
-            weights_R = weights_R * truncated_importance(old_R, generation_R, lengths_N, limit=self.importance_limit)
+            weights_R = weights_R * self.mismatch_weights(old_R, generation_R, lengths_N)
         ones_N = torch.ones_like(lengths_N, dtype=logprobs_R.dtype)
         losses_N, _ = self.objective.sequence_loss(logprobs_R, old_R, lengths_N, ones_N, weights_R)
         if self.objective.beta == 0:

@@ -1,42 +1,56 @@
 """Measure how far the rollout engine and the trainer, which compute the same policy with different kernels, differ; find the
-tokens on which they disagree; and correct for the rest with truncated importance weights (Yao et al. 2025, "Your Efficient
-RL Framework Secretly Brings You Off-Policy RL Training")."""
+tokens on which they disagree; and correct for the rest with bounded importance weights (truncated: Yao et al. 2025, "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training"; masked: Liu et al. 2025, "When Speed Kills Stability";
+IcePop: the Ring-1T report, arXiv 2510.18855)."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from frpo_nemo.errors import ConfigError
-from frpo_nemo.objective.ragged import per_token, token_sum
+from frpo_nemo.objective.ragged import per_token, token_mean, token_sum
 
-LEVELS = ("token", "sequence")
+LEVELS = ("token", "sequence", "geometric")
+
+
+@dataclass(frozen=True)
+class MismatchWeights:
+    """Weights of tokens for the mismatch: the ratio pi_train / pi_rollout, bounded.
+
+    level "token": each token's own ratio. "sequence": the product of the ratios of the token's sequence, exact but of high
+    variance. "geometric": their geometric mean, the product's root by the length. The last two are the same for all tokens
+    of a sequence. Ratios outside [low, high] become the nearer bound (truncated importance sampling), or with `mask` 0, as
+    in masked importance sampling (level sequence or geometric) and IcePop (level token).
+    """
+
+    level: str = "token"
+    low: float = 0.0
+    high: float = 2.0
+    mask: bool = False
+
+    @torch.no_grad()
+    def __call__(self, train_logprobs_R: Tensor, rollout_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
+        """Return the weight of every token, detached. A NaN stays one, because it must show in the loss. [R]"""
+        gaps_R = train_logprobs_R - rollout_logprobs_R
+        if self.level != "token":
+            mean = token_sum if self.level == "sequence" else token_mean
+            gaps_R = per_token(mean(gaps_R, lengths_N), lengths_N, gaps_R.numel())
+        log_low, log_high = math.log(self.low) if self.low else -math.inf, math.log(self.high)
+        weights_R = torch.exp(gaps_R.clamp(log_low, log_high))  # bounded before exp, which could overflow
+        if self.mask:
+            weights_R = torch.where((gaps_R < log_low) | (gaps_R > log_high), 0.0, weights_R)
+        return weights_R
 
 
 @torch.no_grad()
-def truncated_importance(
-    train_logprobs_R: Tensor,
-    rollout_logprobs_R: Tensor,
-    lengths_N: Tensor,
-    level: str = "token",
-    limit: float = 2.0,
-) -> Tensor:
-    """Return min(pi_train / pi_rollout, limit) per token, detached. [R]
-
-    level "token": each token's own ratio. "sequence": the product of the ratios of the token's whole
-    sequence, the same for all its tokens; exact but of high variance. Raises ConfigError for another level or a
-    limit that is not positive.
-    """
-    if level not in LEVELS:
-        raise ConfigError(f"level={level!r} of the importance weights must be one of {', '.join(LEVELS)}.")
-    if not limit > 0:
-        raise ConfigError(f"limit={limit!r} of the importance weights must be above 0.")
-    gaps_R = train_logprobs_R - rollout_logprobs_R
-    if level == "sequence":
-        gaps_R = per_token(token_sum(gaps_R, lengths_N), lengths_N, gaps_R.numel())
-    return torch.exp(gaps_R.clamp(max=math.log(limit)))
+def effective_sample_size(weights_R: Tensor) -> float:
+    """Return (sum w)^2 / (R sum w^2): the share of the tokens that would be worth as much with equal weights."""
+    weights_R = weights_R.double()
+    squares = weights_R.square().sum().item()
+    return weights_R.sum().item() ** 2 / (weights_R.numel() * squares) if squares else 0.0
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
 from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.objective import Objective, build_objective
+from frpo_nemo.objective.mismatch import MismatchWeights
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.loss import PolicyLoss
@@ -146,14 +147,15 @@ def learn(
 
 
 def policy_loss(cfg: FRPORun, objective: Objective, minibatch: SequenceBatch) -> PolicyLoss:
-    rollout = cfg.rollout
-    return PolicyLoss(
-        objective,
-        minibatch.num_sequences,
-        token_gap_limit=rollout.token_gap_limit,
-        importance_correction=rollout.importance_correction,
-        importance_limit=rollout.importance_limit,
-    )
+    rollout, correction = cfg.rollout, None
+    if rollout.importance_correction != "none":
+        correction = MismatchWeights(
+            level=rollout.importance_correction,
+            low=rollout.importance_floor,
+            high=rollout.importance_limit,
+            mask=rollout.importance_outside == "mask",
+        )
+    return PolicyLoss(objective, minibatch.num_sequences, rollout.token_gap_limit, correction)
 
 
 def update(

@@ -10,7 +10,7 @@ from torch import Tensor
 from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron.actor import Losses
 from frpo_nemo.objective.base import Objective
-from frpo_nemo.objective.mismatch import agreement, truncated_importance
+from frpo_nemo.objective.mismatch import MismatchWeights, agreement
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,13 @@ class PolicyLoss:
     Reads the columns advantage and coefficient, and the token columns rollout_logprobs, reference_logprobs (if the
     objective has a KL term) and old_logprobs (off-policy; without it the current policy is the old one).
     token_gap_limit: nats by which vLLM and Megatron may differ on a token that counts in the loss; None: any.
-    importance_correction: none, token or sequence weights for the mismatch between vLLM and Megatron.
+    correction: weights for the mismatch between vLLM and Megatron.
     """
 
     objective: Objective
     num_sequences: int
     token_gap_limit: float | None = None
-    importance_correction: str = "none"
-    importance_limit: float = 2.0
+    correction: MismatchWeights | None = None
 
     def __call__(self, logprobs: Tensor, entropy: Tensor, sequences: SequenceBatch) -> Losses:
         lengths = sequences.response_lengths
@@ -41,22 +40,24 @@ class PolicyLoss:
             kl = self.objective.reference_kl(logprobs, old, reference, lengths, counted)
             losses = losses + self.objective.beta * kl / self.num_sequences
             per_sequence["kl"] = kl.detach()
-        return Losses(losses, per_sequence, {"ratio": torch.exp(logprobs.detach() - old), "masked": 1 - counted})
+        per_token = {"ratio": torch.exp(logprobs.detach() - old), "masked": 1 - counted}
+        if self.correction is not None:
+            per_token["weight"] = weights
+        return Losses(losses, per_sequence, per_token)
 
     def _token_weights(self, old: Tensor, sequences: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Return factors [R] of the tokens' KL terms, which are 0 or 1, and of their reward terms."""
         counted = torch.ones_like(old)
-        if self.token_gap_limit is None and self.importance_correction == "none":
+        if self.token_gap_limit is None and self.correction is None:
             return counted, counted
         rollout = sequences.token_columns["rollout_logprobs"]
         if self.token_gap_limit is not None:
             counted = agreement(old, rollout, self.token_gap_limit)
-        if self.importance_correction == "none":
+        if self.correction is None:
             return counted, counted
         # A token that is left out must not affect the weights of the others in its sequence either.
         compared, lengths = torch.where(counted == 0, old, rollout), sequences.response_lengths
-        correction = truncated_importance(old, compared, lengths, self.importance_correction, self.importance_limit)
-        return counted, counted * correction
+        return counted, counted * self.correction(old, compared, lengths)
 
 
 @dataclass(frozen=True)

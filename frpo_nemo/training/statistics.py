@@ -8,7 +8,7 @@ from torch import Tensor
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.megatron.actor import StepResult
 from frpo_nemo.objective.base import Objective
-from frpo_nemo.objective.mismatch import mismatch_statistics
+from frpo_nemo.objective.mismatch import effective_sample_size, mismatch_statistics
 from frpo_nemo.rollout.worker import Rollouts
 
 
@@ -69,6 +69,8 @@ def step_statistics(objective: Objective, batch: SequenceBatch, results: list[St
         values["kl/reference"] = torch.cat([r.per_sequence["kl"] for r in results]).mean().item()
     gaps = mismatch_statistics(sampling_logprobs(batch, results), batch.token_columns["rollout_logprobs"])
     gaps["share_masked"] = torch.cat([r.per_token["masked"] for r in results]).mean().item()
+    if "weight" in results[0].per_token:
+        gaps["effective_sample_size"] = effective_sample_size(torch.cat([r.per_token["weight"] for r in results]))
     return values | {f"rollout_mismatch/{name}": value for name, value in gaps.items()}
 
 

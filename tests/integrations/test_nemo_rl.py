@@ -296,20 +296,23 @@ def test_forced_on_policy_ratio_needs_no_prev_logprobs():
     assert torch.equal(forced[1], gradient)
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit", "bound"), [(None, None, float("inf")), ("tis", 1.05, 1.05)], ids=["untruncated", "truncated"]
-)
-def test_importance_sampling_correction_weighs_tokens(kind, limit, bound):
+@pytest.mark.parametrize(("kind", "low", "high"), [(None, None, None), ("tis", None, 1.05), ("icepop", 0.95, 1.05)])
+def test_importance_sampling_correction_weighs_tokens(kind, low, high):
     rollouts = Rollouts()
     _, plain, _ = rollouts.train(loss_config())
     corrected = loss_config(
         use_importance_sampling_correction=True,
         truncated_importance_sampling_type=kind,
-        truncated_importance_sampling_ratio=limit,
+        truncated_importance_sampling_ratio=high,
+        truncated_importance_sampling_ratio_min=low,
     )
     _, gradient, _ = rollouts.train(corrected)
     weights = torch.exp(rollouts.prev_logprobs - rollouts.generation_logprobs)[:, 1:]
-    torch.testing.assert_close(gradient, plain * weights.clamp(max=bound))
+    if kind == "tis":
+        weights = weights.clamp(max=high)
+    if kind == "icepop":
+        weights = weights * ((weights >= low) & (weights <= high))
+    torch.testing.assert_close(gradient, plain * weights)
 
 
 def test_a_kl_radius_solves_lambda_from_each_batch_and_remembers_it():
@@ -333,7 +336,7 @@ def test_a_kl_radius_solves_lambda_from_each_batch_and_remembers_it():
         ({"use_cispo": True}, "use_cispo"),
         ({"reference_policy_kl_type": "k2"}, "reference_policy_kl_type"),
         ({"kl_output_clamp_value": 10.0}, "kl_output_clamp_value"),
-        ({"truncated_importance_sampling_type": "icepop"}, "truncated_importance_sampling_type"),
+        ({"truncated_importance_sampling_type": "seq-mask-tis"}, "truncated_importance_sampling_type"),
         ({"frpo": {"lambda_": 0.5, "beta": 0.1}}, "reference_policy_kl_penalty"),
         ({"frpo": {"lambda_": 0.5, "refresh_importance": True}}, "refresh_importance"),
         ({"frpo": 0.5}, "loss_fn.frpo"),

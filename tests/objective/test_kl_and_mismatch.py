@@ -10,7 +10,7 @@ import torch
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective import FRPO, DrGRPO
 from frpo_nemo.objective.kl import LINEAR_BEYOND, k3, k3_penalty, reverse_penalty, sequence_kl
-from frpo_nemo.objective.mismatch import agreement, mismatch_statistics, truncated_importance
+from frpo_nemo.objective.mismatch import MismatchWeights, agreement, effective_sample_size, mismatch_statistics
 
 
 def test_k3_is_unbiased_for_the_kl():
@@ -178,30 +178,37 @@ ROLLOUT = torch.tensor([-1.2, -0.9, -1.5, -1.0, -10.0])
 LENGTHS = torch.tensor([2, 1, 2])
 
 
-@pytest.mark.parametrize(
-    ("level", "expected"),
-    [
-        ("token", [math.exp(0.2), math.exp(-0.1), 2.0, 1.0, 2.0]),
-        ("sequence", [math.exp(0.1), math.exp(0.1), 2.0, 2.0, 2.0]),
-    ],
-)
-def test_truncated_importance(level, expected):
-    weights = truncated_importance(TRAIN.clone().requires_grad_(), ROLLOUT, LENGTHS, level=level)
-    torch.testing.assert_close(weights, torch.tensor(expected))
+RATIOS = {  # at TRAIN and ROLLOUT
+    "token": [math.exp(0.2), math.exp(-0.1), math.exp(1.0), 1.0, math.inf],
+    "sequence": [math.exp(0.1)] * 2 + [math.exp(1.0)] + [math.inf] * 2,
+    "geometric": [math.exp(0.05)] * 2 + [math.exp(1.0)] + [math.exp(50)] * 2,
+}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("low, high", [(0.0, 2.0), (0.95, 2.0), (1.05, 3.0), (0.0, math.inf)])
+@pytest.mark.parametrize("level", RATIOS)
+def test_ratios_beyond_a_bound_are_the_bound_or_0(level, low, high, mask):
+    weights = MismatchWeights(level, low, high, mask)(TRAIN.clone().requires_grad_(), ROLLOUT, LENGTHS)
+    beyond = [0.0 if mask else min(max(ratio, low), high) for ratio in RATIOS[level]]
+    expected = [ratio if low <= ratio <= high else bound for ratio, bound in zip(RATIOS[level], beyond, strict=True)]
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-5, atol=0)
     assert not weights.requires_grad
 
 
-def test_without_a_gap_the_weights_are_one():
-    assert truncated_importance(TRAIN, TRAIN, LENGTHS, level="sequence", limit=3.0).eq(1).all()
+@pytest.mark.parametrize("level", RATIOS)
+@pytest.mark.parametrize("mask", [False, True])
+def test_without_a_gap_the_weights_are_one_and_a_nan_stays_visible(level, mask):
+    weigh = MismatchWeights(level, 0.5, 3.0, mask)
+    assert weigh(TRAIN, TRAIN, LENGTHS).eq(1).all()
+    assert weigh(TRAIN, torch.where(TRAIN == 90, math.nan, TRAIN), LENGTHS).isnan().any()
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [({"level": "tokens"}, "must be one of token, sequence"), ({"limit": 0.0}, "must be above 0")],
-)
-def test_bad_settings_are_refused(settings, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        truncated_importance(TRAIN, ROLLOUT, LENGTHS, **settings)
+def test_the_effective_sample_size_is_the_share_of_tokens_with_equal_weights():
+    assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(1)
+    assert effective_sample_size(torch.tensor([1.0, 0, 0, 0])) == pytest.approx(1 / 4)
+    assert effective_sample_size(torch.tensor([1.0, 2.0])) == pytest.approx(9 / 10)
+    assert effective_sample_size(torch.zeros(3)) == 0
 
 
 def test_mismatch_statistics():

@@ -190,6 +190,8 @@ BAD_INPUT = [
     (["model.fp8_recipe=mxfp8"], ["model.fp8_recipe=mxfp8", "blockwise"]),
     (["rollout.importance_correction=tokens"], ["rollout.importance_correction=tokens", "did you mean token"]),
     (["rollout.importance_limit=0"], ["rollout.importance_limit=0", "above 0"]),
+    (["rollout.importance_correction=token", "rollout.importance_floor=3"], ["importance_floor=3", "importance_limit=2"]),
+    (["rollout.importance_outside=mask"], ["rollout.importance_correction", "token, sequence or geometric"]),
     (["rollout.token_gap_limit=0"], ["rollout.token_gap_limit=0", "above 0, or null"]),
     (["optim.schedule=cosin"], ["optim.schedule=cosin", "did you mean cosine"]),
     (["optim.lr=0"], ["optim.lr=0", "above 0"]),

@@ -14,6 +14,7 @@ from runs import random_model
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.objective import FRPO
 from frpo_nemo.objective.kl import LINEAR_BEYOND, k3
+from frpo_nemo.objective.mismatch import MismatchWeights
 from frpo_nemo.training.loss import PolicyLoss
 
 WIDTH, VOCAB, SEQUENCES, LENGTH, BETA, LIMIT = 64, 50, 8, 16, 0.001, 4.0
@@ -110,12 +111,45 @@ def test_without_a_limit_it_pulls_with_a_bounded_force(edge):
     assert logprobs.grad[edge.policy.place].item() == pytest.approx(force, rel=1e-5)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 def test_a_masked_token_has_no_part_in_its_sequences_correction(edge, level):
     """The product of ratios of its sequence would be about e^-10 with it."""
-    found, _ = gradient(edge, token_gap_limit=LIMIT, importance_correction=level)
+    found, _ = gradient(edge, token_gap_limit=LIMIT, correction=MismatchWeights(level))
     plain, _ = gradient(edge, token_gap_limit=LIMIT)
     assert (found - plain).norm() < 0.5 * plain.norm()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_the_weights_multiply_the_gradient_of_the_reward_alone(level, mask):
+    """Each token's gradient is its formula: weight times -A c rho / T, plus the KL's, in float64."""
+    low, high, lengths = 0.9, 1.1, [3, 1, 4]
+    make = torch.Generator().manual_seed(3)
+    current, old, rollout, reference = -torch.rand(4, 8, generator=make, dtype=torch.float64)
+    current, rollout = old + 0.1 * current, old + 0.3 * (rollout + 0.5)
+    batch = SequenceBatch.from_lists([[0]] * 3, [[1] * length for length in lengths])
+    batch.columns |= {"advantage": torch.tensor([1.0, -2.0, 0.5]), "coefficient": torch.tensor([0.3, 0.2, 0.5])}
+    batch.token_columns |= {"old_logprobs": old, "rollout_logprobs": rollout, "reference_logprobs": reference}
+    loss = PolicyLoss(FRPO(lambda_=0.5, beta=BETA), 3, correction=MismatchWeights(level, low, high, mask))
+    logprobs = current.clone().requires_grad_()
+    out = loss(logprobs, torch.zeros(8), batch)
+    out.losses.sum().backward()
+
+    expected, weights = [], []
+    for sequence, places in enumerate(torch.arange(8).split(lengths)):
+        gaps = (old - rollout)[places].tolist()
+        shared = sum(gaps) if level == "sequence" else sum(gaps) / len(gaps)
+        for place, gap in zip(places.tolist(), gaps, strict=True):
+            ratio = math.exp(gap if level == "token" else shared)
+            weight = min(max(ratio, low), high)
+            weights.append(weight if weight == ratio or not mask else 0.0)
+            rho = math.exp(current[place] - old[place])
+            reward = -batch.columns["advantage"][sequence].item() * batch.columns["coefficient"][sequence].item() * rho
+            kl = BETA / 3 * (1 - math.exp(reference[place] - current[place]))
+            expected.append((weights[-1] * reward + kl) / len(gaps))
+    assert 0 < sum(low < weight < high for weight in weights) < 8
+    assert out.per_token["weight"].tolist() == pytest.approx(weights)
+    assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.fixture(scope="module")

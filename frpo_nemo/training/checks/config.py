@@ -13,7 +13,7 @@ from typing import Any
 from frpo_nemo import stack
 from frpo_nemo.config.hub import is_hub_name
 from frpo_nemo.config.option import shown
-from frpo_nemo.config.options import FRPORun, ModelConfig, SFTRun, TrainingRun
+from frpo_nemo.config.options import FRPORun, ModelConfig, RolloutConfig, SFTRun, TrainingRun
 from frpo_nemo.data.overlap import check_apart
 from frpo_nemo.data.sources import keep_files
 from frpo_nemo.errors import ConfigError
@@ -49,6 +49,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
         )
     _check_engine_options(cfg, world_size)
     _check_batch(cfg, world_size)
+    _check_correction(cfg.rollout)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     _check_longest(cfg, longest, "data.max_prompt_tokens + rollout.max_response_tokens")
     arch = _check_model(cfg.model, longest)
@@ -174,6 +175,19 @@ def _check_engine_options(cfg: TrainingRun, world_size: int) -> None:
         )
     if resources.gpu_memory() or resources.on_login_node():
         stack.check_allocator()
+
+
+def _check_correction(rollout: RolloutConfig) -> None:
+    if rollout.importance_floor > rollout.importance_limit:
+        raise ConfigError(
+            f"rollout.importance_floor={rollout.importance_floor} must not be above rollout.importance_limit="
+            f"{rollout.importance_limit}."
+        )
+    if rollout.importance_correction == "none" and (rollout.importance_floor or rollout.importance_outside == "mask"):
+        raise ConfigError(
+            "rollout.importance_floor and rollout.importance_outside have an effect with rollout.importance_correction only; "
+            "set it to token, sequence or geometric."
+        )
 
 
 def _check_batch(cfg: FRPORun, world_size: int) -> None:
