@@ -219,8 +219,8 @@ class RolloutConfig(EngineConfig):
         above=0,
     )
     importance_correction: str = option(
-        "Weigh by the ratio of the trainer's probability to vLLM's: of each token, of the whole sequence, or the geometric mean "
-        "over the sequence.",
+        "Weigh by the ratio of the trainer's probability to vLLM's: of each token, the product or geometric mean of the "
+        "sequence's.",
         "none",
         choices=("none", "token", "sequence", "geometric"),
     )
