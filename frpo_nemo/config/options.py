@@ -188,6 +188,10 @@ class EngineConfig:
         "generation_config.json.",
         list,
     )
+    think_end_token: str | None = option(
+        "What ends the thoughts of a model that thinks, as </think>: rewards and judges see what follows it; null: everything.",
+        None,
+    )
     tensor_model_parallel_size: int = option(
         "Ranks of each vLLM engine; all ranks are divided into engines.", 1, at_least=1, may_change=True
     )

@@ -58,6 +58,11 @@ class Chat:
                 f"the tokenizer of '{tokenizer.name_or_path}' has no EOS token, so no answer can end: "
                 "set eos_token in its tokenizer_config.json"
             )
+        if self._after_answer == "":
+            raise ConfigError(
+                f"the chat template of '{tokenizer.name_or_path}' writes nothing after an answer, so that a model would not "
+                f"learn where its answers end: let it write {tokenizer.eos_token} there"
+            )
         for name in self.template_args:
             if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
                 raise ConfigError(
@@ -122,15 +127,19 @@ class Chat:
         """Return the tokens that end a turn: EOS, and the first special token that the template writes after an answer."""
         return {self.tokenizer.eos_token_id, *(self._tokenize([self._end])[0][-1:] if self._end else [])}
 
-    @functools.cached_property
+    @property
     def _tail(self) -> str:
-        """Return what the template writes after an answer; "" if it does not show one."""
+        return self._after_answer or ""
+
+    @functools.cached_property
+    def _after_answer(self) -> str | None:
+        """Return what the template writes after an answer; None if it does not show one."""
         conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = self.render(conversation, "a conversation", prompt=False)
         except ConfigError:
-            return ""  # it needs more than a question and an answer
-        return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+            return None  # it needs more than a question and an answer
+        return text.rpartition(_ANSWER)[2] if _ANSWER in text else None
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:

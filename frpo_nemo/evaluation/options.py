@@ -68,7 +68,7 @@ class EvaluateRun:
         at_least=1,
     )
     think_end_token: str | None = option(
-        "What ends the thoughts of a model, as '</think>': math500 and ifeval judge what follows it.", None
+        "What ends the thoughts of a model, as '</think>': math500, ifeval and the probe's rewards judge what follows it.", None
     )
     enable_thinking: bool | None = option(
         "Value of enable_thinking in the chat template; null: the template has no such variable.", None

@@ -64,12 +64,13 @@ def run_reward_probe(cfg: EvaluateRun, model: Path, directory: Path) -> dict[str
     rank, _ = world.start_world()
     rewards = build_rewards(probe.reward)  # first, so that reward errors surface before the model loads
     worker = RolloutWorker(
-        ModelConfig(path=str(model), precision=PRECISION[cfg.dtype]),
+        ModelConfig(path=str(model), precision=PRECISION[cfg.dtype], chat_template_args=_template_args(cfg)),
         EngineConfig(
             temperature=probe.temperature,
             top_p=probe.top_p,
             tensor_model_parallel_size=cfg.tensor_parallel_size,
             gpu_memory_utilization=0.9,
+            think_end_token=cfg.think_end_token,
         ),
         PhaseTimer(),
         seed=probe.seed,
@@ -90,4 +91,10 @@ def run_reward_probe(cfg: EvaluateRun, model: Path, directory: Path) -> dict[str
 
 def probe_settings(cfg: EvaluateRun) -> dict[str, Any]:
     """Return the settings that decide whether two results are comparable."""
-    return redact.values(json.loads(json.dumps(asdict(cfg.probe)))) | {"dtype": cfg.dtype}
+    thinking = {name: getattr(cfg, name) for name in ("think_end_token", "enable_thinking")}
+    given = {name: value for name, value in thinking.items() if value is not None}
+    return redact.values(json.loads(json.dumps(asdict(cfg.probe)))) | {"dtype": cfg.dtype} | given
+
+
+def _template_args(cfg: EvaluateRun) -> dict[str, Any]:
+    return {} if cfg.enable_thinking is None else {"enable_thinking": cfg.enable_thinking}

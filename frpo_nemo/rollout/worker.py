@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from frpo_nemo.objective.parts import compared_rewards, partly_scored
 from frpo_nemo.processes import world
 from frpo_nemo.processes.phases import PhaseTimer
 from frpo_nemo.rewards.reward_set import RewardSet
+from frpo_nemo.rollout import thoughts
 from frpo_nemo.rollout.chat import load_chat, stop_token_ids
 from frpo_nemo.rollout.engine import RolloutEngine, isolated_rng
 from frpo_nemo.rollout.refit_check import GapLimit, check_logprob_gap
@@ -34,7 +36,8 @@ from frpo_nemo.rollout.refit_check import GapLimit, check_logprob_gap
 class Rollouts:
     """A step's responses. `batch` has the columns group, task (index into tasks), truncated, reward (the weighted sum of
     the scored parts), reward/NAME (a part; NaN: unscored), compared (the reward for the objective; NaN: takes no part),
-    partly_scored, and the token column rollout_logprobs. failures: reward -> kind -> count."""
+    partly_scored, with rollout.think_end_token also thought_tokens and unfinished_thoughts, and the token column
+    rollout_logprobs. failures: reward -> kind -> count."""
 
     batch: SequenceBatch
     tasks: list[str | None]
@@ -129,9 +132,9 @@ class RolloutWorker:
             self.engine.sleep()
             world.wait_for_all()  # so that the phase times the slowest engine
         with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw random numbers
-            scores = self._score(scored.rewards, [examples[i] for i in mine], completions)
+            scores, more = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
-            return self._gather(examples, samples, mine, completions, scores, scored)
+            return self._gather(examples, samples, mine, completions, scores, more, scored)
 
     def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
         """Return (places of the prompts whose responses this rank scores, their responses)."""
@@ -155,15 +158,27 @@ class RolloutWorker:
 
     def _score(self, rewards: RewardSet, examples: list[Prompt], completions: list[list]):
         repeated = [(example, c) for example, group in zip(examples, completions, strict=True) for c in group]
-        texts = response_texts([c.token_ids for _, c in repeated], self.tokenizer, self.stop_token_ids)
+        responses = [c.token_ids for _, c in repeated]
+        texts, more = self._answers(repeated, responses)
         names = dict.fromkeys(name for example in examples for name in example.columns)
         columns = {name: [example.columns.get(name) for example, _ in repeated] for name in names}
         columns["response_tokens"] = [len(c.token_ids) for _, c in repeated]
         tasks = [example.task for example, _ in repeated]
-        return rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
+        scores = rewards.score([example.messages for example, _ in repeated], texts, tasks, columns)
+        return scores, more
 
-    def _gather(self, examples, samples, mine, completions, scores, scored: ScoredPrompts) -> Rollouts:
-        """Gather all ranks' responses in the order of the prompts."""
+    def _answers(self, repeated: list[tuple[Prompt, Any]], responses: list[list[int]]):
+        """Return what rewards read of each response, and columns of its thoughts where rollout.think_end_token is set."""
+        texts, end = response_texts(responses, self.tokenizer, self.stop_token_ids), self.rollout.think_end_token
+        if not end:
+            return texts, {}
+        begun = [thoughts.begun_in_prompt(example.prompt_ids, end, self.tokenizer) for example, _ in repeated]
+        parted = thoughts.part(responses, texts, begun, end, self.tokenizer)
+        columns = {"thought_tokens": parted.tokens, "unfinished_thoughts": parted.unfinished}
+        return parted.answers, {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+    def _gather(self, examples, samples, mine, completions, scores, more, scored: ScoredPrompts) -> Rollouts:
+        """Gather all ranks' responses in the order of the prompts. more: columns of this rank's responses."""
         flat = [c for group in completions for c in group]
         responses = (  # as tensors: pickled in bulk
             torch.tensor([len(c.token_ids) for c in flat], dtype=torch.int64),
@@ -171,7 +186,7 @@ class RolloutWorker:
             torch.tensor([logprob for c in flat for logprob in c.logprobs], dtype=torch.float32),
             torch.tensor([c.truncated for c in flat], dtype=torch.bool),
         )
-        tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}}
+        tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}, **more}
         own = (mine, responses, tensors, scores.failures, scores.said)
         everything = world.gather_objects(own)
         places = torch.tensor(

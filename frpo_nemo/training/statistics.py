@@ -23,6 +23,10 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
     parts = [name for name in columns if name.startswith("reward/")]
     for name in parts if len(parts) > 1 else ():
         values |= _mean_and_std(name, columns[name])
+    thoughts = {}
+    if "thought_tokens" in columns:
+        thoughts["thought_length/mean"] = columns["thought_tokens"].mean().item()
+        thoughts["share/unfinished_thoughts"] = columns["unfinished_thoughts"].mean().item()
     failures = {
         f"reward_failures/{reward}/{kind}": float(count)
         for reward, kinds in rollouts.failures.items()
@@ -31,6 +35,7 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
     return (
         values
         | failures
+        | thoughts
         | {
             "response_length/mean": lengths.mean().item(),
             "response_length/max": lengths.max().item(),

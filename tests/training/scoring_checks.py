@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import torch.distributed as dist
+from tiny_models import tiny_tokenizer
 
-from frpo_nemo.config.options import RewardConfig
+from frpo_nemo.config.options import EngineConfig, RewardConfig
 from frpo_nemo.data.prompts import Prompt
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.engine import Completion
 from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
+from frpo_nemo.training.statistics import rollout_statistics
 
 TARGET = f"{Path(__file__).parent / 'partial_reward.py'}:part"
 
@@ -33,4 +35,18 @@ def scored_rollouts(groups: list[dict[str, list]], weights: dict[str, float], ta
     scores = rewards.score(["p"] * len(texts), texts, [str(g) for g in mine for _ in range(size)], {})
     completions = [[Completion([5], [-1.0], False) for _ in range(size)] for _ in mine]
     scored = ScoredPrompts(examples, rewards, [str(number) for number in range(len(groups))])
-    return worker._gather(examples, size, mine, completions, scores, scored)
+    return worker._gather(examples, size, mine, completions, scores, {}, scored)
+
+
+def rollouts_of_thoughts(texts: list[str], end: str) -> tuple[list[float], list[int], dict[str, float]]:
+    """Return rewards, response lengths and what is logged for these responses to two prompts; the reward counts characters."""
+    worker = object.__new__(RolloutWorker)
+    worker.tokenizer, worker.stop_token_ids, worker.rollout = tiny_tokenizer(), [1], EngineConfig(think_end_token=end)
+    worker._reported = set()
+    rewards = build_rewards({"length": RewardConfig(target=TARGET.replace(":part", ":characters"))})
+    completions = [[Completion([*worker.tokenizer.encode(text), 1], [-1.0] * (len(text) + 1), False) for text in texts]]
+    examples, rank = [Prompt([3, 4 + number], "p", "only", {}) for number in range(2)], dist.get_rank()
+    scores, more = worker._score(rewards, examples[rank : rank + 1], completions)
+    scored = ScoredPrompts(examples, rewards, ["only"])
+    rollouts = worker._gather(examples, len(texts), [rank], completions, scores, more, scored)
+    return rollouts.rewards.tolist(), rollouts.batch.response_lengths.tolist(), rollout_statistics(rollouts)

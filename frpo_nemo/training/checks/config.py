@@ -62,8 +62,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
     check_reward_tasks(cfg.reward, cfg.data.validation, all_rewards=False)
     _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
-    check_conversations(cfg, arch)
-    return [*describe_data(), describe_weight_decay(cfg)]
+    return [*describe_data(), describe_weight_decay(cfg), *check_conversations(cfg, arch)]
 
 
 def validate_sft(cfg: SFTRun, world_size: int) -> list[str]:
@@ -98,8 +97,7 @@ def validate_sft(cfg: SFTRun, world_size: int) -> list[str]:
             _check_engine(cfg, arch)
     _check_probe(cfg, arch)
     _check_run(cfg, arch, world_size)
-    check_conversations(cfg, arch)
-    return [*describe_data(), describe_weight_decay(cfg)]
+    return [*describe_data(), describe_weight_decay(cfg), *check_conversations(cfg, arch)]
 
 
 def _check_common(cfg: TrainingRun, world_size: int) -> None:
