@@ -217,6 +217,11 @@ class RolloutConfig(EngineConfig):
     max_response_tokens: int = option(
         "Longest response in tokens; longer ones are cut and counted.", at_least=1, example="2048"
     )
+    truncated: str = option(
+        "Responses that were cut at max_response_tokens: like others (keep), compared with none (mask), or of reward 0 (zero).",
+        "keep",
+        choices=("keep", "mask", "zero"),
+    )
     token_gap_limit: float | None = option(
         "Leave tokens out of the loss whose log-probs of trainer and vLLM differ by more nats than this; null: none.",
         4.0,
@@ -293,6 +298,17 @@ class TrainerConfig:
 @dataclass
 class FRPOTrainerConfig(TrainerConfig):
     updates_per_rollout: int = option("Optimizer steps per rollout, each on its share of the groups.", 1, at_least=1)
+    reference_interval: int | None = option(
+        "Steps after which the policy enters the reference, again and again; null: the reference is the first policy.",
+        None,
+        at_least=1,
+    )
+    reference_mix: float = option(
+        "Weight of the policy when it enters the reference; 1: it replaces it; less: a moving average.",
+        1.0,
+        above=0,
+        at_most=1,
+    )
 
 
 @dataclass

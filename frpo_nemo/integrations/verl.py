@@ -30,6 +30,8 @@ NOT_HERE = {
     "name": "the name is frpo",
     "clip_high": "set actor_rollout_ref.actor.clip_ratio_high",
     "beta": "set actor_rollout_ref.actor.use_kl_loss=True, kl_loss_coef and kl_loss_type=low_var_kl",
+    "entropy_bonus": "set actor_rollout_ref.actor.entropy_coeff",
+    "ratio": "the loss takes each token's own ratio",
     "kl_gradient": "set actor_rollout_ref.actor.kl_loss_type: low_var_kl for k3, low_var_kl+ for reverse",
     "refresh_importance": "verl computes advantages once per rollout batch, so the importance stays 1",
     "radius_smoothing": "verl's checkpoints cannot keep the last step's lambda_",

@@ -26,6 +26,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.megatron.model import DTYPES, build_model, output_weight
+from frpo_nemo.megatron.reference import Reference
 from frpo_nemo.megatron.weights import adapter_files
 from frpo_nemo.megatron.weights.export import stream_hf_weights
 from frpo_nemo.megatron.weights.load import load_hf_weights
@@ -94,7 +95,7 @@ class PolicyActor:
         self.ddp: DistributedDataParallel | None = None
         self.optimizer: MegatronOptimizer | None = None
         self.decayed = weight_decay.MATRICES
-        self._reference: dict[str, Tensor] | None = None
+        self.reference: Reference | None = None  # of full training
         self._offloaded = False
         if optim is not None:
             self._set_up_training()
@@ -167,12 +168,15 @@ class PolicyActor:
         with self._as_reference():
             return self.get_inference_log_probs(batch)
 
-    @torch.no_grad()
     def freeze_reference(self) -> None:
         """Keep a copy of the current weights, on CPU, as the reference policy. With adapters their base is the reference, and
         nothing is copied."""
         if not self.config.lora.rank:
-            self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.gpt.named_parameters()}
+            self.reference = Reference(self.gpt)
+
+    def update_reference(self, mix: float) -> None:
+        """Make the reference mix * policy + (1 - mix) * reference. Checkpoints hold it from then on."""
+        self.reference.update(self.gpt, mix)
 
     @torch.no_grad()
     def compare_with_reference(self, batch: SequenceBatch) -> dict[str, Tensor]:
@@ -307,7 +311,7 @@ class PolicyActor:
             else Losses(logprobs.new_zeros(len(microbatch.indices)))
         )
         out.per_sequence["loss"] = out.losses.detach()
-        out.per_token |= columns | {"logprobs": logprobs.detach()}
+        out.per_token |= {name: column.detach() for name, column in (columns | {"logprobs": logprobs}).items()}
         return out.losses.sum(), torch.ones((), dtype=torch.int, device=hidden.device), out
 
     def _response_hidden(self, microbatch: packing.Microbatch, hidden: Tensor) -> Tensor:
@@ -320,7 +324,7 @@ class PolicyActor:
         return hidden[microbatch.predictors]
 
     def _token_columns(self, microbatch: packing.Microbatch, hidden: Tensor, observe: Observe | None):
-        """Return log-probs [R] with gradient, and columns [R] without."""
+        """Return log-probs [R], and columns [R], of which entropy has a gradient too."""
         logprobs, entropy, likeliest = token_logprobs(
             hidden, output_weight(self.gpt), microbatch.targets, **self._softmax_options()
         )
@@ -365,22 +369,8 @@ class PolicyActor:
     def _as_reference(self) -> Iterator[None]:
         """Turn the model into the reference: switch its adapters off, or exchange the policy's weights for the copied
         ones."""
-        if self.config.lora.rank:
-            with lora.switched_off(self.gpt):
-                yield
-            return
-        self._swap_reference()
-        try:
+        with lora.switched_off(self.gpt) if self.config.lora.rank else self.reference.inside(self.gpt):
             yield
-        finally:
-            self._swap_reference()
-
-    @torch.no_grad()
-    def _swap_reference(self) -> None:
-        for name, parameter in self.gpt.named_parameters():
-            current = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(self._reference[name])
-            self._reference[name] = current
 
 
 class _SumOverGroup(torch.autograd.Function):

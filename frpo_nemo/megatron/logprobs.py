@@ -52,7 +52,7 @@ def token_logprobs(
     in_fp32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log softmax(hidden @ weight^T / temperature) at `targets`, the entropy of that distribution, and 1 where the
-    target is its likeliest token, else 0 (no gradient in the last two).
+    target is its likeliest token, else 0 (without gradient).
 
     hidden: [T, H], equal on all TP ranks; its gradient is *partial* (this rank's vocabulary only), and the caller's mapping
     sums it over TP. weight: [V/tp, H]. targets: int64 [T], global ids. in_fp32: see vocab_parallel_logits.
@@ -119,13 +119,16 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy[chunk] = logsumexp[chunk] - sums[1] / sums[0]
             logprobs[chunk] = sums[2] - logsumexp[chunk]
             likeliest[chunk] = (sums[2] >= maximum).float()
-        ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.mark_non_differentiable(entropy, likeliest)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, entropy)
+        ctx.mark_non_differentiable(likeliest)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy, likeliest
 
     @staticmethod
-    def backward(ctx, grad_logprobs, *_):
-        hidden, weight, targets, logsumexp = ctx.saved_tensors
+    def backward(ctx, grad_logprobs, grad_entropy, _):
+        hidden, weight, targets, logsumexp, entropy = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(logsumexp)
         grad_hidden = torch.empty_like(hidden)
         # fp32: many chunks add up, and bf16 would drop the small ones. A frozen weight has none.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -134,7 +137,11 @@ class _TokenLogprobs(torch.autograd.Function):
             local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
             scale = grad_logprobs[chunk] / ctx.options["temperature"]
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = torch.exp(logits - logsumexp[chunk, None]) * -scale[:, None]
+            if grad_entropy is None:
+                grad_logits = torch.exp(logits - logsumexp[chunk, None]) * -scale[:, None]
+            else:
+                entropy_scale = grad_entropy[chunk] / ctx.options["temperature"]
+                grad_logits = _softmax_gradient(logits, logsumexp[chunk], scale, entropy[chunk], entropy_scale)
             grad_logits.scatter_add_(1, local[:, None], torch.where(owned, scale, 0.0)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[chunk] = grad_logits @ weight
@@ -143,6 +150,15 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _softmax_gradient(logits: Tensor, logsumexp: Tensor, scale: Tensor, entropy: Tensor, entropy_scale: Tensor) -> Tensor:
+    """Return the part of d (scale logp + entropy_scale entropy) / d logits that is a multiple of the softmax p: d entropy /
+    d logits = -p (log p + entropy). [T, V/tp]; overwrites logits."""
+    log_p = logits.sub_(logsumexp[:, None])
+    p = torch.exp(log_p)
+    log_p.masked_fill_(p == 0, 0.0)  # a padded row: 0 times -inf
+    return p.mul_(log_p.add_(entropy[:, None]).mul_(-entropy_scale[:, None]).sub_(scale[:, None]))
 
 
 def _chunks(tokens: int, size: int) -> list[slice]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from frpo_nemo.config.option import check_values, option
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective.kl import sequence_kl
-from frpo_nemo.objective.ragged import Groups
+from frpo_nemo.objective.ragged import Groups, per_token, token_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,35 @@ class Objective(ABC):
         "k3",
         choices=("k3", "reverse"),
     )
+    entropy_bonus: float = option(
+        "Weight of the mean entropy of the policy, in nats per token, as a reward.", 0.0, at_least=0
+    )
+    ratio: str = option(
+        "Ratio to the rollout policy: each token's own, or for all tokens of a response their geometric mean (GSPO).",
+        "token",
+        choices=("token", "sequence"),
+    )
+    aggregation: str = option(
+        "Weight of a response in the loss: equal (sequence), by its tokens (token, as DAPO), or by its tokens over "
+        "constant_length (constant, as Dr. GRPO).",
+        "sequence",
+        choices=("sequence", "token", "constant"),
+    )
+    constant_length: int | None = option(
+        "With aggregation=constant: the divisor in tokens, such as rollout.max_response_tokens.", None, at_least=1
+    )
     clip_high: float = option(
         "A token's probability over that under the rollout policy counts up to 1 + clip_high.", 0.2, above=0
     )
 
+    absent: ClassVar[Mapping[str, str]] = {}  # fields of other objectives, with the reason why this one has none
+
     def __post_init__(self) -> None:
         check_values(self, "objective.")
+        if (self.aggregation == "constant") != (self.constant_length is not None):
+            raise ConfigError(
+                "objective.constant_length must be set with objective.aggregation=constant, and only then."
+            )
         if self.beta == 0 and self.kl_gradient != "k3":
             raise ConfigError(
                 f"objective.kl_gradient={self.kl_gradient} has an effect with objective.beta above 0 only, and beta is 0."
@@ -60,6 +84,23 @@ class Objective(ABC):
         """Return the importance of every sequence under the current policy, [N], detached. Called only if
         `uses_importance`."""
         raise NotImplementedError
+
+    def log_ratios(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
+        """Return log pi / pi_old of every token, or its mean over the token's sequence. [R], differentiable."""
+        log_ratios_R = logprobs_R - old_logprobs_R
+        if self.ratio == "token":
+            return log_ratios_R
+        return per_token(token_mean(log_ratios_R, lengths_N), lengths_N, log_ratios_R.numel())
+
+    def by_length(self, weights_N: Tensor, lengths_N: Tensor) -> Tensor:
+        """Return weights of sequences, which multiply means over tokens, as `aggregation` changes them. With token, every token
+        of a sequence whose weight isn't 0 counts the same, and the sum over the batch stays. [N]"""
+        if self.aggregation == "sequence":
+            return weights_N
+        if self.constant_length is not None:
+            return weights_N * lengths_N / self.constant_length
+        tokens_N = lengths_N * (weights_N != 0)
+        return weights_N.sum() * tokens_N / tokens_N.sum().clamp(min=1)
 
     @property
     def loss_scale(self) -> float:

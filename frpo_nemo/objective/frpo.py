@@ -78,8 +78,19 @@ class FRPO(Objective):
         choices=("paper", "objective"),
     )
 
+    absent = {
+        "clip_low": "its ratio is bounded from above only",
+        "dual_clip": "its ratio is bounded by 1 + clip_high, whatever the sign of the advantage",
+        "cispo": "its loss is linear in the importance of a response, and a clipped token has no part in that",
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.aggregation != "sequence":
+            raise ConfigError(
+                f"objective.aggregation={self.aggregation} must be sequence for frpo: the importance of a response is the mean "
+                "over its tokens."
+            )
         if (self.lambda_ is None) == (self.kl_radius is None):
             raise ConfigError("objective.lambda_ or objective.kl_radius must be set: exactly one of the two.")
         if self.kl_radius is not None and self.f_divergence != "kl":
@@ -147,7 +158,7 @@ class FRPO(Objective):
     @torch.no_grad()
     def importance(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
         """Return m_i of every sequence under the current policy, for effective_advantages. [N], detached."""
-        ratios_R, _ = self._clipped_ratios(logprobs_R, old_logprobs_R)
+        ratios_R, _ = self._clipped_ratios(logprobs_R, old_logprobs_R, lengths_N)
         return token_mean(ratios_R, lengths_N)
 
     def sequence_loss(
@@ -159,15 +170,15 @@ class FRPO(Objective):
         token_weights_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return -A_eff_i * m_i. See Objective."""
-        ratios_R, clipped_R = self._clipped_ratios(logprobs_R, old_logprobs_R)
+        ratios_R, clipped_R = self._clipped_ratios(logprobs_R, old_logprobs_R, lengths_N)
         if token_weights_R is not None:
             ratios_R = ratios_R * token_weights_R
         return -advantages_N * token_mean(ratios_R, lengths_N), token_mean(clipped_R, lengths_N)
 
-    def _clipped_ratios(self, logprobs_R: Tensor, old_logprobs_R: Tensor) -> tuple[Tensor, Tensor]:
+    def _clipped_ratios(self, logprobs_R: Tensor, old_logprobs_R: Tensor, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return min(rho, 1 + clip_high), and 1 where that bound applies, else 0. The bound comes before exp, which could
         overflow."""
-        log_ratios_R, bound = logprobs_R - old_logprobs_R, math.log1p(self.clip_high)
+        log_ratios_R, bound = self.log_ratios(logprobs_R, old_logprobs_R, lengths_N), math.log1p(self.clip_high)
         clipped_R = (log_ratios_R > bound).to(log_ratios_R.dtype)
         return torch.exp(log_ratios_R.clamp(max=bound)), clipped_R
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frpo_nemo.config.option import option
+from frpo_nemo.errors import ConfigError
 from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.ragged import Groups, per_token, token_mean
 from frpo_nemo.objective.registry import register_objective
@@ -31,6 +32,28 @@ class DrGRPO(Objective):
         above=0,
         below=1,
     )
+
+    dual_clip: float | None = option(
+        "For a negative advantage that ratio counts up to this at most (dual clip; TRL's delta); null: no bound.",
+        None,
+        above=1,
+    )
+    cispo: bool = option(
+        "Clipped tokens keep the gradient of their log-prob (CISPO): the ratio, up to 1 + clip_high, only weighs it.",
+        False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cispo and (self.dual_clip is not None or self.ratio == "sequence"):
+            raise ConfigError(
+                "objective.cispo weighs each token by its ratio, so objective.dual_clip and objective.ratio=sequence have no "
+                "effect; leave them out."
+            )
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ConfigError(
+                f"objective.dual_clip={self.dual_clip} must be above 1 + objective.clip_high={1 + self.clip_high}."
+            )
 
     def effective_advantages(self, rewards_N: Tensor, groups_N: Tensor, importance_N: Tensor | None = None) -> Tensor:
         """Ignore importance_N. See Objective."""
@@ -55,13 +78,19 @@ class DrGRPO(Objective):
         """Return -mean_t min(rho_t A_i, clip(rho_t, 1 - clip_low, 1 + clip_high) A_i). See Objective.
 
         The minimum bounds rho from above where A > 0 and from below where A < 0. The bound comes before exp, so that
-        a ratio that overflows but is clipped has gradient 0 and not NaN.
+        a ratio that overflows but is clipped has gradient 0 and not NaN. dual_clip also bounds rho from above where A < 0.
+        With cispo it is -mean_t min(rho_t, 1 + clip_high) A_i log pi_t, the ratio detached.
         """
         high, low = math.log1p(self.clip_high), math.log1p(-self.clip_low)
-        log_ratios_R = logprobs_R - old_logprobs_R
+        log_ratios_R = self.log_ratios(logprobs_R, old_logprobs_R, lengths_N)
         advantages_R = per_token(advantages_N, lengths_N, log_ratios_R.numel())
-        bounded_R = torch.where(advantages_R >= 0, log_ratios_R.clamp(max=high), log_ratios_R.clamp(min=low))
-        terms_R = -advantages_R * torch.exp(bounded_R)
+        if self.cispo:
+            bounded_R = log_ratios_R.clamp(max=high)
+            terms_R = -advantages_R * torch.exp(bounded_R.detach()) * logprobs_R
+        else:
+            dual = math.log(self.dual_clip) if self.dual_clip else math.inf
+            bounded_R = torch.where(advantages_R >= 0, log_ratios_R.clamp(max=high), log_ratios_R.clamp(low, dual))
+            terms_R = -advantages_R * torch.exp(bounded_R)
         if token_weights_R is not None:
             terms_R = terms_R * token_weights_R
         clipped_R = (bounded_R != log_ratios_R) & (advantages_R != 0)

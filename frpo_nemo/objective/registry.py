@@ -71,9 +71,11 @@ def _by_path(path: Any) -> type[Objective]:
     return cls
 
 
-def _check_fields(cls: type, label: Any, given: Mapping[str, Any]) -> None:
+def _check_fields(cls: type[Objective], label: Any, given: Mapping[str, Any]) -> None:
     known = inspect.signature(cls).parameters
     for field in given:
+        if field in cls.absent:
+            raise ConfigError(f"objective.{field} is not a field of {label}: {cls.absent[field]}.")
         if field not in known:
             raise ConfigError(
                 f"objective.{field} is not a field of {label}{_nearest(field, known)}; its fields are {_listed(known)}."

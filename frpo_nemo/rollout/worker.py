@@ -52,6 +52,15 @@ class Rollouts:
     def groups(self) -> Tensor:
         return self.batch.columns["group"]
 
+    def judge_truncated(self, rule: str) -> None:
+        """Change what the objective compares of truncated responses, by rollout.truncated: they leave their group (mask), or
+        a scored one counts 0 (zero). Rewards that are logged stay as they are."""
+        truncated, compared = self.batch.columns["truncated"].bool(), self.batch.columns["compared"]
+        if rule == "mask":
+            self.batch.columns["compared"] = compared.masked_fill(truncated, math.nan)
+        if rule == "zero":
+            self.batch.columns["compared"] = compared.masked_fill(truncated & ~compared.isnan(), 0.0)
+
     def require_scores(self) -> None:
         """Raise RuntimeError if no response has a reward, because there is nothing to learn from."""
         if self.rewards.isnan().all():

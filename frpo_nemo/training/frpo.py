@@ -71,10 +71,13 @@ def train(cfg: FRPORun) -> bool:
                 max_tokens=cfg.rollout.max_response_tokens,
                 seed_step=step,
             )
+            rollouts.judge_truncated(cfg.rollout.truncated)
             rollouts.require_scores()
             batch_objective = objective.for_batch(rollouts.rewards, rollouts.groups, run.objective_state)
             results = learn(run, batch_objective, worker, actor, rollouts, step)
             worker.refit(actor)
+            if cfg.trainer.reference_interval and step % cfg.trainer.reference_interval == 0:
+                actor.update_reference(cfg.trainer.reference_mix)
             values = rollout_statistics(rollouts) | step_statistics(batch_objective, rollouts.batch, results)
             values["rollout_mismatch/gap_limit"] = worker.gap_limit.value
             measure(run, worker, actor, held_out, probe, step)
@@ -132,7 +135,9 @@ def learn(
             importance = objective.importance(current, old, minibatch.response_lengths)
         rewards, groups = minibatch.columns["compared"], minibatch.columns["group"]
         minibatch.columns["advantage"] = objective.effective_advantages(rewards, groups, importance)
-        minibatch.columns["coefficient"] = objective.coefficients(rewards, groups)
+        lengths, count = minibatch.response_lengths, minibatch.num_sequences
+        minibatch.columns["coefficient"] = objective.by_length(objective.coefficients(rewards, groups), lengths)
+        minibatch.columns["share"] = objective.by_length(torch.full((count,), 1 / count), lengths)
         with run.phases("train"):
             per_sequence, per_token = actor.accumulate_gradient(minibatch, policy_loss(cfg, objective, minibatch))
             if updates == 1:  # this forward pass had the weights with which vLLM sampled

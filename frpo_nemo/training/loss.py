@@ -11,13 +11,15 @@ from frpo_nemo.data.batch import SequenceBatch, segment_sum
 from frpo_nemo.megatron.actor import Losses
 from frpo_nemo.objective.base import Objective
 from frpo_nemo.objective.mismatch import MismatchWeights, agreement
+from frpo_nemo.objective.ragged import token_mean
 
 
 @dataclass(frozen=True)
 class PolicyLoss:
     """An objective's loss over a minibatch of `num_sequences` in all (of which a microbatch sees some).
 
-    Reads the columns advantage and coefficient, and the token columns rollout_logprobs, reference_logprobs (if the
+    Reads the columns advantage, coefficient and, if there is one, share (of a sequence in the KL term and the entropy bonus;
+    else all are equal), and the token columns rollout_logprobs, reference_logprobs (if the
     objective has a KL term) and old_logprobs (off-policy; without it the current policy is the old one).
     token_gap_limit: nats by which vLLM and Megatron may differ on a token that counts in the loss; None: any.
     correction: weights for the mismatch between vLLM and Megatron.
@@ -35,11 +37,14 @@ class PolicyLoss:
         losses, clipped = self.objective.sequence_loss(logprobs, old, lengths, sequences.columns["advantage"], weights)
         losses = losses * sequences.columns["coefficient"]
         per_sequence = {"clipped": clipped}
+        share = sequences.columns.get("share", 1 / self.num_sequences)
         if self.objective.beta > 0:
             reference = sequences.token_columns["reference_logprobs"]
             kl = self.objective.reference_kl(logprobs, old, reference, lengths, counted)
-            losses = losses + self.objective.beta * kl / self.num_sequences
+            losses = losses + self.objective.beta * kl * share
             per_sequence["kl"] = kl.detach()
+        if self.objective.entropy_bonus > 0:
+            losses = losses - self.objective.entropy_bonus * token_mean(entropy * counted, lengths) * share
         per_token = {"ratio": torch.exp(logprobs.detach() - old), "masked": 1 - counted}
         if self.correction is not None:
             per_token["weight"] = weights

@@ -68,6 +68,35 @@ def check_resume_before_first_update(path: str, run_dir: str, **layout) -> None:
     assert train(resumed, range(2)) == uninterrupted
 
 
+def check_moving_reference(path: str, run_dir: str, mix: float, **layout) -> torch.Tensor:
+    """A reference that has moved is what the rule says, is saved, and comes back bit for bit. Returns its log-probs."""
+    actor = make_actor(path, **layout)
+    actor.freeze_reference()
+    expected = {name: tensor.float().clone() for name, tensor in actor.reference.saved().items()}
+    for update in range(BEFORE):
+        train(actor, range(update, update + 1))
+        actor.update_reference(mix)
+        for name, parameter in actor.gpt.named_parameters():
+            expected[name] = expected[name] + mix * (parameter.detach().float() - expected[name])
+    found = {name: tensor.float() for name, tensor in actor.reference.saved().items()}
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    save_load.save(run_dir, actor, STATE, step=BEFORE, seed=7)
+    resumed = make_actor(path, **layout)
+    resumed.freeze_reference()
+    save_load.load(checkpoint_files.newest(run_dir), resumed)
+    assert resumed.reference.moved
+    _assert_same_bits(actor.reference.saved(), resumed.reference.saved())
+    _assert_same_bits(_everything(actor), _everything(resumed))
+    return resumed.get_init_policy_logprobs(_batch(99))
+
+
+def reference_in_another_layout(path: str, run_dir: str, **layout) -> torch.Tensor:
+    actor = make_actor(path, **layout)
+    actor.freeze_reference()
+    save_load.load(checkpoint_files.newest(run_dir), actor)
+    return actor.get_init_policy_logprobs(_batch(99))
+
+
 def save_reference(path: str, run_dir: str, **layout) -> None:
     """Train and save, and write down what a resume in any layout must reproduce: weights and the next losses."""
     actor = make_actor(path, **layout)

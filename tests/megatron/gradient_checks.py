@@ -80,7 +80,9 @@ def step_gradient(path: str, objective: dict, *, adapter: str | None = None, **l
         importance = built.importance(current, batch.token_columns["old_logprobs"], batch.response_lengths)
     rewards, groups = batch.columns["reward"], batch.columns["group"]
     batch.columns["advantage"] = built.effective_advantages(rewards, groups, importance)
-    batch.columns["coefficient"] = built.coefficients(rewards, groups)
+    count, lengths = batch.num_sequences, batch.response_lengths
+    batch.columns["coefficient"] = built.by_length(built.coefficients(rewards, groups), lengths)
+    batch.columns["share"] = built.by_length(torch.full((count,), 1 / count), lengths)
     with megatron_device():
         actor.accumulate_gradient(batch, PolicyLoss(built, batch.num_sequences))
     gradients = hugging_face_gradients(actor)
@@ -148,6 +150,29 @@ def group_loss_gradient(path: str, settings: dict, adapter: str | None = None) -
     (group_loss(importance, batch, settings["lambda_"]) + settings["beta"] * kl).backward()
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name.removeprefix("base_model.model.").replace(".default", ""): grad for name, grad in trained.items()}
+
+
+def token_loss_gradient(path: str, beta: float, entropy_bonus: float) -> dict[str, torch.Tensor]:
+    """Return what step_gradient should be for Dr. GRPO by tokens, unclipped: sums over all tokens, divided by the tokens that
+    take part; the KL term and the entropy, over all of the vocabulary, by all tokens."""
+    model, batch = hugging_face_model(path), example_batch()
+    logprobs, lengths = response_logprobs(model, batch), batch.response_lengths.tolist()
+    shifts = (batch.token_columns[name].double().split(lengths) for name in ("shift_old", "shift_reference"))
+    old, reference = ([own.detach() + shift for own, shift in zip(logprobs, s, strict=True)] for s in shifts)
+    rewards, groups, scored = batch.columns["reward"], batch.columns["group"], ~batch.columns["reward"].isnan()
+    tokens = sum(length for length, counts in zip(lengths, scored.tolist(), strict=True) if counts)
+    total = torch.zeros((), dtype=torch.float64)
+    for index in scored.nonzero().flatten().tolist():
+        advantage = rewards[index] - rewards[scored & (groups == groups[index])].mean()
+        total = total - advantage * torch.exp(logprobs[index] - old[index]).sum() / tokens
+    differences = torch.cat([y - x for x, y in zip(logprobs, reference, strict=True)])
+    total = total + beta * (torch.exp(differences) - differences - 1).mean()
+    entropy = []
+    for prompt, response in batch.unpack():
+        full = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1], -1)
+        entropy.append(-(full.exp() * full).sum(-1))
+    (total - entropy_bonus * torch.cat(entropy).mean()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def hugging_face_model(path: str):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import checkpoint_checks as checks
 import pytest
+import torch
 from tiny_models import make_tiny
 
 from frpo_nemo.errors import ConfigError
@@ -148,6 +149,16 @@ def tied(tmp_path_factory):
 def test_a_resumed_run_continues_bit_for_bit(workers, tied, tmp_path, world, layout):
     seconds = workers.run(world, checks.check_bitwise_resume, path=tied, run_dir=str(tmp_path), **layout)[0]
     assert seconds["save"] < 5  # 0.1 to 0.3 on two cores; megatron-core's writer takes 11
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.01])
+@pytest.mark.parametrize("world, layout", [(1, dict()), (4, dict(tp=2, pp=2)), (2, dict(tp=2, precision="bf16"))])
+def test_a_reference_that_moves_is_in_the_checkpoint(workers, tied, tmp_path, world, layout, mix):
+    arguments = dict(path=tied, run_dir=str(tmp_path))
+    saved = workers.run(world, checks.check_moving_reference, mix=mix, **arguments, **layout)[0]
+    if "precision" not in layout:
+        found = workers.run(2, checks.reference_in_another_layout, **arguments, pp=2)[0]
+        torch.testing.assert_close(found, saved, rtol=0, atol=1e-5)
 
 
 def test_a_resume_from_before_the_first_update(workers, model, tmp_path):

@@ -54,6 +54,18 @@ def test_gradient_with_that_of_the_kl_itself(workers, model):
     assert relative_error(gradient, gradient_checks.group_loss_gradient(model, SETTINGS)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["a microbatch per sequence", "TP2 PP2 with sequence parallelism", "TP2 DP2"])
+def test_gradient_by_tokens_with_an_entropy_bonus(workers, model, name):
+    layout = dict(LAYOUTS[name])
+    settings = {"name": "dr_grpo", "aggregation": "token", "beta": 0.1, "entropy_bonus": 0.05}
+    settings |= {"clip_low": 0.99, "clip_high": 100.0}
+    gradient = workers.run(
+        layout.pop("world"), gradient_checks.step_gradient, path=model, objective=settings, **layout
+    )[0]
+    assert relative_error(gradient, gradient_checks.token_loss_gradient(model, 0.1, 0.05)) < 1e-5
+    assert relative_error(gradient, gradient_checks.token_loss_gradient(model, 0.1, 0.0)) > 1e-3
+
+
 @pytest.mark.parametrize(
     "name", ["a microbatch per sequence", "DP2, groups straddle replicas", "TP2 PP2 with sequence parallelism"]
 )

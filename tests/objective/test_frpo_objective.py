@@ -348,7 +348,9 @@ def test_the_reward_weight_is_the_slope_of_the_advantages_where_rewards_hardly_d
 ):
     objective = FRPO(lambda_=lambda_, f_divergence=f_divergence, jackknife=jackknife, scale=scale)
     rewards = 1e-4 * torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, -2.5, 0.0, 1.5], dtype=torch.float64)
-    advantages = objective.loss_scale * objective.effective_advantages(rewards, torch.zeros(8, dtype=torch.int64)).double()
+    advantages = (
+        objective.loss_scale * objective.effective_advantages(rewards, torch.zeros(8, dtype=torch.int64)).double()
+    )
     centred = rewards - rewards.mean()
     slope = (advantages @ centred / (centred @ centred)).item()
     assert slope == pytest.approx(objective.reward_weight(8), rel=1e-3)

@@ -53,7 +53,7 @@ def test_builds_from_dict_and_omegaconf(wrap, config, expected):
         ({"name": "grpo", "clip": 0.2}, r"objective.clip is not a field of grpo .*clip_high, clip_low"),
         (
             {"name": "grpo", "jackknife": True},
-            "objective.jackknife is not a field of grpo; its fields are beta",
+            "objective.jackknife is not a field of grpo; its fields are aggregation, beta",
         ),
         ({"name": "frpo"}, "objective.lambda_ or objective.kl_radius must be set: exactly one of the two"),
         ({"name": "frpo", "lambda_": 0}, "objective.lambda_=0 must be a number above 0"),

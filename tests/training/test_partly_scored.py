@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from frpo_nemo.config.cli import main
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.objective import FRPO, GRPO, DrGRPO
 from frpo_nemo.rewards.reward_set import Reward, RewardSet
+from frpo_nemo.rollout.worker import Rollouts
 from frpo_nemo.training.checks.config import validate_frpo
 from frpo_nemo.training.statistics import rollout_statistics
 
@@ -122,3 +124,16 @@ def test_many_tasks_are_not_all_named():
 def test_a_check_names_no_others(printed, tasks):
     named = "overlap in part" in printed(**tasks)
     assert named == ("c" in tasks)
+
+
+@pytest.mark.parametrize(
+    "rule, expected", [("keep", [1, 2, 3, math.nan]), ("mask", [1, math.nan, 3, math.nan]), ("zero", [1, 0, 3, math.nan])]
+)
+def test_truncated_responses_are_compared_as_the_rule_says(rule, expected):
+    """The second was cut off, and so was the last, which nothing scored; what is logged stays."""
+    rewards = torch.tensor([1.0, 2.0, 3.0, math.nan], dtype=torch.float64)
+    columns = {"reward": rewards, "compared": rewards.clone(), "truncated": torch.tensor([False, True, False, True])}
+    rollouts = Rollouts(SimpleNamespace(columns=columns), ["only"])
+    rollouts.judge_truncated(rule)
+    torch.testing.assert_close(rollouts.rewards, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+    assert torch.equal(rollouts.batch.columns["reward"][:3], rewards[:3])

@@ -5,7 +5,7 @@ A checkpoint is a directory in megatron-core's torch_dist format that loads in a
 layout that saved it, training continues bitwise as if it had never stopped. It appears under its name when it is
 complete and on disk, or not at all (files.py). Loading never runs code.
 
-Not saved: frozen weights (of model.path: freeze a reference before `load`), learning rate and schedule
+Not saved: frozen weights (of model.path: freeze a reference before `load`; one that moves is saved), learning rate and schedule
 (functions of the step), and, under delayed-scaling FP8, the amax history (it fills again within its length).
 """
 
@@ -18,7 +18,7 @@ import pickle
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factory_merges, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -47,6 +47,7 @@ from frpo_nemo.megatron import weight_decay
 from frpo_nemo.megatron.checkpoint import files, optimizer_state, rng
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 from frpo_nemo.megatron.lora import sharded_adapters
+from frpo_nemo.megatron.reference import Reference
 from frpo_nemo.megatron.weights import adapter_files
 from frpo_nemo.processes import world
 
@@ -114,10 +115,15 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     read_metadata(checkpoint)
     model = _model_state(actor)
     wanted = {"model": model, "optimizer": optimizer_state.to_load(actor.optimizer, model)}
+    if actor.reference is not None and record.get("reference"):
+        actor.reference.prepare_to_load(average=record["reference"] == "average")
+        wanted["reference"] = _reference_state(actor, model)
     loaded = _read_tensors(Path(checkpoint), wanted)
     parameters = dict(actor.gpt.named_parameters())
     for name, value in loaded["model"].items():
         parameters[name].copy_(value)
+    if "reference" in loaded:
+        actor.reference.restore(loaded["reference"])
     if actor.optimizer is not None:
         optimizer_state.restore(actor.optimizer, parameters, loaded.get("optimizer", {}), record["adam_step"])
         actor.decay(weight_decay.rule_of(record))
@@ -217,7 +223,10 @@ class _InProcessSave:
 def _write_tensors(directory: Path, actor) -> None:
     """Write all ranks' tensors: weights divided over the replicas that hold them, the optimizer's as they are."""
     model = _model_state(actor)
-    state, _ = save_preprocess({"model": model, "optimizer": optimizer_state.to_save(actor.optimizer, model)}, False)
+    tensors = {"model": model, "optimizer": optimizer_state.to_save(actor.optimizer, model)}
+    if actor.reference is not None and actor.reference.moved:
+        tensors["reference"] = _reference_state(actor, model)
+    state, _ = save_preprocess(tensors, False)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     FullyParallelSaveStrategyWrapper(_InProcessSave(), replicas).save(state, directory)
     if dist.get_rank() == 0:  # two files that only other Megatron programs need to read it
@@ -239,6 +248,16 @@ def _model_state(actor) -> dict:
     return {name: sharded for name, sharded in state.items() if not isinstance(sharded, ShardedObject)}
 
 
+def _reference_state(actor, model: dict) -> dict:
+    """Return the reference's weights at the places of the policy's, under keys of their own."""
+    state = {}
+    for name, weight in actor.reference.saved().items():
+        if name in model:  # tied embeddings have one place
+            dtype = {"dtype": weight.dtype} if isinstance(model[name], ShardedTensor) else {}
+            state[name] = replace(model[name], key=f"reference.{model[name].key}", data=weight, **dtype)
+    return state
+
+
 def _record(actor, state: dict, step: int, seed: int, score: float | None) -> dict[str, Any]:
     return {
         "format": files.FORMAT,
@@ -247,6 +266,7 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
         "score": score if score is not None and math.isfinite(score) else None,
         "adam_step": optimizer_state.adam_step(actor.optimizer),
         "decayed": actor.decayed,
+        "reference": _kind_of_reference(actor.reference),
         "precision": actor.config.precision,
         "layout": _layout(actor),
         "architecture": files.identity(actor.arch),
@@ -254,6 +274,13 @@ def _record(actor, state: dict, step: int, seed: int, score: float | None) -> di
         "versions": versions(),
         "state": state,
     }
+
+
+def _kind_of_reference(reference: Reference | None) -> str | None:
+    """Return what a checkpoint holds of it; None for one that has not moved."""
+    if reference is None or not reference.moved:
+        return None
+    return "average" if reference.averages else "weights"
 
 
 def _layout(actor) -> dict[str, int | None]:

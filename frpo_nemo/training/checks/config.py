@@ -50,6 +50,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
     _check_engine_options(cfg, world_size)
     _check_batch(cfg, world_size)
     _check_correction(cfg.rollout)
+    _check_reference(cfg)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     _check_longest(cfg, longest, "data.max_prompt_tokens + rollout.max_response_tokens")
     arch = _check_model(cfg.model, longest)
@@ -173,6 +174,19 @@ def _check_engine_options(cfg: TrainingRun, world_size: int) -> None:
         )
     if resources.gpu_memory() or resources.on_login_node():
         stack.check_allocator()
+
+
+def _check_reference(cfg: FRPORun) -> None:
+    interval, mix = cfg.trainer.reference_interval, cfg.trainer.reference_mix
+    if interval is None and mix != 1:
+        raise ConfigError(f"trainer.reference_mix={mix} has an effect with trainer.reference_interval only.")
+    if interval is not None and cfg.model.lora.rank:
+        raise ConfigError(
+            f"trainer.reference_interval={interval}: with adapters the reference is their base and cannot move; set "
+            "model.lora.rank=0, or leave trainer.reference_interval out."
+        )
+    if interval is not None and not cfg.objective.get("beta"):
+        raise ConfigError(f"trainer.reference_interval={interval} has an effect with objective.beta above 0 only.")
 
 
 def _check_correction(rollout: RolloutConfig) -> None:
