@@ -7,6 +7,7 @@ pyproject.toml, which the installed package carries in its metadata.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable
@@ -48,6 +49,13 @@ def untested_versions() -> list[str]:
                 f"{package} {found} is installed; frpo-nemo was tested with {package}{_readable(ranges[0])} only."
             )
     return sentences
+
+
+def returns_sampling_masks() -> bool:
+    """Return whether the installed vLLM can return the tokens that top-k and top-p kept. Does not import it: seconds."""
+    found = importlib.util.find_spec("vllm")
+    outputs = Path(found.origin).parent / "v1" / "outputs.py" if found and found.origin else None
+    return outputs is not None and outputs.is_file() and "class SamplingMaskLists" in outputs.read_text()
 
 
 def check_gpus(processes: int) -> None:

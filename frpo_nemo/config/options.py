@@ -183,6 +183,10 @@ class EngineConfig:
         "Sample from the likeliest tokens with this total probability; 1: from all.", 1.0, above=0, at_most=1
     )
     top_k: int = option("Sample from this many likeliest tokens; -1: from all.", -1, at_least=1, also=-1)
+    mask_replay: bool = option(
+        "Take log-probs, ratios and KL over the tokens that top_p and top_k had kept when vLLM sampled, instead of over all.",
+        False,
+    )
     stop_tokens: list[str] = option(
         "Tokens that end a response, such as [<|eom_id|>], in addition to EOS and those of the template and of "
         "generation_config.json.",

@@ -14,11 +14,27 @@ from torch import Tensor
 
 
 @dataclass
+class KeptTokens:
+    """The tokens that each of R response tokens was sampled from. counts: int64 [R], >= 1. ids: int32 [sum(counts)]."""
+
+    counts: Tensor
+    ids: Tensor
+
+    def select(self, positions: Tensor) -> KeptTokens:
+        """Return those of the response tokens at `positions`, in that order."""
+        return KeptTokens(self.counts[positions], self.ids[ragged_positions(self.counts, positions)])
+
+    def to(self, device: torch.device) -> KeptTokens:
+        return KeptTokens(self.counts.to(device), self.ids.to(device))
+
+
+@dataclass
 class SequenceBatch:
     """N sequences, each a prompt followed by a response.
 
     tokens: int64 [T], sequence after sequence. lengths, prompt_lengths: int64 [N], in tokens, T = sum(lengths).
-    columns: name -> [N]. token_columns: name -> [R], R = sum(lengths - prompt_lengths), in the order of tokens.
+    columns: name -> [N]. token_columns: name -> [R], R = sum(lengths - prompt_lengths), in the order of tokens. kept: where
+    sampling was from a part of the vocabulary, of the R response tokens; None: from all of it.
     """
 
     tokens: Tensor
@@ -26,6 +42,7 @@ class SequenceBatch:
     prompt_lengths: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
     token_columns: dict[str, Tensor] = field(default_factory=dict)
+    kept: KeptTokens | None = None
 
     @classmethod
     def from_lists(
@@ -54,19 +71,15 @@ class SequenceBatch:
     def select(self, indices: Sequence[int] | Tensor) -> SequenceBatch:
         """Return the sequences at `indices`, in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
+        tokens = ragged_positions(self.response_lengths, indices)
         return SequenceBatch(
             self.tokens[ragged_positions(self.lengths, indices)],
             self.lengths[indices],
             self.prompt_lengths[indices],
             {name: column[indices] for name, column in self.columns.items()},
-            self._select_token_columns(indices),
+            {name: column[tokens] for name, column in self.token_columns.items()},
+            None if self.kept is None else self.kept.select(tokens),
         )
-
-    def _select_token_columns(self, indices: Tensor) -> dict[str, Tensor]:
-        if not self.token_columns:
-            return {}
-        positions = ragged_positions(self.response_lengths, indices)
-        return {name: column[positions] for name, column in self.token_columns.items()}
 
     def unpack(self) -> list[tuple[list[int], list[int]]]:
         """Return (prompt ids, response ids) of every sequence, as Python lists."""

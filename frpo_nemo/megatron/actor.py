@@ -326,7 +326,7 @@ class PolicyActor:
     def _token_columns(self, microbatch: packing.Microbatch, hidden: Tensor, observe: Observe | None):
         """Return log-probs [R], and columns [R], of which entropy has a gradient too."""
         logprobs, entropy, likeliest = token_logprobs(
-            hidden, output_weight(self.gpt), microbatch.targets, **self._softmax_options()
+            hidden, output_weight(self.gpt), microbatch.targets, kept=microbatch.kept, **self._softmax_options()
         )
         columns = {"entropy": entropy, "likeliest": likeliest} | (observe(hidden) if observe else {})
         if self.config.context_parallel_size > 1:

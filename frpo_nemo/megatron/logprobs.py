@@ -6,9 +6,13 @@ them). The output layer of the model therefore passes hidden states through (see
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from frpo_nemo.data.batch import KeptTokens
 
 ROWS_AT_A_TIME = 8192  # rows of an output layer multiplied at a time in fp32 on a CPU
 
@@ -50,16 +54,18 @@ def token_logprobs(
     chunk_tokens: int,
     temperature: float = 1.0,
     in_fp32: bool = False,
+    kept: KeptTokens | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log softmax(hidden @ weight^T / temperature) at `targets`, the entropy of that distribution, and 1 where the
     target is its likeliest token, else 0 (without gradient).
 
     hidden: [T, H], equal on all TP ranks; its gradient is *partial* (this rank's vocabulary only), and the caller's mapping
-    sums it over TP. weight: [V/tp, H]. targets: int64 [T], global ids. in_fp32: see vocab_parallel_logits.
+    sums it over TP. weight: [V/tp, H]. targets: int64 [T], global ids. in_fp32: see vocab_parallel_logits. kept: at each
+    token, the only ids (global, the target among them) that the softmax runs over; None: all.
     Returns three fp32 [T].
     """
     options = dict(vocab_size=vocab_size, tp_rank=dist.get_rank(tp_group), temperature=temperature, in_fp32=in_fp32)
-    return _TokenLogprobs.apply(hidden, weight, targets, tp_group, chunk_tokens, options)
+    return _TokenLogprobs.apply(hidden, weight, targets, tp_group, chunk_tokens, options, _Kept.of(kept))
 
 
 @torch.no_grad()
@@ -100,12 +106,14 @@ def _log_softmax(logits: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, tp_group, chunk_tokens, options):
-        ctx.options, ctx.chunk_tokens = options, chunk_tokens
+    def forward(ctx, hidden, weight, targets, tp_group, chunk_tokens, options, kept):
+        ctx.options, ctx.chunk_tokens, ctx.kept = options, chunk_tokens, kept
         tokens = hidden.shape[0]
         logprobs, entropy, likeliest, logsumexp = (hidden.new_empty(tokens, dtype=torch.float32) for _ in range(4))
         for chunk in _chunks(tokens, chunk_tokens):
             logits = vocab_parallel_logits(hidden[chunk], weight, **ctx.options)
+            if kept is not None:
+                kept.leave(logits, chunk, ctx.options["tp_rank"])
             local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
             target_logits = torch.where(owned, logits.gather(1, local[:, None]).squeeze(1), 0.0)
             maximum = logits.amax(dim=1)
@@ -134,6 +142,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
             logits = vocab_parallel_logits(hidden[chunk], weight, **ctx.options)
+            if ctx.kept is not None:
+                ctx.kept.leave(logits, chunk, ctx.options["tp_rank"])
             local, owned = _local_targets(targets[chunk], weight.shape[0], ctx.options["tp_rank"])
             scale = grad_logprobs[chunk] / ctx.options["temperature"]
             # d logp / d logits = onehot(target) - softmax
@@ -149,7 +159,31 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_weight += grad_logits.t() @ hidden[chunk]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """KeptTokens by place: those of token t are ids[ends[t - 1] : ends[t]]."""
+
+    counts: Tensor
+    ids: Tensor
+    ends: list[int]
+
+    @classmethod
+    def of(cls, kept: KeptTokens | None) -> _Kept | None:
+        return None if kept is None else cls(kept.counts, kept.ids, kept.counts.cumsum(0).tolist())
+
+    def leave(self, logits: Tensor, chunk: slice, tp_rank: int) -> None:
+        """Set all other logits [t, V/tp] of a chunk of tokens to -inf: their probability is 0, and so is their gradient."""
+        tokens, rows = logits.shape
+        first = self.ends[chunk.start - 1] if chunk.start else 0
+        local = self.ids[first : self.ends[chunk.stop - 1]].long() - tp_rank * rows
+        token = torch.repeat_interleave(torch.arange(tokens, device=local.device), self.counts[chunk])
+        here = (local >= 0) & (local < rows)
+        others = torch.ones_like(logits, dtype=torch.bool)
+        others[token[here], local[here]] = False
+        logits.masked_fill_(others, float("-inf"))
 
 
 def _softmax_gradient(logits: Tensor, logsumexp: Tensor, scale: Tensor, entropy: Tensor, entropy_scale: Tensor) -> Tensor:

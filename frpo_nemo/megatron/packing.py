@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.data.batch import KeptTokens, SequenceBatch
 from frpo_nemo.megatron.layers import AttentionPlan, PackedSequences
 
 
@@ -19,7 +19,8 @@ class Microbatch:
 
     indices: places of its sequences in the global batch. tokens, position_ids: int64 [1, T'], T' the padded length
     (divided by CP). predictors, targets: int64 [R'], positions whose hidden state predicts a response token, and that
-    token. slots: int64 [R'], the response token's place among the microbatch's R response tokens (R' = R without CP).
+    token. slots: int64 [R'], the response token's place among the microbatch's R response tokens (R' = R without CP). kept:
+    what those R' tokens were sampled from.
     """
 
     indices: list[int]
@@ -30,6 +31,7 @@ class Microbatch:
     predictors: Tensor
     targets: Tensor
     slots: Tensor
+    kept: KeptTokens | None = None
 
 
 def split_over_replicas(lengths: list[int], replicas: int) -> list[list[int]]:
@@ -106,6 +108,7 @@ def build_microbatch(
         predictors=predictors.to(device),
         targets=targets.to(device),
         slots=slots.to(device),
+        kept=None if sequences.kept is None else sequences.kept.select(slots).to(device),
     )
 
 
@@ -123,7 +126,7 @@ def context_parallel_shard(segments: list[int], cp_rank: int, cp_size: int) -> T
 
 
 def to_device(batch: SequenceBatch, device: torch.device) -> SequenceBatch:
-    """Return the batch with every tensor on `device`."""
+    """Return the batch with every tensor on `device`, without `kept`, which a microbatch has itself."""
     return SequenceBatch(
         batch.tokens.to(device),
         batch.lengths.to(device),

@@ -24,16 +24,19 @@ from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.rollout.refit_check import WeightCheck, raise_on_all_ranks
+from frpo_nemo.rollout.sampling_masks import return_from_first_runner
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One response. token_ids: including the stop token that ended it, if any. logprobs: one per token, under the sampled
-    distribution before top-p and top-k; empty when `generate` was given another temperature."""
+    distribution before top-p and top-k, or with sampling_masks after them; empty when `generate` was given another
+    temperature. kept: with sampling_masks, the ids that top-p and top-k kept at each token."""
 
     token_ids: list[int]
     logprobs: list[float]
     truncated: bool  # max_tokens came before a stop token
+    kept: list[list[int]] | None = None
 
 
 class RolloutEngine:
@@ -51,11 +54,13 @@ class RolloutEngine:
         enforce_eager: bool = False,
         fp32_logits: bool = False,
         temperature: float = 1.0,
+        sampling_masks: bool = False,
         load_format: str = "dummy",
     ):
         """Start vLLM. dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. fp32_logits: as in a
         ModelConfig, whatever config.json has (head_dtype). temperature: for rollouts; their log-probs are those of
-        softmax(logits / temperature), or at 0 (greedy) of softmax(logits). load_format: "dummy" leaves the weights to the
+        softmax(logits / temperature), or at 0 (greedy) of softmax(logits). sampling_masks: return which tokens top-p and
+        top-k kept, and log-probs among these. load_format: "dummy" leaves the weights to the
         first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does not fit.
         """
         if not dist.is_initialized():
@@ -71,6 +76,7 @@ class RolloutEngine:
         self.engine_index = rank // tensor_parallel_size
         self._dtype = getattr(torch, dtype)
         self._temperature, self._max_model_len = temperature, max_model_len
+        self._sampling_masks = sampling_masks
         self._on_gpu = torch.cuda.is_available()
         self._asleep: set[str] = set()
         self._has_weights = load_format != "dummy"
@@ -87,8 +93,11 @@ class RolloutEngine:
                 hf_overrides={"head_dtype": "float32" if fp32_logits else "model"},
                 load_format=load_format,
                 # "raw" is before the temperature, "processed" after; at temperature 1 raw does not copy the logits.
-                logprobs_mode="raw_logprobs" if temperature == 1 else "processed_logprobs",
+                logprobs_mode="raw_logprobs" if temperature == 1 and not sampling_masks else "processed_logprobs",
+                return_sampling_mask=sampling_masks and self._on_gpu,
             )
+        if sampling_masks and not self._on_gpu:
+            return_from_first_runner(self._llm)
 
     def generate(
         self,
@@ -131,7 +140,8 @@ class RolloutEngine:
         with isolated_rng(seed), self._without_compiling():
             requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             outputs = self._llm.generate(requests, params, use_tqdm=False) if requests else []
-        return [[_completion(response, rollout) for response in output.outputs] for output in outputs]
+        masked = rollout and self._sampling_masks
+        return [[_completion(response, rollout, masked) for response in output.outputs] for output in outputs]
 
     @torch.no_grad()
     def refit(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -189,7 +199,7 @@ class RolloutEngine:
     def _check_request(self, prompts: Sequence[Sequence[int]], max_tokens: int, truncated_sampling: bool) -> None:
         if not self._has_weights:
             raise RuntimeError("generate() before the first refit: the engine was started without weights")
-        if truncated_sampling and self._temperature != 1:
+        if truncated_sampling and self._temperature != 1 and not self._sampling_masks:
             raise ConfigError(
                 f"rollout.temperature={self._temperature} together with top_p or top_k: vLLM then gives log-probs of "
                 "the truncated distribution. Use temperature=1 with them, or top_p=1 and top_k=-1."
@@ -202,9 +212,10 @@ class RolloutEngine:
             )
 
 
-def _completion(response, with_logprobs: bool) -> Completion:
+def _completion(response, with_logprobs: bool, masked: bool) -> Completion:
     logprobs = response.logprobs.logprobs if with_logprobs else []
-    return Completion(list(response.token_ids), logprobs, truncated=response.finish_reason == "length")
+    kept = response.sampling_mask.token_ids if masked else None
+    return Completion(list(response.token_ids), logprobs, response.finish_reason == "length", kept)
 
 
 def _start_vllm(**settings):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from frpo_nemo.config.options import EngineConfig, ModelConfig, SourceConfig
-from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.data.batch import KeptTokens, SequenceBatch
 from frpo_nemo.data.prompts import Prompt, PromptSet, load_prompts
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.objective.parts import compared_rewards, partly_scored
@@ -117,6 +117,7 @@ class RolloutWorker:
             enforce_eager=rollout.enforce_eager,
             fp32_logits=model.fp32_logits,
             temperature=rollout.temperature,
+            sampling_masks=rollout.mask_replay,
             load_format=load_format,
         )
         self.engine.sleep()  # the policy is built next
@@ -194,6 +195,8 @@ class RolloutWorker:
             torch.tensor([token for c in flat for token in c.token_ids], dtype=torch.int32),
             torch.tensor([logprob for c in flat for logprob in c.logprobs], dtype=torch.float32),
             torch.tensor([c.truncated for c in flat], dtype=torch.bool),
+            torch.tensor([len(ids) for c in flat for ids in c.kept or ()], dtype=torch.int64),
+            torch.tensor([i for c in flat for ids in c.kept or () for i in ids], dtype=torch.int32),
         )
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}, **more}
         own = (mine, responses, tensors, scores.failures, scores.said)
@@ -201,7 +204,8 @@ class RolloutWorker:
         places = torch.tensor(
             [p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64
         )
-        lengths, tokens, logprobs, truncated = map(torch.cat, zip(*[r for _, r, *_ in everything], strict=True))
+        parts = zip(*[r for _, r, *_ in everything], strict=True)
+        lengths, tokens, logprobs, truncated, counts, kept = map(torch.cat, parts)
         prompts = [examples[p] for p in places.tolist()]
         batch = SequenceBatch.from_lists(
             [p.prompt_ids for p in prompts],
@@ -211,6 +215,8 @@ class RolloutWorker:
             truncated=truncated,
             **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
         )
+        if counts.numel():
+            batch.kept = KeptTokens(counts, kept)
         batch.columns |= _comparison(batch.columns, scored.rewards)
         batch.token_columns["rollout_logprobs"] = logprobs
         failures = _add_counts([f for *_, f, _ in everything])

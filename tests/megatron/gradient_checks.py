@@ -3,6 +3,7 @@ paper writes it, by autograd through transformers' model in float64: nothing of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from worlds import use_layout
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
-from frpo_nemo.data.batch import SequenceBatch
+from frpo_nemo.data.batch import KeptTokens, SequenceBatch
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.cpu import megatron_device
 from frpo_nemo.megatron.weights.binding import bind_adapters
@@ -48,6 +49,18 @@ def example_batch(groups: int = GROUPS) -> SequenceBatch:
     return batch
 
 
+def with_kept_tokens(batch: SequenceBatch) -> SequenceBatch:
+    """Return the batch as if every response token had been sampled from 1 to 12 tokens."""
+    generator = torch.Generator().manual_seed(4)
+    targets = torch.tensor([token for _, response in batch.unpack() for token in response])
+    counts = torch.randint(1, 13, targets.shape, generator=generator)
+    ids = []
+    for target, count in zip(targets.tolist(), counts.tolist(), strict=True):
+        others = torch.randperm(100, generator=generator)
+        ids += [target, *others[others != target][: count - 1].tolist()]
+    return replace(batch, kept=KeptTokens(counts, torch.tensor(ids, dtype=torch.int32)))
+
+
 def make_actor(
     path: str, *, tp=1, pp=1, sp=False, microbatch_tokens=4096, recompute="none", lora: LoRAConfig | None = None
 ) -> PolicyActor:
@@ -65,13 +78,13 @@ def make_actor(
     return PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens)
 
 
-def step_gradient(path: str, objective: dict, *, adapter: str | None = None, **layout) -> dict:
+def step_gradient(path: str, objective: dict, *, adapter: str | None = None, kept: bool = False, **layout) -> dict:
     """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`. With `lora`
     in the layout those of adapters alone, whose values are read from PEFT's directory `adapter`."""
     actor = make_actor(path, **layout)
     if adapter:
         set_adapters(actor, adapter)
-    batch, built = example_batch(), build_objective(objective)
+    batch, built = with_kept_tokens(example_batch()) if kept else example_batch(), build_objective(objective)
     current = actor.get_inference_log_probs(batch)
     batch.token_columns["old_logprobs"] = current + batch.token_columns["shift_old"]
     batch.token_columns["reference_logprobs"] = current + batch.token_columns["shift_reference"]
@@ -137,9 +150,11 @@ def set_adapters(actor: PolicyActor, path: str) -> None:
             fill(binding.parameter, binding.weight, parallel_state.get_tensor_model_parallel_rank(), tensors)
 
 
-def group_loss_gradient(path: str, settings: dict, adapter: str | None = None) -> dict[str, torch.Tensor]:
+def group_loss_gradient(
+    path: str, settings: dict, adapter: str | None = None, kept: bool = False
+) -> dict[str, torch.Tensor]:
     """Return what step_gradient should be; with `adapter`, by PEFT."""
-    model, batch = hugging_face_model(path), example_batch()
+    model, batch = hugging_face_model(path), with_kept_tokens(example_batch()) if kept else example_batch()
     if adapter:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
     logprobs, lengths = response_logprobs(model, batch), batch.response_lengths.tolist()
@@ -183,10 +198,16 @@ def hugging_face_model(path: str):
 
 
 def response_logprobs(model, batch: SequenceBatch) -> list[torch.Tensor]:
-    """Return the log-probs of each sequence's response tokens, differentiable."""
+    """Return the log-probs of each sequence's response tokens, among those that were kept, differentiable."""
     logprobs = []
+    kept = iter([] if batch.kept is None else batch.kept.ids.split(batch.kept.counts.tolist()))
     for prompt, response in batch.unpack():
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        if batch.kept is not None:
+            others = torch.ones_like(logits, dtype=torch.bool)
+            for row in others:
+                row[next(kept).long()] = False
+            logits = logits.masked_fill(others, -torch.inf)
         logprobs.append(torch.log_softmax(logits, -1)[torch.arange(len(response)), torch.tensor(response)])
     return logprobs
 

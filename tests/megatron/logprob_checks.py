@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import use_layout
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
+from frpo_nemo.data.batch import KeptTokens
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.training.loss import CompletionLoss
@@ -63,6 +64,56 @@ def compare_with_log_softmax(chunk_tokens: int) -> dict[str, float]:
         "hidden gradient": (own_h.grad - h.grad).abs().max().item(),
         "weight gradient": (own_w.grad - w.grad[rows]).abs().max().item(),
     }
+
+
+def compare_with_kept_tokens(chunk_tokens: int) -> dict[str, float]:
+    """Return the largest errors of this rank against log_softmax over a few tokens at each place, some on one rank only."""
+    group = _tensor_group()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, HIDDEN, generator=generator) for rows in (37, PADDED))
+    counts = torch.randint(1, 9, (37,), generator=generator)
+    kept = [torch.randperm(VOCABULARY, generator=generator)[:count] for count in counts]
+    targets = torch.stack([ids[0] for ids in kept])
+    upstream, bonus = torch.randn(2, 37, generator=generator)
+
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = [(h[place] @ w[ids].t() / 0.7).log_softmax(-1) for place, ids in enumerate(kept)]
+    expected = torch.stack([row[0] for row in logits])
+    expected_entropy = torch.stack([-(row.exp() * row).sum() for row in logits])
+    (expected * upstream + expected_entropy * bonus).sum().backward()
+
+    rows = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
+    own_h, own_w = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
+    options = dict(vocab_size=VOCABULARY, tp_group=group, chunk_tokens=chunk_tokens, temperature=0.7)
+    tokens = KeptTokens(counts, torch.cat(kept).to(torch.int32))
+    logprobs, entropy, _ = token_logprobs(own_h, own_w, targets, kept=tokens, **options)
+    (logprobs * upstream + entropy * bonus).sum().backward()
+    dist.all_reduce(own_h.grad, group=group)
+    return {
+        "logprobs": (logprobs - expected).abs().max().item(),
+        "entropy": (entropy - expected_entropy).abs().max().item(),
+        "hidden gradient": (own_h.grad - h.grad).abs().max().item(),
+        "weight gradient": (own_w.grad - w.grad[rows]).abs().max().item(),
+    }
+
+
+def gradient_of_truncated_sampling() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (the mean over samples of reward times the gradient of the log-prob among kept tokens, the gradient of the mean
+    reward of the truncated distribution), both by going through its tokens."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(1, HIDDEN, generator=generator), torch.randn(PADDED, HIDDEN, generator=generator)
+    ids, rewards = torch.randperm(VOCABULARY, generator=generator)[:7], torch.rand(7, generator=generator)
+    h = hidden.clone().requires_grad_()
+    probabilities = (h @ weight[ids].t()).softmax(-1)[0]
+    (probabilities * rewards).sum().backward()
+    own = hidden.clone().requires_grad_()
+    each = KeptTokens(torch.full((7,), 7), ids.repeat(7).to(torch.int32))
+    logprobs, _, _ = token_logprobs(
+        own.expand(7, HIDDEN), weight, ids, vocab_size=VOCABULARY, tp_group=_tensor_group(), chunk_tokens=3, kept=each
+    )
+    (probabilities.detach() * rewards * logprobs).sum().backward()
+    return own.grad, h.grad
 
 
 def errors_of_bf16(in_fp32: bool) -> dict[str, float]:

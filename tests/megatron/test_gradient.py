@@ -55,6 +55,17 @@ def test_gradient_with_that_of_the_kl_itself(workers, model):
 
 
 @pytest.mark.parametrize("name", ["a microbatch per sequence", "TP2 PP2 with sequence parallelism", "TP2 DP2"])
+def test_gradient_over_the_tokens_that_sampling_kept(workers, model, expected, name):
+    """Of policy, old policy and reference, the KL term included."""
+    layout = dict(LAYOUTS[name])
+    gradient = workers.run(
+        layout.pop("world"), gradient_checks.step_gradient, path=model, objective=SETTINGS, kept=True, **layout
+    )[0]
+    assert relative_error(gradient, gradient_checks.group_loss_gradient(model, SETTINGS, kept=True)) < 1e-5
+    assert relative_error(gradient, expected) > 0.1
+
+
+@pytest.mark.parametrize("name", ["a microbatch per sequence", "TP2 PP2 with sequence parallelism", "TP2 DP2"])
 def test_gradient_by_tokens_with_an_entropy_bonus(workers, model, name):
     layout = dict(LAYOUTS[name])
     settings = {"name": "dr_grpo", "aggregation": "token", "beta": 0.1, "entropy_bonus": 0.05}

@@ -17,6 +17,18 @@ def test_values_and_gradients_equal_log_softmax(workers, world, chunk_tokens):
     assert max(max(rank.values()) for rank in errors) < 2e-5, errors
 
 
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 1000])
+@pytest.mark.parametrize("world", [1, 2])
+def test_over_kept_tokens_values_and_gradients_equal_log_softmax_over_these(workers, world, chunk_tokens):
+    errors = workers.run(world, logprob_checks.compare_with_kept_tokens, chunk_tokens=chunk_tokens)
+    assert max(max(rank.values()) for rank in errors) < 2e-5, errors
+
+
+def test_over_kept_tokens_the_gradient_is_that_of_truncated_sampling(workers):
+    [(found, expected)] = workers.run(1, logprob_checks.gradient_of_truncated_sampling)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_fp32_logits_of_a_bf16_model_are_those_of_its_hidden_states(workers, world):
     """The output layer's rows are taken in chunks. Products rounded to bf16 have a thousand times the error."""

@@ -199,6 +199,44 @@ def likelier_mass(model, responses, samples: int = 3) -> Tensor:
     return torch.cat(out)
 
 
+def check_sampling_masks(tiny, tp: int = 1) -> None:
+    """The kept tokens are those of the definition, and log-probs are of the softmax over them; at a temperature too. With
+    few tokens a step, prompts are read in pieces, and rows of the sampler belong to no token."""
+    for temperature, settings in ((1.0, dict(top_p=0.9)), (1.0, dict(top_k=20)), (0.7, dict(top_p=0.5, top_k=40))):
+        engine = use_engine(tiny["qwen2"], tp=tp, temperature=temperature, sampling_masks=True, load_format="auto")
+        groups = engine.generate(prompts(), samples=3, max_tokens=24, seed=11, stop_token_ids=[EOS], **settings)
+        model, sizes = hf_model(tiny["qwen2"]), set()
+        for prompt, group in zip(prompts(), groups, strict=True):
+            for response in group:
+                tokens = torch.tensor(response.token_ids)
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt + response.token_ids])).logits[0, len(prompt) - 1 : -1].double()
+                logits /= temperature
+                assert len(response.kept) == len(tokens)
+                allowed = kept_by_definition(logits, **settings)
+                mask = torch.zeros_like(allowed)
+                for row, ids in enumerate(response.kept):
+                    mask[row, ids] = True
+                assert torch.equal(mask, allowed), (settings, (mask != allowed).nonzero())
+                expected = logits.masked_fill(~mask, -torch.inf).log_softmax(-1)[torch.arange(len(tokens)), tokens]
+                assert (torch.tensor(response.logprobs) - expected).abs().max() < 1e-5
+                sizes |= set(map(len, response.kept))
+        assert len(sizes) > 1 or "top_k" in settings
+        greedy = engine.generate(prompts(), max_tokens=3, seed=1, stop_token_ids=[EOS], temperature=0.0)
+        assert all(response.kept is None and not response.logprobs for [response] in greedy)
+
+
+def kept_by_definition(logits: Tensor, top_p: float = 1.0, top_k: int = -1) -> Tensor:
+    """Return which tokens are among the top_k and then in the smallest set of the likeliest that reaches top_p. bool [T, V]"""
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k > 0:
+        kept &= logits >= logits.topk(top_k).values[:, -1:]
+    probabilities = logits.masked_fill(~kept, -torch.inf).softmax(-1)
+    ordered, places = probabilities.sort(descending=True)
+    inside = ordered.cumsum(-1) - ordered < top_p
+    return kept & torch.zeros_like(kept).scatter(-1, places, inside)
+
+
 def check_other_sampling(tiny) -> None:
     """Another temperature gives no log-probs; top-k at temperature 1 gives those of the full distribution."""
     engine = refitted(tiny)

@@ -40,6 +40,10 @@ def test_with_top_p_tokens_are_of_the_nucleus_and_logprobs_of_the_full_distribut
     one(checks.check_top_p)
 
 
+def test_kept_tokens_are_those_of_top_p_and_top_k_and_logprobs_are_among_them(one):
+    one(checks.check_sampling_masks)
+
+
 def test_other_sampling_settings(one):
     one(checks.check_other_sampling)
 
@@ -94,6 +98,10 @@ def test_responses_are_the_same_in_another_process_and_differ_between_engines(on
 def test_tensor_parallel_engine(two, name):
     first, second = two(checks.check_one_engine_of_two, name=name)
     assert first == second
+
+
+def test_a_tensor_parallel_engine_returns_kept_tokens_too(two):
+    two(checks.check_sampling_masks, tp=2)
 
 
 def test_a_fault_on_one_rank_stops_both(two):

@@ -58,8 +58,8 @@ def model(tmp_path_factory) -> str:
 
 
 def frpo_overrides(model: str) -> list[str]:
-    """Like the demo, but smaller, with sequence parallelism, and with a lambda and a reference that depend on earlier steps: a
-    checkpoint after steps 4, 8 and 10, validation before the first and after the last."""
+    """Like the demo, but smaller, with sequence parallelism, and with a lambda that depends on earlier steps: a checkpoint
+    after steps 4, 8 and 10, validation before the first and after the last."""
     return [
         "--config-name=experiment/demo",
         f"model.path={model}",
@@ -77,8 +77,6 @@ def frpo_overrides(model: str) -> list[str]:
         f"trainer.max_steps={STEPS}",
         f"trainer.val_interval={STEPS}",
         "trainer.save_interval=4",
-        "trainer.reference_interval=3",
-        "trainer.reference_mix=0.5",
     ]
 
 

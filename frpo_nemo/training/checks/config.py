@@ -167,10 +167,20 @@ def _check_engine_options(cfg: TrainingRun, world_size: int) -> None:
             f"rollout.tensor_model_parallel_size={rollout.tensor_model_parallel_size} does not divide the number of "
             f"processes, {world_size}."
         )
-    if rollout.temperature != 1 and (rollout.top_p < 1 or rollout.top_k > 0):
+    truncated = rollout.top_p < 1 or rollout.top_k > 0
+    if rollout.temperature != 1 and truncated and not rollout.mask_replay:
         raise ConfigError(
             f"rollout.temperature={rollout.temperature} cannot be combined with rollout.top_p={rollout.top_p} and "
-            f"rollout.top_k={rollout.top_k}; set temperature=1, or top_p=1 and top_k=-1."
+            f"rollout.top_k={rollout.top_k}; set temperature=1, or top_p=1 and top_k=-1, or rollout.mask_replay=true."
+        )
+    if rollout.mask_replay and not truncated:
+        raise ConfigError(
+            "rollout.mask_replay=true has an effect with rollout.top_p below 1 or rollout.top_k only."
+        )
+    if rollout.mask_replay and not stack.returns_sampling_masks():
+        raise ConfigError(
+            "rollout.mask_replay=true: the installed vLLM cannot return the tokens that it kept; install 0.32 or newer, or set "
+            "rollout.mask_replay=false."
         )
     if resources.gpu_memory() or resources.on_login_node():
         stack.check_allocator()
