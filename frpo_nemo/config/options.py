@@ -184,7 +184,7 @@ class EngineConfig:
     )
     top_k: int = option("Sample from this many likeliest tokens; -1: from all.", -1, at_least=1, also=-1)
     mask_replay: bool = option(
-        "Take log-probs, ratios and KL over the tokens that top_p and top_k had kept when vLLM sampled, instead of over all.",
+        "Take log-probs, ratios and KL over the tokens that top_p and top_k kept when vLLM sampled, instead of over all.",
         False,
     )
     stop_tokens: list[str] = option(
@@ -193,7 +193,7 @@ class EngineConfig:
         list,
     )
     think_end_token: str | None = option(
-        "What ends the thoughts of a model that thinks, as </think>: rewards and judges see what follows it; null: everything.",
+        "Text that ends a model's thoughts, such as </think>: rewards and judges read what follows it; null: whole responses.",
         None,
     )
     tensor_model_parallel_size: int = option(
@@ -303,12 +303,12 @@ class TrainerConfig:
 class FRPOTrainerConfig(TrainerConfig):
     updates_per_rollout: int = option("Optimizer steps per rollout, each on its share of the groups.", 1, at_least=1)
     reference_interval: int | None = option(
-        "Steps after which the policy enters the reference, again and again; null: the reference is the first policy.",
+        "Update the reference from the policy every this many steps (reference_mix); null: it stays the initial policy.",
         None,
         at_least=1,
     )
     reference_mix: float = option(
-        "Weight of the policy when it enters the reference; 1: it replaces it; less: a moving average.",
+        "Weight of the policy in that update; 1: it replaces the reference; below 1: a moving average.",
         1.0,
         above=0,
         at_most=1,

@@ -240,7 +240,7 @@ def frpo_objective(loss_config: Any) -> FRPO:
             "loss_fn.frpo.refresh_importance must be false: NeMo-RL computes advantages once per rollout."
         )
     if fields.get("entropy_bonus"):
-        raise ConfigError("loss_fn.frpo.entropy_bonus must be 0: NeMo-RL gives a loss no entropy that has a gradient.")
+        raise ConfigError("loss_fn.frpo.entropy_bonus must be 0: NeMo-RL passes no differentiable entropy to the loss.")
     if "kl_gradient" in fields:
         raise ConfigError(
             "loss_fn.frpo.kl_gradient cannot be set: NeMo-RL's KL always has the gradient called reverse."

@@ -43,13 +43,13 @@ FIXED = {
     "loss_type": ("frpo", "the loss is FRPO's"),
     "epsilon": (None, "FRPO clips from above only, at epsilon_high"),
     "delta": (None, "FRPO clips from above only, at epsilon_high"),
-    "importance_sampling_level": ("token", "FRPO clips each token's ratio, then takes the mean over the sequence"),
+    "importance_sampling_level": ("token", "FRPOTrainer clips each token's ratio, then takes the mean over the sequence"),
     "scale_rewards": ("none", "FRPO's lambda is in units of reward, which a division by the spread would take away"),
     "multi_objective_aggregation": ("sum_then_normalize", "FRPO's risk is of one reward, the weighted sum"),
     "off_policy_mask_threshold": (None, "FRPO's loss has no off-policy mask"),
     "top_entropy_quantile": (1.0, "FRPO's importance is a mean over all tokens of a response"),
-    "entropy_coef": (0.0, "FRPO's loss has no entropy bonus"),
-    "use_adaptive_entropy": (False, "FRPO's loss has no entropy bonus"),
+    "entropy_coef": (0.0, "FRPOTrainer has no entropy bonus"),
+    "use_adaptive_entropy": (False, "FRPOTrainer has no entropy bonus"),
 }
 
 # Inputs of a vision-language model in addition to token ids, by their names in TRL's batches.

@@ -1,4 +1,4 @@
-"""The reference policy of full training: a copy of the weights on the CPU, which stays as it is, or moves after the policy."""
+"""The reference policy of full training: a copy of the weights on the CPU, fixed, or updated from the policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reference:
 
     @contextmanager
     def inside(self, model: Module) -> Iterator[None]:
-        """Exchange the model's weights for these, and back at the end."""
+        """Put the reference's weights into the model; put the policy's back on exit."""
         self._swap(model)
         try:
             yield

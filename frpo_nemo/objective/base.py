@@ -30,13 +30,13 @@ class Objective(ABC):
         at_least=0,
     )
     kl_gradient: str = option(
-        "Gradient of that KL: of the estimate k3, as the authors have it, which pulls as KL(reference, policy) does; or "
-        "reverse, of KL(policy, reference) itself, as in TRL and NeMo-RL (docs/theory.md, section 9).",
+        "Gradient of that KL. k3: of the k3 estimate, as in the authors' code, on average that of KL(reference, policy). "
+        "reverse: of KL(policy, reference), as in TRL and NeMo-RL (docs/theory.md, section 9).",
         "k3",
         choices=("k3", "reverse"),
     )
     entropy_bonus: float = option(
-        "Weight of the mean entropy of the policy, in nats per token, as a reward.", 0.0, at_least=0
+        "Weight of the policy's mean entropy, in nats per token, which training raises.", 0.0, at_least=0
     )
     ratio: str = option(
         "Ratio to the rollout policy: each token's own, or for all tokens of a response their geometric mean (GSPO).",
@@ -66,7 +66,7 @@ class Objective(ABC):
             )
         if self.beta == 0 and self.kl_gradient != "k3":
             raise ConfigError(
-                f"objective.kl_gradient={self.kl_gradient} has an effect with objective.beta above 0 only, and beta is 0."
+                f"objective.kl_gradient={self.kl_gradient} needs objective.beta above 0; set beta, or leave kl_gradient out."
             )
 
     def for_batch(self, rewards_N: Tensor, groups_N: Tensor, state: MutableMapping[str, float]) -> Objective:
@@ -93,7 +93,7 @@ class Objective(ABC):
         return per_token(token_mean(log_ratios_R, lengths_N), lengths_N, log_ratios_R.numel())
 
     def by_length(self, weights_N: Tensor, lengths_N: Tensor) -> Tensor:
-        """Return weights of sequences, which multiply means over tokens, as `aggregation` changes them. With token, every token
+        """Return the sequences' weights of their means over tokens, adjusted for `aggregation`. With token, every token
         of a sequence whose weight isn't 0 counts the same, and the sum over the batch stays. [N]"""
         if self.aggregation == "sequence":
             return weights_N
@@ -129,7 +129,7 @@ class Objective(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose gradient
         the clip removes, [N], detached. Log-probs are float32 or float64, sequence after sequence; lengths_N:
-        int64, >= 1, sums to R. token_weights_R multiply the tokens' terms (mismatch.truncated_importance)."""
+        int64, >= 1, sums to R. token_weights_R multiply the tokens' terms (mismatch.MismatchWeights)."""
 
     def reference_kl(
         self,

@@ -81,7 +81,7 @@ class FRPO(Objective):
     absent = {
         "clip_low": "its ratio is bounded from above only",
         "dual_clip": "its ratio is bounded by 1 + clip_high, whatever the sign of the advantage",
-        "cispo": "its loss is linear in the importance of a response, and a clipped token has no part in that",
+        "cispo": "its loss is linear in the importance of a response, to which a clipped token contributes a constant",
     }
 
     def __post_init__(self) -> None:

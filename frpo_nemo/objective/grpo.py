@@ -34,7 +34,7 @@ class DrGRPO(Objective):
     )
 
     dual_clip: float | None = option(
-        "For a negative advantage that ratio counts up to this at most (dual clip; TRL's delta); null: no bound.",
+        "Largest ratio that counts for a negative advantage (dual clip; TRL's delta); null: no bound.",
         None,
         above=1,
     )

@@ -21,7 +21,7 @@ class MismatchWeights:
     """Weights of tokens for the mismatch: the ratio pi_train / pi_rollout, bounded.
 
     level "token": each token's own ratio. "sequence": the product of the ratios of the token's sequence, exact but of high
-    variance. "geometric": their geometric mean, the product's root by the length. The last two are the same for all tokens
+    variance. "geometric": their geometric mean. The last two are the same for all tokens
     of a sequence. Ratios outside [low, high] become the nearer bound (truncated importance sampling), or with `mask` 0, as
     in masked importance sampling (level sequence or geometric) and IcePop (level token).
     """

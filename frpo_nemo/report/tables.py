@@ -67,9 +67,9 @@ def stage_one_table(results: Results) -> Table:
         sections[reward] = {"effective beta": beta} | columns
     note = (
         "Reward on held-out prompts at the first and the last validation of stage one; KL in nats per response "
-        f"({_measured(results.kl_name('train'))}). " + _OVER_SEEDS + " Effective beta: the beta with which GRPO without the "
-        "standard deviation would weigh the KL against rewards that hardly differ as the arm does; with the standard "
-        "deviation it is beta times that, and changes from group to group."
+        f"({_measured(results.kl_name('train'))}). " + _OVER_SEEDS + " Effective beta: the beta at which GRPO without the "
+        "standard deviation balances reward and KL as this arm does, where rewards hardly differ. GRPO with the standard "
+        "deviation has none: there it is beta times each group's standard deviation."
     )
     return Table(_by_reward(seeds_text(results, "train"), sections), note if sections else "")
 

@@ -1,4 +1,4 @@
-"""Part a response into the thoughts of a model that thinks and its answer, which is what rewards and judges see."""
+"""Split a reasoning model's response into thoughts and answer; rewards and judges read only the answer."""
 
 from __future__ import annotations
 

@@ -175,7 +175,8 @@ def _check_engine_options(cfg: TrainingRun, world_size: int) -> None:
         )
     if rollout.mask_replay and not truncated:
         raise ConfigError(
-            "rollout.mask_replay=true has an effect with rollout.top_p below 1 or rollout.top_k only."
+            "rollout.mask_replay=true has an effect only with top-p or top-k; set rollout.top_p below 1 or rollout.top_k, or "
+            "mask_replay=false."
         )
     if rollout.mask_replay and not stack.returns_sampling_masks():
         raise ConfigError(
@@ -189,14 +190,18 @@ def _check_engine_options(cfg: TrainingRun, world_size: int) -> None:
 def _check_reference(cfg: FRPORun) -> None:
     interval, mix = cfg.trainer.reference_interval, cfg.trainer.reference_mix
     if interval is None and mix != 1:
-        raise ConfigError(f"trainer.reference_mix={mix} has an effect with trainer.reference_interval only.")
+        raise ConfigError(
+            f"trainer.reference_mix={mix} has an effect only with trainer.reference_interval; set it, or leave that out."
+        )
     if interval is not None and cfg.model.lora.rank:
         raise ConfigError(
             f"trainer.reference_interval={interval}: with adapters the reference is their base and cannot move; set "
             "model.lora.rank=0, or leave trainer.reference_interval out."
         )
     if interval is not None and not cfg.objective.get("beta"):
-        raise ConfigError(f"trainer.reference_interval={interval} has an effect with objective.beta above 0 only.")
+        raise ConfigError(
+            f"trainer.reference_interval={interval} needs objective.beta above 0; set beta, or leave reference_interval out."
+        )
 
 
 def _check_correction(rollout: RolloutConfig) -> None:
