@@ -222,7 +222,7 @@ class RolloutConfig(EngineConfig):
         "Longest response in tokens; longer ones are cut and counted.", at_least=1, example="2048"
     )
     truncated: str = option(
-        "Responses that were cut at max_response_tokens: like others (keep), compared with none (mask), or of reward 0 (zero).",
+        "Responses cut at max_response_tokens: like others (keep), compared with none (mask), of reward 0 at most (zero).",
         "keep",
         choices=("keep", "mask", "zero"),
     )

@@ -100,9 +100,7 @@ class FRPOLossFn:
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.force_on_policy_ratio = cfg.force_on_policy_ratio
         self.corrects_mismatch = cfg.use_importance_sampling_correction
-        kind, low = cfg.truncated_importance_sampling_type, cfg.truncated_importance_sampling_ratio_min
-        high = cfg.truncated_importance_sampling_ratio if kind else math.inf
-        self.mismatch_weights = MismatchWeights(low=low or 0.0 if kind else 0.0, high=high, mask=kind == "icepop")
+        self.mismatch_weights = _mismatch_weights(cfg)
 
     @property
     def reference_policy_kl_penalty(self) -> float:
@@ -221,6 +219,23 @@ class FRPOLossFn:
         return metrics
 
 
+def _mismatch_weights(loss_config: Any) -> MismatchWeights:
+    """Return the weights of NeMo-RL's truncated_importance_sampling_*. Raises ConfigError where NeMo-RL's own loss refuses."""
+    prefix = "truncated_importance_sampling"
+    kind, low, high = (getattr(loss_config, f"{prefix}_{name}") for name in ("type", "ratio_min", "ratio"))
+    if kind is None:
+        return MismatchWeights(high=math.inf)
+    if not loss_config.use_importance_sampling_correction:
+        raise ConfigError(f"loss_fn.{prefix}_type={kind} needs loss_fn.use_importance_sampling_correction=true.")
+    if high is None or high <= 0:
+        raise ConfigError(f"loss_fn.{prefix}_ratio={high} must be above 0 with loss_fn.{prefix}_type={kind}.")
+    if low is None and kind == "icepop":
+        raise ConfigError(f"loss_fn.{prefix}_ratio_min must be set with loss_fn.{prefix}_type=icepop.")
+    if low is not None and not 0 <= low <= high:
+        raise ConfigError(f"loss_fn.{prefix}_ratio_min={low} must be between 0 and loss_fn.{prefix}_ratio={high}.")
+    return MismatchWeights(low=low or 0.0, high=high, mask=kind == "icepop")
+
+
 def frpo_objective(loss_config: Any) -> FRPO:
     """Return the FRPO of NeMo-RL's `loss_fn`: its key `frpo`, with clip_high and beta under NeMo-RL's own names. Raises
     ConfigError for a setting that FRPO would ignore."""
@@ -229,6 +244,7 @@ def frpo_objective(loss_config: Any) -> FRPO:
         if value not in allowed:
             wanted = " or ".join(map(str, allowed))
             raise ConfigError(f"loss_fn.{field}={value!r} has no meaning for FRPO; it must be {wanted}.")
+    _mismatch_weights(loss_config)
     fields = getattr(loss_config, "frpo", None)
     if not isinstance(fields, Mapping):
         raise ConfigError(f"loss_fn.frpo={fields!r} must be a mapping of FRPO's settings, such as lambda_: 0.5.")

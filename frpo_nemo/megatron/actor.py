@@ -70,7 +70,7 @@ class StepResult:
 
 
 class PolicyActor:
-    """Model, optimizer and frozen reference of this rank."""
+    """Model, optimizer and reference of this rank."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class PolicyActor:
         return self._infer(batch)
 
     def get_init_policy_logprobs(self, batch: SequenceBatch) -> Tensor:
-        """Return the log-probs under the frozen reference, fp32 [R]."""
+        """Return the log-probs under the reference, fp32 [R]."""
         with self._as_reference():
             return self.get_inference_log_probs(batch)
 

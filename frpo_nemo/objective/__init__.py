@@ -7,7 +7,7 @@ One optimizer step of any objective:
     loss, clipped = objective.sequence_loss(...)                  # any part of the batch, in any split
     (weights * loss).sum().backward()                             # summed over parts: the loss of the rewards
 
-The KL to the frozen reference (`objective.beta`, kl.py) and the weights against a train-rollout mismatch
+The KL to the reference (`objective.beta`, kl.py) and the weights against a train-rollout mismatch
 (mismatch.py) are the same for every objective and have their own modules here; so has the one reward of a response
 with several rewards, some of them missing (parts.py).
 """

@@ -25,7 +25,7 @@ class Objective(ABC):
     """
 
     beta: float = option(
-        "Weight of the KL to the frozen reference policy, in nats per token; 0: only validation computes it.",
+        "Weight of the KL to the reference policy, in nats per token; 0: only validation computes it.",
         0.0,
         at_least=0,
     )
@@ -127,8 +127,8 @@ class Objective(ABC):
         advantages_N: Tensor,
         token_weights_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose gradient
-        the clip removes, [N], detached. Log-probs are float32 or float64, sequence after sequence; lengths_N:
+        """Return losses [N], differentiable in logprobs_R, and the share of each sequence's tokens whose ratio is
+        at a bound of the clip, [N], detached. Log-probs are float32 or float64, sequence after sequence; lengths_N:
         int64, >= 1, sums to R. token_weights_R multiply the tokens' terms (mismatch.MismatchWeights)."""
 
     def reference_kl(
@@ -139,7 +139,7 @@ class Objective(ABC):
         lengths_N: Tensor,
         token_weights_R: Tensor | None = None,
     ) -> Tensor:
-        """Return the KL term of each sequence, which counts beta / N in the loss, [N], differentiable in logprobs_R.
+        """Return the KL term of each sequence, beta times its share in the loss. [N], differentiable in logprobs_R.
         token_weights_R: see sequence_kl."""
         old = old_logprobs_R if self.kl_gradient == "reverse" else None
         return sequence_kl(logprobs_R, ref_logprobs_R, lengths_N, token_weights_R, old)

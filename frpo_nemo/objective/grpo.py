@@ -22,8 +22,8 @@ STD_EPSILON = 1e-4  # TRL's, and so that of the authors' baseline
 class DrGRPO(Objective):
     """Advantages r_i - mean(r) (arXiv 2503.20783, without the std) and PPO's two-sided clip.
 
-    The paper also divides by a constant instead of by the response's length; here every objective takes the
-    mean over a sequence's tokens, so that a comparison differs only in the advantages and the clip.
+    The paper also divides by a constant instead of by the response's length (aggregation=constant); the default is the mean
+    over a sequence's tokens for every objective, so that a comparison differs only in the advantages and the clip.
     """
 
     clip_low: float = option(
@@ -45,10 +45,10 @@ class DrGRPO(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cispo and (self.dual_clip is not None or self.ratio == "sequence"):
+        if self.cispo and (self.dual_clip is not None or self.ratio == "sequence" or self.clip_low != DrGRPO.clip_low):
             raise ConfigError(
-                "objective.cispo weighs each token by its ratio, so objective.dual_clip and objective.ratio=sequence have no "
-                "effect; leave them out."
+                "objective.cispo weighs each token by its ratio, up to 1 + clip_high, so objective.dual_clip, clip_low and "
+                "ratio=sequence have no effect; leave them out."
             )
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ConfigError(

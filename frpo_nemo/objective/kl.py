@@ -1,4 +1,4 @@
-"""Estimate the KL of the policy to the frozen reference from the log-probs of sampled tokens."""
+"""Estimate the KL of the policy to the reference from the log-probs of sampled tokens."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from frpo_nemo.objective.ragged import per_token, token_mean, token_sum
+from frpo_nemo.objective.ragged import per_token, token_sum
 
 LEVELS = ("token", "sequence", "geometric")
 
@@ -32,12 +32,23 @@ class MismatchWeights:
     mask: bool = False
 
     @torch.no_grad()
-    def __call__(self, train_logprobs_R: Tensor, rollout_logprobs_R: Tensor, lengths_N: Tensor) -> Tensor:
-        """Return the weight of every token, detached. A NaN stays one, because it must show in the loss. [R]"""
+    def __call__(
+        self,
+        train_logprobs_R: Tensor,
+        rollout_logprobs_R: Tensor,
+        lengths_N: Tensor,
+        counted_R: Tensor | None = None,
+    ) -> Tensor:
+        """Return the weight of every token, detached. counted_R: 0 for a token that is left out, and so must not affect the
+        others of its sequence; else 1. A NaN stays one, because it must show in the loss. [R]"""
         gaps_R = train_logprobs_R - rollout_logprobs_R
+        counted_R = torch.ones_like(gaps_R) if counted_R is None else counted_R
+        gaps_R = torch.where(counted_R == 0, 0.0, gaps_R)
         if self.level != "token":
-            mean = token_sum if self.level == "sequence" else token_mean
-            gaps_R = per_token(mean(gaps_R, lengths_N), lengths_N, gaps_R.numel())
+            gaps_N = token_sum(gaps_R, lengths_N)
+            if self.level == "geometric":
+                gaps_N = gaps_N / token_sum(counted_R, lengths_N).clamp(min=1)
+            gaps_R = per_token(gaps_N, lengths_N, gaps_R.numel())
         log_low, log_high = math.log(self.low) if self.low else -math.inf, math.log(self.high)
         weights_R = torch.exp(gaps_R.clamp(log_low, log_high))  # bounded before exp, which could overflow
         if self.mask:

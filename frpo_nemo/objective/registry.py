@@ -74,7 +74,7 @@ def _by_path(path: Any) -> type[Objective]:
 def _check_fields(cls: type[Objective], label: Any, given: Mapping[str, Any]) -> None:
     known = inspect.signature(cls).parameters
     for field in given:
-        if field in cls.absent:
+        if field not in known and field in cls.absent:
             raise ConfigError(f"objective.{field} is not a field of {label}: {cls.absent[field]}.")
         if field not in known:
             raise ConfigError(

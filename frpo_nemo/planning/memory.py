@@ -55,6 +55,7 @@ class Layout:
     logprob_chunk_tokens: int = 1024
     engine: Engine | None = None
     reference: bool = False
+    reference_average: bool = False  # then it is kept in fp32 too
     lora_rank: int = 0
     lora_dropout: bool = False
     gpu: bool = True
@@ -137,10 +138,12 @@ def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
     )
 
 
-def checkpoint_bytes(arch: Architecture, precision: str, lora_rank: int = 0) -> int:
-    """Return the bytes of one checkpoint: weights and optimizer of the trained parameters."""
+def checkpoint_bytes(arch: Architecture, precision: str, lora_rank: int = 0, reference_mix: float | None = None) -> int:
+    """Return the bytes of one checkpoint: weights and optimizer of the trained parameters. reference_mix: of a reference that
+    moves, which is saved too, an average in fp32."""
     trained = arch.num_layers * adapter_parameters(arch, lora_rank, 1) if lora_rank else parameters(arch)
-    return trained * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision])
+    reference = 0 if reference_mix is None else WEIGHT_BYTES[precision] if reference_mix == 1 else 4
+    return trained * (WEIGHT_BYTES[precision] + OPTIMIZER_BYTES[precision] + reference)
 
 
 def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
@@ -177,7 +180,7 @@ def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int
         longest = min(layout.microbatch_tokens, layout.engine.longest if layout.engine else layout.microbatch_tokens)
         parts["rotary tables"] = ROTARY_TABLES * longest * arch.head_dim * 4
     if layout.reference and not layout.gpu:
-        parts["reference"] = state["weights"]
+        parts["reference"] = state["weights"] * _copies_of_reference(layout)
     if layout.engine and (name in ("generate", "refit") or not layout.gpu):
         parts |= engine_bytes(arch, layout, limit, kv_cache=name != "refit" or not layout.gpu)
     if name == "log-probs":
@@ -220,7 +223,13 @@ def host_bytes(arch: Architecture, layout: Layout) -> int:
     state = max((state_bytes(arch, layout, s) for s in range(layout.pp)), key=lambda parts: parts["weights"])
     asleep = engine_bytes(arch, layout, 0, kv_cache=False)["vLLM weights"] if layout.engine else 0
     offloaded = state["optimizer"] if layout.engine and layout.precision != "fp32" else 0
-    return CPU_RESERVE + asleep + offloaded + (state["weights"] if layout.reference else 0)
+    reference = state["weights"] * _copies_of_reference(layout) if layout.reference else 0
+    return CPU_RESERVE + asleep + offloaded + reference
+
+
+def _copies_of_reference(layout: Layout) -> int:
+    """Return how many times the weights' bytes a reference takes: an average is kept in fp32 too."""
+    return 1 + (4 // layout.element if layout.reference_average else 0)
 
 
 # Tensors that a microbatch keeps for the backward pass.

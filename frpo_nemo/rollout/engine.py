@@ -124,6 +124,8 @@ class RolloutEngine:
         self._check_request(prompts, max_tokens, rollout and (top_p < 1 or top_k > 0))
         self._wake("weights", "kv_cache")
         self._forget_prefixes()
+        if self._sampling_masks and self._on_gpu and top_k <= 0:
+            top_k = self._llm.model_config.get_vocab_size()  # vLLM returns masks only where there is a top_k
         params = SamplingParams(
             n=samples,
             temperature=self._temperature if temperature is None else temperature,

@@ -18,22 +18,24 @@ class Parted:
 
 
 def part(responses: Sequence[list[int]], texts: Sequence[str], begun: Sequence[bool], end: str, tokenizer) -> Parted:
-    """Part responses (token ids and their texts) where the last `end`, such as </think>, stops. Without it a response is an
-    answer, unless thoughts had begun: in the prompt (`begun`), or by the tag that belongs to `end`. Where `end` has no such
-    tag, a response without it is unfinished."""
+    """Part responses (token ids and their texts) where the last `end`, such as </think>, stops. Thoughts that begin again
+    after it have not ended. Without it a response is an answer, unless thoughts had begun: in the prompt (`begun`), or with
+    the response, by the tag that belongs to `end`. Where `end` has no such tag, a response without it is unfinished."""
     begin, answers, tokens, unfinished = opening(end), [], [], []
     for ids, text, in_prompt in zip(responses, texts, begun, strict=True):
         before, found, answer = text.rpartition(end)
-        open_ = not found and (in_prompt or begin in text)
+        again = bool(begin) and begin in answer
+        open_ = again if found else in_prompt or text.lstrip().startswith(begin)
         answers.append("" if open_ else answer.lstrip() if found else text)
-        tokens.append(_tokens_up_to(len(before) + len(end), ids, tokenizer) if found else len(ids) if open_ else 0)
+        thought = len(before) + len(end) if found else 0
+        tokens.append(len(ids) if open_ else _tokens_up_to(thought, ids, tokenizer))
         unfinished.append(open_)
     return Parted(answers, tokens, unfinished)
 
 
 def opening(end: str) -> str:
     """Return the tag that begins what `end` ends, <think> for </think>; "" for an end without a slash."""
-    return end.replace("/", "", 1) if "/" in end else ""
+    return end.strip().replace("/", "", 1) if "/" in end else ""
 
 
 def begun_in_prompt(prompt: list[int], end: str, tokenizer) -> bool:

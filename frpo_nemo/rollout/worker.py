@@ -54,12 +54,12 @@ class Rollouts:
 
     def judge_truncated(self, rule: str) -> None:
         """Change what the objective compares of truncated responses, by rollout.truncated: they leave their group (mask), or
-        a scored one counts 0 (zero). Rewards that are logged stay as they are."""
+        a scored one counts 0, or less if its reward is (zero). Rewards that are logged stay as they are."""
         truncated, compared = self.batch.columns["truncated"].bool(), self.batch.columns["compared"]
         if rule == "mask":
             self.batch.columns["compared"] = compared.masked_fill(truncated, math.nan)
         if rule == "zero":
-            self.batch.columns["compared"] = compared.masked_fill(truncated & ~compared.isnan(), 0.0)
+            self.batch.columns["compared"] = torch.where(truncated, compared.clamp(max=0.0), compared)
 
     def require_scores(self) -> None:
         """Raise RuntimeError if no response has a reward, because there is nothing to learn from."""
@@ -144,7 +144,7 @@ class RolloutWorker:
         with self.phases("reward"), isolated_rng(self._reward_seed(seed_step)):  # rewards may draw random numbers
             scores, more = self._score(scored.rewards, [examples[i] for i in mine], completions)
         with self.phases("gather"):
-            return self._gather(examples, samples, mine, completions, scores, more, scored)
+            return self._gather(examples, samples, mine, completions, scores, scored, more)
 
     def _generate_share(self, examples, samples: int, max_tokens: int, seed_step: int):
         """Return (places of the prompts whose responses this rank scores, their responses)."""
@@ -187,8 +187,8 @@ class RolloutWorker:
         columns = {"thought_tokens": parted.tokens, "unfinished_thoughts": parted.unfinished}
         return parted.answers, {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
-    def _gather(self, examples, samples, mine, completions, scores, more, scored: ScoredPrompts) -> Rollouts:
-        """Gather all ranks' responses in the order of the prompts. more: columns of this rank's responses."""
+    def _gather(self, examples, samples, mine, completions, scores, scored: ScoredPrompts, more=None) -> Rollouts:
+        """Gather all ranks' responses in the order of the prompts. more: further columns of this rank's responses."""
         flat = [c for group in completions for c in group]
         responses = (  # as tensors: pickled in bulk
             torch.tensor([len(c.token_ids) for c in flat], dtype=torch.int64),
@@ -198,7 +198,7 @@ class RolloutWorker:
             torch.tensor([len(ids) for c in flat for ids in c.kept or ()], dtype=torch.int64),
             torch.tensor([i for c in flat for ids in c.kept or () for i in ids], dtype=torch.int32),
         )
-        tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}, **more}
+        tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}} | (more or {})
         own = (mine, responses, tensors, scores.failures, scores.said)
         everything = world.gather_objects(own)
         places = torch.tensor(

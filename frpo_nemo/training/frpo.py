@@ -15,7 +15,7 @@ from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
 from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.objective import Objective, build_objective
-from frpo_nemo.objective.mismatch import MismatchWeights
+from frpo_nemo.objective.mismatch import MismatchWeights, agreement
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.loss import PolicyLoss
@@ -51,7 +51,7 @@ def train(cfg: FRPORun) -> bool:
                 seed=cfg.trainer.seed,
             )
             if objective.beta > 0 or cfg.trainer.val_interval or probe:
-                actor.freeze_reference()  # before a checkpoint is loaded: the model with which training began
+                actor.freeze_reference()  # the model with which training began; a checkpoint may hold a later one
         run.attach(
             actor,
             train=training.prompts,
@@ -71,16 +71,16 @@ def train(cfg: FRPORun) -> bool:
                 max_tokens=cfg.rollout.max_response_tokens,
                 seed_step=step,
             )
-            rollouts.judge_truncated(cfg.rollout.truncated)
             rollouts.require_scores()
+            rollouts.judge_truncated(cfg.rollout.truncated)
             batch_objective = objective.for_batch(rollouts.rewards, rollouts.groups, run.objective_state)
             results = learn(run, batch_objective, worker, actor, rollouts, step)
             worker.refit(actor)
-            if cfg.trainer.reference_interval and step % cfg.trainer.reference_interval == 0:
-                actor.update_reference(cfg.trainer.reference_mix)
             values = rollout_statistics(rollouts) | step_statistics(batch_objective, rollouts.batch, results)
             values["rollout_mismatch/gap_limit"] = worker.gap_limit.value
             measure(run, worker, actor, held_out, probe, step)
+            if cfg.trainer.reference_interval and step % cfg.trainer.reference_interval == 0:
+                actor.update_reference(cfg.trainer.reference_mix)
             run.record(step, values, int(rollouts.batch.lengths.sum()))
         if run.finished:
             run.export()
@@ -132,6 +132,9 @@ def learn(
             with run.phases("logprobs"):
                 current = actor.get_inference_log_probs(minibatch)
             old = minibatch.token_columns["old_logprobs"]
+            if cfg.rollout.token_gap_limit is not None:  # as in the loss, a token that is left out moves no other
+                counted = agreement(old, minibatch.token_columns["rollout_logprobs"], cfg.rollout.token_gap_limit)
+                current = torch.where(counted == 0, old, current)
             importance = objective.importance(current, old, minibatch.response_lengths)
         rewards, groups = minibatch.columns["compared"], minibatch.columns["group"]
         minibatch.columns["advantage"] = objective.effective_advantages(rewards, groups, importance)

@@ -34,7 +34,9 @@ class PolicyLoss:
         lengths = sequences.response_lengths
         old = sequences.token_columns.get("old_logprobs", logprobs.detach())
         counted, weights = self._token_weights(old, sequences)
-        losses, clipped = self.objective.sequence_loss(logprobs, old, lengths, sequences.columns["advantage"], weights)
+        # A token that is left out must not move the others through a ratio of the whole sequence either.
+        shown = torch.where(counted == 0, old, logprobs)
+        losses, clipped = self.objective.sequence_loss(shown, old, lengths, sequences.columns["advantage"], weights)
         losses = losses * sequences.columns["coefficient"]
         per_sequence = {"clipped": clipped}
         share = sequences.columns.get("share", 1 / self.num_sequences)
@@ -60,9 +62,7 @@ class PolicyLoss:
             counted = agreement(old, rollout, self.token_gap_limit)
         if self.correction is None:
             return counted, counted
-        # A token that is left out must not affect the weights of the others in its sequence either.
-        compared, lengths = torch.where(counted == 0, old, rollout), sequences.response_lengths
-        return counted, counted * self.correction(old, compared, lengths)
+        return counted, counted * self.correction(old, rollout, sequences.response_lengths, counted)
 
 
 @dataclass(frozen=True)

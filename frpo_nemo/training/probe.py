@@ -55,7 +55,7 @@ class Probe:
 def distance_from_reference(
     worker: RolloutWorker, actor: PolicyActor, rollouts: Rollouts, step: int
 ) -> dict[str, float]:
-    """Return the KL of the policy from the frozen reference on responses that the policy sampled, in nats: per token (k3 with
+    """Return the KL of the policy from the reference on responses that the policy sampled, in nats: per token (k3 with
     the objective's bound), and of whole responses by three estimates: the mean log-ratio, k3 of every token, and the exact
     KL of every next-token distribution, which varies least."""
     batch = rollouts.batch

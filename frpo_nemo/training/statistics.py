@@ -23,10 +23,12 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
     parts = [name for name in columns if name.startswith("reward/")]
     for name in parts if len(parts) > 1 else ():
         values |= _mean_and_std(name, columns[name])
-    thoughts = {}
+    more = {}
     if "thought_tokens" in columns:
-        thoughts["thought_length/mean"] = columns["thought_tokens"].mean().item()
-        thoughts["share/unfinished_thoughts"] = columns["unfinished_thoughts"].mean().item()
+        more["thought_length/mean"] = columns["thought_tokens"].mean().item()
+        more["share/unfinished_thoughts"] = columns["unfinished_thoughts"].mean().item()
+    if rollouts.batch.kept is not None:
+        more["kept_tokens/mean"] = rollouts.batch.kept.counts.double().mean().item()
     failures = {
         f"reward_failures/{reward}/{kind}": float(count)
         for reward, kinds in rollouts.failures.items()
@@ -35,7 +37,7 @@ def rollout_statistics(rollouts: Rollouts) -> dict[str, float]:
     return (
         values
         | failures
-        | thoughts
+        | more
         | {
             "response_length/mean": lengths.mean().item(),
             "response_length/max": lengths.max().item(),

@@ -49,6 +49,7 @@ CLIPPED_PG_LOSS_CONFIG = {  # the fields of ClippedPGLossConfig and their defaul
     "use_cispo": False,
     "positive_example_nll_weight": 0.0,
 }
+CORRECTED = {"use_importance_sampling_correction": True}
 FOR_FRPO = {"token_level_loss": False, "kl_input_clamp_value": None, "kl_output_clamp_value": None}
 CLIPPED_PG_METRICS = [  # the keys that ClippedPGLossFn returns, without the positive examples' NLL of VAPO
     "loss",
@@ -337,6 +338,12 @@ def test_a_kl_radius_solves_lambda_from_each_batch_and_remembers_it():
         ({"reference_policy_kl_type": "k2"}, "reference_policy_kl_type"),
         ({"kl_output_clamp_value": 10.0}, "kl_output_clamp_value"),
         ({"truncated_importance_sampling_type": "seq-mask-tis"}, "truncated_importance_sampling_type"),
+        ({"truncated_importance_sampling_type": "tis"}, "needs loss_fn.use_importance_sampling_correction"),
+        (CORRECTED | {"truncated_importance_sampling_type": "tis"}, "truncated_importance_sampling_ratio=None must be above 0"),
+        (
+            CORRECTED | {"truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio": 2.0},
+            "truncated_importance_sampling_ratio_min must be set",
+        ),
         ({"frpo": {"lambda_": 0.5, "beta": 0.1}}, "reference_policy_kl_penalty"),
         ({"frpo": {"lambda_": 0.5, "refresh_importance": True}}, "refresh_importance"),
         ({"frpo": 0.5}, "loss_fn.frpo"),

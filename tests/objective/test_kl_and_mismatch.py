@@ -204,6 +204,14 @@ def test_without_a_gap_the_weights_are_one_and_a_nan_stays_visible(level, mask):
     assert weigh(TRAIN, torch.where(TRAIN == 90, math.nan, TRAIN), LENGTHS).isnan().any()
 
 
+@pytest.mark.parametrize("level", RATIOS)
+def test_a_token_that_is_left_out_moves_no_other_token(level):
+    weigh, place = MismatchWeights(level, 0.0, 100.0), torch.tensor([0.0, 1, 1, 1, 1])
+    found = weigh(TRAIN, ROLLOUT, LENGTHS, place)
+    alone = weigh(TRAIN[1:], ROLLOUT[1:], torch.tensor([1, 1, 2]))
+    torch.testing.assert_close(found[1:], alone)
+
+
 def test_the_effective_sample_size_is_the_share_of_tokens_with_equal_weights():
     assert effective_sample_size(torch.full((7,), 0.3)) == pytest.approx(1)
     assert effective_sample_size(torch.tensor([1.0, 0, 0, 0])) == pytest.approx(1 / 4)

@@ -120,6 +120,7 @@ def test_aggregation_weighs_responses_by_their_tokens():
         ({"name": "grpo", "constant_length": 512}, "objective.constant_length must be set with"),
         ({"name": "grpo", "dual_clip": 1.1}, "dual_clip=1.1 must be above 1 . objective.clip_high=1.2"),
         ({"name": "grpo", "cispo": True, "dual_clip": 3.0}, "objective.cispo weighs each token by its ratio"),
+        ({"name": "grpo", "cispo": True, "clip_low": 0.5}, "objective.cispo weighs each token by its ratio"),
         ({"name": "dr_grpo", "ratio": "tokens"}, "objective.ratio=tokens .*did you mean token"),
     ],
 )

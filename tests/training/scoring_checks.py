@@ -35,7 +35,7 @@ def scored_rollouts(groups: list[dict[str, list]], weights: dict[str, float], ta
     scores = rewards.score(["p"] * len(texts), texts, [str(g) for g in mine for _ in range(size)], {})
     completions = [[Completion([5], [-1.0], False) for _ in range(size)] for _ in mine]
     scored = ScoredPrompts(examples, rewards, [str(number) for number in range(len(groups))])
-    return worker._gather(examples, size, mine, completions, scores, {}, scored)
+    return worker._gather(examples, size, mine, completions, scores, scored)
 
 
 def rollouts_of_thoughts(texts: list[str], end: str) -> tuple[list[float], list[int], dict[str, float]]:
@@ -48,5 +48,5 @@ def rollouts_of_thoughts(texts: list[str], end: str) -> tuple[list[float], list[
     examples, rank = [Prompt([3, 4 + number], "p", "only", {}) for number in range(2)], dist.get_rank()
     scores, more = worker._score(rewards, examples[rank : rank + 1], completions)
     scored = ScoredPrompts(examples, rewards, ["only"])
-    rollouts = worker._gather(examples, len(texts), [rank], completions, scores, more, scored)
+    rollouts = worker._gather(examples, len(texts), [rank], completions, scores, scored, more)
     return rollouts.rewards.tolist(), rollouts.batch.response_lengths.tolist(), rollout_statistics(rollouts)

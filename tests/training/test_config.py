@@ -191,6 +191,10 @@ BAD_INPUT = [
     (["rollout.importance_correction=tokens"], ["rollout.importance_correction=tokens", "did you mean token"]),
     (["rollout.importance_limit=0"], ["rollout.importance_limit=0", "above 0"]),
     (["rollout.importance_correction=token", "rollout.importance_floor=3"], ["importance_floor=3", "importance_limit=2"]),
+    (
+        ["objective.ratio=sequence", "rollout.importance_correction=token", "rollout.importance_outside=mask"],
+        ["objective.ratio=", "importance_correction=sequence or geometric"],
+    ),
     (["rollout.mask_replay=true"], ["rollout.mask_replay=true", "rollout.top_p below 1 or rollout.top_k"]),
     (["trainer.reference_mix=0.5"], ["trainer.reference_mix=0.5", "trainer.reference_interval"]),
     (["trainer.reference_interval=9", "objective.beta=0"], ["trainer.reference_interval=9", "objective.beta above 0"]),

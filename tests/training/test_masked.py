@@ -12,7 +12,7 @@ import torch
 from runs import random_model
 
 from frpo_nemo.data.batch import SequenceBatch
-from frpo_nemo.objective import FRPO
+from frpo_nemo.objective import FRPO, DrGRPO
 from frpo_nemo.objective.kl import LINEAR_BEYOND, k3
 from frpo_nemo.objective.mismatch import MismatchWeights
 from frpo_nemo.training.loss import PolicyLoss
@@ -150,6 +150,21 @@ def test_the_weights_multiply_the_gradient_of_the_reward_alone(level, mask):
     assert 0 < sum(low < weight < high for weight in weights) < 8
     assert out.per_token["weight"].tolist() == pytest.approx(weights)
     assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [FRPO(lambda_=0.5, ratio="sequence"), DrGRPO(ratio="sequence")])
+def test_a_masked_token_has_no_part_in_its_sequences_ratio(kind):
+    """Whatever its log-probs are, its own gradient is 0 and the others' do not change."""
+    gradients = []
+    for moved in (0.0, 12.0):
+        batch = SequenceBatch.from_lists([[0]], [[1, 1, 1]])
+        batch.columns |= {"advantage": torch.ones(1), "coefficient": torch.ones(1)}
+        old = torch.tensor([-1.0, -2.0, -15.0])
+        batch.token_columns |= {"old_logprobs": old, "rollout_logprobs": torch.tensor([-1.0, -2.0, -2.0])}
+        logprobs = (old + torch.tensor([0.01, 0.02, moved])).requires_grad_()
+        PolicyLoss(kind, 1, token_gap_limit=4.0)(logprobs, torch.zeros(3), batch).losses.sum().backward()
+        gradients.append(logprobs.grad)
+    assert torch.equal(*gradients) and gradients[0][2] == 0 and gradients[0][:2].ne(0).all()
 
 
 @pytest.fixture(scope="module")

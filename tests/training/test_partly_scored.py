@@ -127,12 +127,18 @@ def test_a_check_names_no_others(printed, tasks):
 
 
 @pytest.mark.parametrize(
-    "rule, expected", [("keep", [1, 2, 3, math.nan]), ("mask", [1, math.nan, 3, math.nan]), ("zero", [1, 0, 3, math.nan])]
+    "rule, expected",
+    [
+        ("keep", [1, 2, 3, math.nan, -1]),
+        ("mask", [1, math.nan, 3, math.nan, math.nan]),
+        ("zero", [1, 0, 3, math.nan, -1]),
+    ],
 )
 def test_truncated_responses_are_compared_as_the_rule_says(rule, expected):
-    """The second was cut off, and so was the last, which nothing scored; what is logged stays."""
-    rewards = torch.tensor([1.0, 2.0, 3.0, math.nan], dtype=torch.float64)
-    columns = {"reward": rewards, "compared": rewards.clone(), "truncated": torch.tensor([False, True, False, True])}
+    """The second and the last two were cut off, one of them unscored; what is logged stays."""
+    rewards = torch.tensor([1.0, 2.0, 3.0, math.nan, -1.0], dtype=torch.float64)
+    truncated = torch.tensor([False, True, False, True, True])
+    columns = {"reward": rewards, "compared": rewards.clone(), "truncated": truncated}
     rollouts = Rollouts(SimpleNamespace(columns=columns), ["only"])
     rollouts.judge_truncated(rule)
     torch.testing.assert_close(rollouts.rewards, torch.tensor(expected, dtype=torch.float64), equal_nan=True)

@@ -39,14 +39,19 @@ def test_thoughts_that_do_not_end_leave_no_answer():
     assert parted("so 4, or 5", begun=True) == ("", 10, True)
     assert parted("<think>so 4, or 5") == ("", 17, True)
     assert parted("so 4", end="[END]") == ("", 4, True), "an end to which no beginning belongs"
+    text = "<think>a</think>x<think>the answer is 42"
+    assert parted(text) == ("", len(text), True), "they have begun again"
 
 
 def test_a_response_without_thoughts_is_an_answer():
     assert parted("4 <b>") == ("4 <b>", 0, False)
+    assert parted("<think> is no tag of HTML"[1:]) == ("think> is no tag of HTML", 0, False)
+    assert parted("In HTML, <think> is no tag.") == ("In HTML, <think> is no tag.", 0, False)
 
 
 def test_thoughts_may_have_begun_in_the_prompt():
     assert (opening("</think>"), opening("[/THINK]"), opening("<|end|>")) == ("<think>", "[THINK]", "")
+    assert opening("</think>\n\n") == "<think>"
     assert begun_in_prompt(ids_of("user: 2+2? assistant: <think>\n"), END, TOKENIZER)
     assert not begun_in_prompt(ids_of("write <think> in a sentence. assistant:"), END, TOKENIZER)
 

@@ -19,7 +19,7 @@ from frpo_nemo.data.sources import keep_files
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.tensors import check_head
-from frpo_nemo.objective import build_objective
+from frpo_nemo.objective import Objective, build_objective
 from frpo_nemo.rewards.reward_set import check_rewards, check_waits
 from frpo_nemo.training.checks import resources
 from frpo_nemo.training.checks.chat import check_conversations
@@ -49,7 +49,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
         )
     _check_engine_options(cfg, world_size)
     _check_batch(cfg, world_size)
-    _check_correction(cfg.rollout)
+    _check_correction(cfg.rollout, build_objective(cfg.objective))
     _check_reference(cfg)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     _check_longest(cfg, longest, "data.max_prompt_tokens + rollout.max_response_tokens")
@@ -198,13 +198,19 @@ def _check_reference(cfg: FRPORun) -> None:
             f"trainer.reference_interval={interval}: with adapters the reference is their base and cannot move; set "
             "model.lora.rank=0, or leave trainer.reference_interval out."
         )
-    if interval is not None and not cfg.objective.get("beta"):
+    if interval is not None and build_objective(cfg.objective).beta == 0:
         raise ConfigError(
             f"trainer.reference_interval={interval} needs objective.beta above 0; set beta, or leave reference_interval out."
         )
 
 
-def _check_correction(rollout: RolloutConfig) -> None:
+def _check_correction(rollout: RolloutConfig, objective: Objective) -> None:
+    by_token = rollout.importance_correction == "token" and rollout.importance_outside == "mask"
+    if by_token and objective.ratio == "sequence":
+        raise ConfigError(
+            "rollout.importance_outside=mask leaves single tokens out with importance_correction=token, but objective.ratio="
+            "sequence takes one ratio for all of them; set importance_correction=sequence or geometric."
+        )
     if rollout.importance_floor > rollout.importance_limit:
         raise ConfigError(
             f"rollout.importance_floor={rollout.importance_floor} must not be above rollout.importance_limit="

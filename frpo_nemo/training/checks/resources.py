@@ -51,7 +51,10 @@ def check_disk(cfg: TrainingRun, arch: Architecture, directory: Path) -> None:
     keep, checkpoints = cfg.checkpoint, Path(cfg.run_dir, "checkpoints")
     kept = 1 if cfg.trainer.save_interval == 0 else keep.keep_last + keep.keep_best
     missing = kept + 1 - min(len(checkpoint_files.complete(cfg.run_dir)), kept)
-    one = checkpoint_bytes(arch, cfg.model.precision, cfg.model.lora.rank)
+    mix = None
+    if isinstance(cfg, FRPORun) and cfg.trainer.reference_interval is not None:
+        mix = cfg.trainer.reference_mix
+    one = checkpoint_bytes(arch, cfg.model.precision, cfg.model.lora.rank, mix)
     leftovers = sum(
         file.stat().st_size for file in checkpoints.glob("*.tmp-*/**/*") if file.is_file()
     )  # the next save's
@@ -141,6 +144,7 @@ def layout_of(cfg: TrainingRun, world_size: int, *, gpu: bool) -> Layout:
         logprob_chunk_tokens=model.logprob_chunk_tokens,
         engine=engine,
         reference=not model.lora.rank and (bool(probe) or compared),
+        reference_average=isinstance(cfg, FRPORun) and cfg.trainer.reference_mix < 1,
         lora_rank=model.lora.rank,
         lora_dropout=model.lora.dropout > 0,
         gpu=gpu,
