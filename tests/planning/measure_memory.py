@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -37,20 +38,24 @@ def allocated(work: Callable[[], T]) -> tuple[T, int, int]:
         result = work()
         gc.collect()
     events = profiler.profiler.kineto_results.experimental_event_tree()
-    now = most = 0
-    for _, size in sorted(_changes(events)):
-        now += size
-        most = max(most, now)
-    return result, now, most
+    alive: dict[int, int] = {}  # address -> bytes
+    most = 0
+    for _, address, size in sorted(_changes(events), key=itemgetter(0)):
+        if size > 0:
+            alive[address] = size
+            most = max(most, sum(alive.values()))
+        else:
+            alive.pop(address, None)  # None: a tensor from before, which nothing here counts
+    return result, sum(alive.values()), most
 
 
-def _changes(events: list, scratch: frozenset[int] = frozenset()) -> Iterator[tuple[int, int]]:
-    """Yield time and bytes of each tensor made (+) or freed (-), without those that a matrix product makes for itself:
+def _changes(events: list, scratch: frozenset[int] = frozenset()) -> Iterator[tuple[int, int, int]]:
+    """Yield time, address and bytes of each tensor made (+) or freed (-), without those that a matrix product makes for itself:
     on a CPU that has no instructions for bf16, oneDNN sums in fp32."""
     for event in events:
         fields = event.extra_fields
         if event.tag == _EventType.Allocation and fields.ptr not in scratch:
-            yield event.start_time_ns, fields.alloc_size
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
         inside = [child for child in event.children if child.tag == _EventType.Allocation]
         freed = {child.extra_fields.ptr for child in inside if child.extra_fields.alloc_size < 0}
         yield from _changes(event.children, frozenset(freed if event.name in PRODUCTS else ()))
