@@ -62,6 +62,7 @@ RECEIVERS: dict[str, dict[str, list[str]]] = {
     "frpo_nemo/rollout/engine.py": {
         "self._llm": ["vllm.LLM()"],
         "self._llm.llm_engine.engine_core": ["vllm.v1.engine.core_client.InprocClient()"],
+        "self._llm.model_config": ["vllm.config.ModelConfig()"],
         "output": ["vllm.outputs.RequestOutput()"],
         "response": ["vllm.outputs.CompletionOutput()"],
         "response.logprobs": ["vllm.logprobs.FlatLogprobs()"],
