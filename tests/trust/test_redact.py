@@ -14,7 +14,7 @@ from frpo_nemo import redact
 from frpo_nemo.config.option import options_of
 from frpo_nemo.config.options import FRPORun, RewardConfig, SFTRun
 from frpo_nemo.errors import ConfigError
-from frpo_nemo.evaluation.options import RewardProbeConfig
+from frpo_nemo.evaluation.options import EvaluateRun, RewardProbeConfig
 from frpo_nemo.evaluation.reward_probe import probe_settings
 from frpo_nemo.rewards.registry import Failure, bind, call_batch
 from frpo_nemo.study.parts import PartConfig, StudyConfig
@@ -176,6 +176,6 @@ def test_a_study_and_an_evaluation_write_no_secret_down(tmp_path):
     assert "api_key=REDACTED" in shlex.join(rows[0]["arguments"])
 
     probe = RewardProbeConfig(reward={"judge": RewardConfig(target="length", args={"api_key": SECRET})})
-    cfg = type("Cfg", (), {"probe": probe, "dtype": "float32"})
+    cfg = EvaluateRun(probe=probe)
     assert asdict(probe)["reward"]["judge"]["args"]["api_key"] == SECRET
     assert SECRET not in json.dumps(probe_settings(cfg)) and re.search("REDACTED", json.dumps(probe_settings(cfg)))
