@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+EXPERT_FAMILIES = ("qwen3_moe", "mixtral")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
@@ -43,6 +44,11 @@ _OWN = {
     "mistral": dict(sliding_window=None, rms_norm_eps=1e-5),
     "qwen2": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     "qwen3": dict(hidden_size=96),  # head_dim is not hidden_size / heads
+    # vLLM's experts on a CPU need sizes that 32 divides.
+    "qwen3_moe": dict(
+        hidden_size=96, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
+    ),
+    "mixtral": dict(hidden_size=96, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2),
 }
 
 
@@ -108,4 +114,4 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
         elif parameter.dim() == 1:
             parameter.copy_(0.2 * noise)
         else:
-            parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5)  # the last is the input, also of stacked experts

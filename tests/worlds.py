@@ -71,9 +71,18 @@ def use_layout(model) -> None:
 
     from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
 
-    wanted = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+    wanted = (
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        model.expert_model_parallel_size,
+    )
     if ps.model_parallel_is_initialized():
-        if (ps.get_tensor_model_parallel_world_size(), ps.get_pipeline_model_parallel_world_size()) == wanted:
+        sizes = (
+            ps.get_tensor_model_parallel_world_size(),
+            ps.get_pipeline_model_parallel_world_size(),
+            ps.get_expert_model_parallel_world_size(),
+        )
+        if sizes == wanted:
             return
         stop_model_parallel()
     start_model_parallel(model, seed=1)

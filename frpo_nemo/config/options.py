@@ -46,6 +46,16 @@ class ModelConfig:
         at_least=1,
         may_change=True,
     )
+    expert_model_parallel_size: int = option(
+        "Ranks that share the experts of a mixture; divides the experts and the ranks of a pipeline stage.",
+        1,
+        at_least=1,
+        may_change=True,
+    )
+    fp32_router: bool = option("Choose experts by scores computed in fp32; vLLM computes them in its precision.", True)
+    expert_balance: float = option(
+        "Weight of the loss that balances the load of experts (docs/moe.md); 0: none, as is usual in RL.", 0.0, at_least=0
+    )
     sequence_parallel: bool = option(
         "Split activations outside the matrices over the tensor ranks, which saves memory.", False, may_change=True
     )
@@ -185,6 +195,10 @@ class EngineConfig:
     top_k: int = option("Sample from this many likeliest tokens; -1: from all.", -1, at_least=1, also=-1)
     mask_replay: bool = option(
         "Take log-probs, ratios and KL over the tokens that top_p and top_k kept when vLLM sampled, instead of over all.",
+        False,
+    )
+    routing_replay: bool = option(
+        "For a mixture of experts: train with the experts that vLLM chose for each token, instead of those of the trainer.",
         False,
     )
     stop_tokens: list[str] = option(

@@ -167,7 +167,9 @@ def _config(fields: dict[str, Any], stored: dict[str, gguf.ReaderTensor], path: 
         "dtype": FLOATS.get(_type_of_matrices(stored), "float32"),
     }
     # Settings that have their own error messages, and that config.json need not have.
-    Architecture.from_config(config | {"num_experts": number("expert_count", 0)}, path)
+    if number("expert_count", 0):
+        raise ConfigError(f"{path} is a mixture of experts, which is not read from GGUF; take its safetensors files.")
+    Architecture.from_config(config, path)
     Architecture.from_config(config | {"partial_rotary_factor": rotary / head_dim}, path)
     return config
 

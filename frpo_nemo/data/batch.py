@@ -20,6 +20,12 @@ class KeptTokens:
     counts: Tensor
     ids: Tensor
 
+    @classmethod
+    def from_lists(cls, kept: Sequence[Sequence[int]]) -> KeptTokens:
+        """Join the kept ids of each response token."""
+        counts = torch.tensor([len(ids) for ids in kept], dtype=torch.int64)
+        return cls(counts, torch.tensor([i for ids in kept for i in ids], dtype=torch.int32))
+
     def select(self, positions: Tensor) -> KeptTokens:
         """Return those of the response tokens at `positions`, in that order."""
         return KeptTokens(self.counts[positions], self.ids[ragged_positions(self.counts, positions)])
@@ -34,7 +40,8 @@ class SequenceBatch:
 
     tokens: int64 [T], sequence after sequence. lengths, prompt_lengths: int64 [N], in tokens, T = sum(lengths).
     columns: name -> [N]. token_columns: name -> [R], R = sum(lengths - prompt_lengths), in the order of tokens. kept: where
-    sampling was from a part of the vocabulary, of the R response tokens; None: from all of it.
+    sampling was from a part of the vocabulary, of the R response tokens; None: from all of it. routes: the experts that vLLM
+    chose for each token, [T, layers with experts, chosen], of a small integer type; None: not recorded.
     """
 
     tokens: Tensor
@@ -43,6 +50,7 @@ class SequenceBatch:
     columns: dict[str, Tensor] = field(default_factory=dict)
     token_columns: dict[str, Tensor] = field(default_factory=dict)
     kept: KeptTokens | None = None
+    routes: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -71,14 +79,15 @@ class SequenceBatch:
     def select(self, indices: Sequence[int] | Tensor) -> SequenceBatch:
         """Return the sequences at `indices`, in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        tokens = ragged_positions(self.response_lengths, indices)
+        tokens, everything = (ragged_positions(lengths, indices) for lengths in (self.response_lengths, self.lengths))
         return SequenceBatch(
-            self.tokens[ragged_positions(self.lengths, indices)],
+            self.tokens[everything],
             self.lengths[indices],
             self.prompt_lengths[indices],
             {name: column[indices] for name, column in self.columns.items()},
             {name: column[tokens] for name, column in self.token_columns.items()},
             None if self.kept is None else self.kept.select(tokens),
+            None if self.routes is None else self.routes[everything],
         )
 
     def unpack(self) -> list[tuple[list[int], list[int]]]:

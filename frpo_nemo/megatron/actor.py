@@ -21,7 +21,7 @@ from torch import Tensor
 
 from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
-from frpo_nemo.megatron import groups, lora, optimizer, packing, weight_decay
+from frpo_nemo.megatron import groups, lora, optimizer, packing, routing, weight_decay
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
@@ -97,6 +97,7 @@ class PolicyActor:
         self.decayed = weight_decay.MATRICES
         self.reference: Reference | None = None  # of full training
         self._offloaded = False
+        self._passes = 0  # training passes since take_expert_load
         if optim is not None:
             self._set_up_training()
 
@@ -111,6 +112,7 @@ class PolicyActor:
     def accumulate_gradient(self, batch: SequenceBatch, loss: Loss) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Leave d(sum of losses)/d(weights), summed over the world, in the gradient buffers; returns the columns per
         sequence and per token."""
+        self._passes += 1
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -138,11 +140,18 @@ class PolicyActor:
         self.decayed = rule
         weight_decay.apply(self.optimizer, self.optim.weight_decay, rule)
 
-    def get_forward_output_and_loss_func(self, loss: Loss | None, observe: Observe | None = None):
-        """Return megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss)."""
+    def take_expert_load(self) -> routing.ExpertLoad | None:
+        """Return how the training passes since the last call loaded the experts; None for a dense model. Collective."""
+        passes, self._passes = self._passes, 0
+        return routing.take_load(self.gpt, self.arch, passes) if self.arch.experts else None
+
+    def get_forward_output_and_loss_func(self, loss: Loss | None, observe: Observe | None, sequences: int):
+        """Return megatron-core's forward step: (microbatch iterator, model) -> (hidden states, function to the loss).
+        sequences: of the global batch."""
 
         def forward_step(microbatches, model):
             microbatch = next(microbatches)
+            routing.begin_pass(self.gpt, microbatch, sequences)
             with without_device_mapping():
                 hidden = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=microbatch.packed)
             return hidden, partial(self._loss_of_hidden, microbatch, loss, observe)
@@ -260,15 +269,18 @@ class PolicyActor:
     def _run(self, batch: SequenceBatch, loss: Loss | None, *, forward_only: bool, observe: Observe | None = None):
         """Do one pass over the batch; returns the columns per sequence and per token."""
         microbatches = self._microbatches(batch)
-        outputs = get_forward_backward_func()(
-            forward_step_func=self.get_forward_output_and_loss_func(loss, observe),
-            data_iterator=iter(microbatches),
-            model=self.gpt if forward_only else self.ddp,
-            num_microbatches=len(microbatches),
-            seq_length=max(m.tokens.shape[1] for m in microbatches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        try:
+            outputs = get_forward_backward_func()(
+                forward_step_func=self.get_forward_output_and_loss_func(loss, observe, batch.num_sequences),
+                data_iterator=iter(microbatches),
+                model=self.gpt if forward_only else self.ddp,
+                num_microbatches=len(microbatches),
+                seq_length=max(m.tokens.shape[1] for m in microbatches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        finally:
+            routing.end_pass(self.gpt)
         return self._gather_columns(batch, microbatches, outputs)
 
     def _microbatches(self, batch: SequenceBatch) -> list[packing.Microbatch]:
@@ -276,14 +288,18 @@ class PolicyActor:
         rank, replicas = groups.data_parallel()
         if batch.num_sequences < replicas:
             raise ValueError(f"{batch.num_sequences} sequences cannot be split over {replicas} data-parallel replicas")
-        mine = packing.split_over_replicas(lengths, replicas)[rank]
-        packs = packing.split_into_microbatches([lengths[i] for i in mine], self.microbatch_tokens)
+        shares = packing.split_over_replicas(lengths, replicas)
+        packs = packing.split_into_microbatches([lengths[i] for i in shares[rank]], self.microbatch_tokens)
+        packs = [[shares[rank][i] for i in pack] for pack in packs]
+        if self.config.expert_model_parallel_size > 1:
+            # Ranks that share experts exchange tokens in every layer, so they all run equally many: others are empty.
+            packs += [[]] * (packing.most_microbatches(lengths, shares, self.microbatch_tokens) - len(packs))
         te = uses_transformer_engine(self.config.precision)
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return [
             packing.build_microbatch(
                 batch,
-                [mine[i] for i in pack],
+                pack,
                 device=self.device,
                 # FP8 GEMMs need every rank's token count to be a multiple of 16.
                 pad_multiple=multiple
@@ -303,6 +319,8 @@ class PolicyActor:
             return self._losses(microbatch, loss, observe, hidden)
 
     def _losses(self, microbatch: packing.Microbatch, loss: Loss | None, observe: Observe | None, hidden: Tensor):
+        if not microbatch.indices:  # a gradient of zero, but one: its backward pass takes part in the exchange of tokens
+            return hidden[:0].sum(), torch.ones((), dtype=torch.int, device=hidden.device), None
         hidden = self._response_hidden(microbatch, hidden)
         logprobs, columns = self._token_columns(microbatch, hidden, observe)
         out = (
@@ -350,6 +368,7 @@ class PolicyActor:
 
     def _gather_columns(self, batch, microbatches, outputs: list[Losses]):
         """Gather columns of all microbatches of all replicas, in the order of the global batch, on every rank's CPU."""
+        outputs = [output for output in outputs if output is not None]  # of microbatches without sequences
         sequences = torch.tensor([i for m in microbatches for i in m.indices])
         tokens = ragged_positions(batch.response_lengths, sequences)
         per_sequence = self._gather([o.per_sequence for o in outputs], sequences, batch.num_sequences)

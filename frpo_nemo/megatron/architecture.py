@@ -14,13 +14,19 @@ from typing import Any
 
 from frpo_nemo.errors import ConfigError
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as attention heads
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "mixtral": 8}  # llama: as many as heads
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_DEFAULT_MAX_POSITIONS |= {"qwen3_moe": 32768, "mixtral": 131072}
+_DEFAULT_EPSILON = {"mixtral": 1e-5}  # the others: 1e-6
+_DEFAULT_THETA = {"mixtral": 1e6}  # the others: 1e4
 _SIZES = (*_REQUIRED, "max_position_embeddings")
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")  # may be null
+_EXPERT_FAMILIES = ("qwen3_moe", "mixtral")
+# The hub has the first, transformers 5 writes the second.
+_NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_SETTINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -28,9 +34,22 @@ _ROPE_SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A dense decoder of one of the SUPPORTED families.
+class Experts:
+    """A mixture of experts: each token goes to `chosen` of `number` experts. ffn_size: of one expert. normalised: the weights
+    of those chosen sum to 1. layers: which layers of the model have experts, instead of one feed-forward network."""
 
+    number: int
+    chosen: int
+    ffn_size: int
+    normalised: bool
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder of one of the SUPPORTED families.
+
+    ffn_hidden_size: of layers without experts. experts: None for a dense model.
     rope_scaling: None, {"rope_type": "linear", "factor": f}, or {"rope_type": "llama3", "factor": f,
     "low_freq_factor": f, "high_freq_factor": f, "original_max_position_embeddings": n}.
     sliding_window: tokens that a layer attends to, or None. Attention here is full, which is the same for sequences up to
@@ -56,6 +75,7 @@ class Architecture:
     max_position_embeddings: int
     sliding_window: int | None
     dtype: str | None
+    experts: Experts | None
     hf_config: dict[str, Any] = field(repr=False, compare=False)
 
     @classmethod
@@ -71,11 +91,12 @@ class Architecture:
         if missing:
             raise ConfigError(f"{path}/config.json lacks {', '.join(missing)}.")
         as_in_file = config
-        config = {"max_position_embeddings": _DEFAULT_MAX_POSITIONS[family], "rms_norm_eps": 1e-6, **config}
+        epsilon = _DEFAULT_EPSILON.get(family, 1e-6)
+        config = {"max_position_embeddings": _DEFAULT_MAX_POSITIONS[family], "rms_norm_eps": epsilon, **config}
         _check_numbers(config, path)
         _refuse_unsupported(config, family, path)
         heads, max_positions = config["num_attention_heads"], config["max_position_embeddings"]
-        theta, scaling = _rope(config, max_positions, path)
+        theta, scaling = _rope(config, family, path)
         return cls(
             family=family,
             source=str(path),
@@ -90,11 +111,12 @@ class Architecture:
             rope_theta=theta,
             rope_scaling=scaling,
             qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=max_positions,
             sliding_window=_sliding_window(config, family),
             dtype=_dtype(config, path),
+            experts=_experts(config, family, path),
             hf_config=as_in_file,
         )
 
@@ -146,11 +168,13 @@ class Architecture:
         start = sum(sizes[:pp_rank])
         return range(start, start + sizes[pp_rank])
 
-    def check_parallel(self, tp: int, pp: int, first: int | None = None, last: int | None = None) -> None:
+    def check_parallel(
+        self, tp: int, pp: int, first: int | None = None, last: int | None = None, ep: int = 1
+    ) -> None:
         """Raise ConfigError when the model cannot be split over `tp` tensor and `pp` pipeline ranks.
 
-        Fewer key-value heads than tensor ranks are fine when they divide `tp`: megatron-core then splits a query
-        group's heads over several ranks, and the table of weights follows.
+        ep: expert parallel ranks. Fewer key-value heads than tensor ranks are fine when they divide `tp`: megatron-core
+        then splits a query group's heads over several ranks, and the table of weights follows.
         """
         where = f"(model.path={self.source})"
         for name, size in (("num_attention_heads", self.num_heads), ("intermediate_size", self.ffn_hidden_size)):
@@ -162,6 +186,12 @@ class Architecture:
                 f"num_key_value_heads={self.num_kv_heads} {where}."
             )
         self._check_stages(pp, first, last, where)
+        if ep > 1 and self.experts is None:
+            raise ConfigError(f"expert_model_parallel_size={ep} needs a mixture of experts; {self.source} is dense.")
+        if self.experts and self.experts.number % ep:
+            raise ConfigError(
+                f"expert_model_parallel_size={ep} does not divide the {self.experts.number} experts {where}."
+            )
 
     def _check_stages(self, pp: int, first: int | None, last: int | None, where: str) -> None:
         given = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
@@ -241,11 +271,14 @@ def _check_numbers(config: dict[str, Any], path: str | Path) -> None:
 
 def _supported_family(config: dict[str, Any], path: str | Path) -> str:
     family = config.get("model_type")
-    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if config.get(key)]
-    if experts or "moe" in str(family) or family == "mixtral":
-        raise ConfigError(f"{path} is a mixture of experts (model_type={family!r}); only dense models are supported.")
     if family not in SUPPORTED:
         raise ConfigError(f"{path} has model_type={family!r}; supported are {', '.join(SUPPORTED)}.")
+    experts = [key for key in _NUMBER_OF_EXPERTS if config.get(key)]
+    if experts and family not in _EXPERT_FAMILIES:
+        raise ConfigError(
+            f"{path}/config.json has {experts[0]}={config[experts[0]]}, but models of model_type={family!r} are dense; the "
+            f"families with experts are {', '.join(_EXPERT_FAMILIES)}."
+        )
     return family
 
 
@@ -266,10 +299,10 @@ def _head_dim(config: dict[str, Any], family: str) -> int:
     return config.get("head_dim", default) or config["hidden_size"] // config["num_attention_heads"]
 
 
-def _rope(config: dict[str, Any], max_positions: int, path: str | Path) -> tuple[float, dict[str, Any] | None]:
+def _rope(config: dict[str, Any], family: str, path: str | Path) -> tuple[float, dict[str, Any] | None]:
     """Return (theta, scaling) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or _DEFAULT_THETA.get(family, 1e4))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
@@ -278,7 +311,7 @@ def _rope(config: dict[str, Any], max_positions: int, path: str | Path) -> tuple
         return theta, None
     if kind not in _ROPE_SETTINGS:
         raise ConfigError(f"{path} has rope_type={kind!r}; supported are 'default', 'linear' and 'llama3'.")
-    rope = {"original_max_position_embeddings": max_positions, **rope}
+    rope = {"original_max_position_embeddings": config["max_position_embeddings"], **rope}
     missing = [key for key in _ROPE_SETTINGS[kind] if rope.get(key) is None]
     if missing:
         raise ConfigError(f"{path}/config.json has rope_type={kind!r} without {', '.join(missing)}.")
@@ -292,12 +325,45 @@ def _dtype(config: dict[str, Any], path: str | Path) -> str | None:
     return dtype
 
 
+def _experts(config: dict[str, Any], family: str, path: str | Path) -> Experts | None:
+    if family not in _EXPERT_FAMILIES:
+        return None
+    mixtral, layers = family == "mixtral", config["num_hidden_layers"]
+    settings = {
+        "num_experts": next((config[key] for key in _NUMBER_OF_EXPERTS if key in config), 8 if mixtral else 128),
+        "num_experts_per_tok": config.get("num_experts_per_tok", 2 if mixtral else 8),
+        "moe_intermediate_size": config["intermediate_size"] if mixtral else config.get("moe_intermediate_size", 768),
+        "decoder_sparse_step": 1 if mixtral else config.get("decoder_sparse_step", 1),
+    }
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{path}/config.json has {name}={json.dumps(value)}; it must be a whole number of at least 1.")
+    number, chosen, ffn_size, step = settings.values()
+    if chosen > number:
+        raise ConfigError(f"{path}/config.json has num_experts_per_tok={chosen}, more than its {number} experts.")
+    normalised = mixtral or bool(config.get("norm_topk_prob", False))
+    if chosen == 1 and normalised:
+        raise ConfigError(
+            f"{path}/config.json chooses one expert per token with a weight of 1 (num_experts_per_tok=1, norm_topk_prob=true), "
+            "so its router has no gradient; that is not supported."
+        )
+    dense = [] if mixtral else config.get("mlp_only_layers") or []
+    has_experts = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+    if not any(has_experts):
+        raise ConfigError(f"{path}/config.json gives no layer experts (mlp_only_layers, decoder_sparse_step={step}).")
+    return Experts(number, chosen, ffn_size, normalised, has_experts)
+
+
 def _sliding_window(config: dict[str, Any], family: str) -> int | None:
     if family == "llama":
         return None
+    if family == "mixtral":
+        return config.get("sliding_window")
     window = config.get("sliding_window", 4096)
     if family == "mistral":
         return window
+    if family == "qwen3_moe":  # a window holds for all layers of this family
+        return window if config.get("use_sliding_window", False) else None
     return window if any(_windowed_layers(config)) else None
 
 

@@ -75,9 +75,15 @@ class _Stream:
         return True
 
 
+def _as_on_cpu(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False):
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 @functools.cache
 def _install_stand_ins() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.transformer.moe.router import TopKRouter
 
     def nothing(*args, **kwargs):
         return None
@@ -90,6 +96,10 @@ def _install_stand_ins() -> None:
     cuda.synchronize = cuda.set_device = cuda.empty_cache = nothing
     cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    # Decorated with torch.compile, which would need a C++ compiler in every forward pass of a router.
+    TopKRouter._apply_expert_bias = TopKRouter._apply_expert_bias._torchdynamo_orig_callable
+    # megatron-core makes split sizes lists only when they come from a CUDA tensor; gloo's all-to-all takes no tensors.
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
     # Megatron's RNG tracker forks the "CUDA" generator; on a CPU that is the one global generator, and the tracker would warn
     # at every fork that it has changed.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)

@@ -20,6 +20,8 @@ def start_model_parallel(model: ModelConfig, seed: int) -> None:
         tensor_model_parallel_size=model.tensor_model_parallel_size,
         pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         context_parallel_size=model.context_parallel_size,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # megatron-core's default would split experts like dense layers
         distributed_timeout_minutes=int(GROUP_TIMEOUT.total_seconds() // 60),
     )
     tensor_parallel.random.model_parallel_cuda_manual_seed(seed)

@@ -102,11 +102,13 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def local_layer_spec(qk_norm: bool) -> ModuleSpec:
-    """Return megatron-core's local transformer layer with the modules above."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+def local_layer_spec(qk_norm: bool, experts: int | None = None) -> ModuleSpec:
+    """Return megatron-core's local transformer layer with the modules above. experts: their number, None for a dense layer."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm, num_experts=experts)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if experts:  # checkpoints have Transformer Engine's names, and it fuses a norm with a dense layer only
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if qk_norm:

@@ -94,7 +94,7 @@ def add_adapters(gpt: torch.nn.Module, arch: Architecture, lora: LoRAConfig) -> 
     """Freeze this rank's GPTModel and give its linear layers adapters, values not set."""
     gpt.requires_grad_(False)
     for binding in bind(gpt, arch):
-        if binding.parameter is not None and binding.weight.is_linear_layer:
+        if binding.parameter is not None and binding.weight.adapts:
             binding.layer.lora = Adapter(binding.weight, gpt.config, lora)
             binding.layer.register_forward_hook(_add_update)
     gpt.lora_rank = lora.rank

@@ -15,8 +15,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from frpo_nemo.config.options import ModelConfig
+from frpo_nemo.megatron import routing
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
 from frpo_nemo.megatron.layers import PackedRotaryEmbedding, RMSNorm, local_layer_spec
@@ -69,29 +71,37 @@ def transformer_config(arch: Architecture, model: ModelConfig, *, transformer_en
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=transformer_engine,
+        **_experts(arch, model, transformer_engine),
         **_recompute(model.recompute),
         **_fp8(model),
     )
 
 
-def layer_spec(arch: Architecture, *, transformer_engine: bool, adapters: bool = False) -> ModuleSpec:
+def layer_spec(
+    arch: Architecture, *, transformer_engine: bool, adapters: bool = False, has_experts: bool = False
+) -> ModuleSpec:
     """Return one transformer layer, of Transformer Engine's modules or local. adapters: its linear layers will have some."""
+    experts = arch.experts.number if has_experts else None
     if not transformer_engine:
-        return local_layer_spec(arch.qk_norm)
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        return local_layer_spec(arch.qk_norm, experts)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=arch.qk_norm, num_experts=experts, moe_grouped_gemm=has_experts
+    )
     if adapters:
-        _take_norms_apart(spec)
+        _take_norms_apart(spec, has_experts)
     return spec
 
 
-def _take_norms_apart(spec: ModuleSpec) -> None:
+def _take_norms_apart(spec: ModuleSpec, has_experts: bool) -> None:
     """Separate norms from linear layers: an adapter needs its layer's input, which a layer that normalises it first hides."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
-    mlp = layer.mlp.keywords["submodules"]  # of functools.partial(MLP.as_mlp_submodule, submodules=...)
-    layer.self_attention.submodules.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if not has_experts:  # experts have no adapters, and their norm is separate
+        mlp = layer.mlp.keywords["submodules"]  # of functools.partial(MLP.as_mlp_submodule, submodules=...)
+        mlp.linear_fc1 = TEColumnParallelLinear
 
 
 @runs_on_megatron_device
@@ -99,8 +109,7 @@ def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
     """Return this rank's part of the policy, weights and adapters not set. Model parallel groups must exist already."""
     transformer_engine = uses_transformer_engine(model.precision)
     config = transformer_config(arch, model, transformer_engine=transformer_engine)
-    spec = layer_spec(arch, transformer_engine=transformer_engine, adapters=model.lora.rank > 0)
-    layers = [spec] * get_num_layers_to_build(config)
+    layers = _layers_of_stage(arch, model, config, transformer_engine)
     gpt = GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(transformer_engine)),
@@ -117,11 +126,27 @@ def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
         gpt.output_layer.__class__ = _HiddenStatesOutput
     if not transformer_engine:
         gpt.rotary_pos_emb.__class__ = PackedRotaryEmbedding
+    if arch.experts:
+        routing.follow(gpt, arch, get_transformer_layer_offset(config), model.expert_balance)
     if model.lora.rank:
         add_adapters(gpt, arch, model.lora)
     _mark_tensor_parallel(gpt, arch)
     gpt.rotary_pos_emb.inv_freq = arch.rope_frequencies().to(gpt.rotary_pos_emb.inv_freq.device)
     return gpt
+
+
+def _layers_of_stage(
+    arch: Architecture, model: ModelConfig, config: TransformerConfig, transformer_engine: bool
+) -> list[ModuleSpec]:
+    """Return the specs of this pipeline stage's layers."""
+    adapters, specs = model.lora.rank > 0, {}
+    for has_experts in (False, True) if arch.experts else (False,):
+        specs[has_experts] = layer_spec(
+            arch, transformer_engine=transformer_engine, adapters=adapters, has_experts=has_experts
+        )
+    first = get_transformer_layer_offset(config)
+    layers = range(first, first + get_num_layers_to_build(config))
+    return [specs[arch.experts is not None and arch.experts.layers[layer]] for layer in layers]
 
 
 def output_weight(gpt: GPTModel) -> torch.Tensor:
@@ -152,6 +177,27 @@ def _final_norm(transformer_engine: bool):
 
         return TENorm
     return RMSNorm
+
+
+def _experts(arch: Architecture, model: ModelConfig, transformer_engine: bool) -> dict:
+    """Return the options of a mixture of experts (docs/moe.md)."""
+    experts = arch.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.number,
+        moe_router_topk=experts.chosen,
+        moe_ffn_hidden_size=experts.ffn_size,
+        moe_layer_freq=[int(has_experts) for has_experts in experts.layers],
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=not experts.normalised,  # softmax over those chosen is softmax over all, normalised
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_router_dtype="fp32" if model.fp32_router else None,
+        moe_grouped_gemm=transformer_engine,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
+    )
 
 
 def _recompute(mode: str) -> dict:

@@ -20,7 +20,7 @@ class Microbatch:
     indices: places of its sequences in the global batch. tokens, position_ids: int64 [1, T'], T' the padded length
     (divided by CP). predictors, targets: int64 [R'], positions whose hidden state predicts a response token, and that
     token. slots: int64 [R'], the response token's place among the microbatch's R response tokens (R' = R without CP). kept:
-    what those R' tokens were sampled from.
+    what those R' tokens were sampled from. routes: the experts to replay, [T', layers with experts, chosen].
     """
 
     indices: list[int]
@@ -32,6 +32,7 @@ class Microbatch:
     targets: Tensor
     slots: Tensor
     kept: KeptTokens | None = None
+    routes: Tensor | None = None
 
 
 def split_over_replicas(lengths: list[int], replicas: int) -> list[list[int]]:
@@ -60,6 +61,11 @@ def split_into_microbatches(lengths: list[int], token_budget: int) -> list[list[
     return packs
 
 
+def most_microbatches(lengths: list[int], shares: list[list[int]], token_budget: int) -> int:
+    """Return the number of microbatches of the replica with most. shares: its sequences, of each replica."""
+    return max(len(split_into_microbatches([lengths[i] for i in share], token_budget)) for share in shares)
+
+
 def build_microbatch(
     batch: SequenceBatch,
     indices: list[int],
@@ -70,11 +76,13 @@ def build_microbatch(
     cp_size: int = 1,
     thd: bool = False,
 ) -> Microbatch:
-    """Pack the sequences at `indices`. The pack's length becomes a multiple of `pad_multiple` by a segment of padding
-    at its end; with context parallelism each sequence is padded to a multiple of 2 * cp_size too. `thd`: parameters
-    for Transformer Engine's attention instead of layers.py's."""
+    """Pack the sequences at `indices`; without any, return a pack of padding. The pack's length becomes a multiple of
+    `pad_multiple` by a segment of padding at its end; with context parallelism each sequence is padded to a multiple of
+    2 * cp_size too. `thd`: parameters for Transformer Engine's attention instead of layers.py's."""
     sequences = batch.select(indices)
     lengths = sequences.lengths.tolist()
+    if not indices:
+        return _padding(batch.select([]), 2 * pad_multiple, device, thd, cp_size)
     padded = [-(-length // (2 * cp_size)) * 2 * cp_size if cp_size > 1 else length for length in lengths]
     tail = -sum(padded) % pad_multiple
     segments = padded + ([tail] if tail else [])
@@ -109,7 +117,32 @@ def build_microbatch(
         targets=targets.to(device),
         slots=slots.to(device),
         kept=None if sequences.kept is None else sequences.kept.select(slots).to(device),
+        routes=None if sequences.routes is None else _routes(sequences.routes, places, sum(segments)).to(device),
     )
+
+
+def _routes(routes: Tensor, places: Tensor, length: int) -> Tensor:
+    """Return the routes of a pack of `length` tokens, whose padding goes to any experts."""
+    pack = torch.arange(routes.shape[2], dtype=routes.dtype).expand(length, *routes.shape[1:]).clone()
+    pack[places] = routes
+    return pack
+
+
+def _padding(
+    nothing: SequenceBatch, length: int, device: torch.device, thd: bool, cp_size: int
+) -> Microbatch:
+    """Return a microbatch of `length` tokens of padding and no sequence."""
+    positions, none = torch.arange(length), torch.zeros(0, dtype=torch.int64, device=device)
+    packed = (
+        _thd_parameters(torch.tensor([0, length]), [length], device)
+        if thd
+        else _local_parameters(positions, [length], device)
+    )
+    tokens, positions = (
+        t[None, : length // cp_size].to(device) for t in (torch.zeros(length, dtype=torch.int64), positions)
+    )
+    routes = None if nothing.routes is None else _routes(nothing.routes, none.cpu(), length).to(device)
+    return Microbatch([], to_device(nothing, device), tokens, positions, packed, none, none, none, routes=routes)
 
 
 def context_parallel_shard(segments: list[int], cp_rank: int, cp_size: int) -> Tensor:
@@ -126,7 +159,7 @@ def context_parallel_shard(segments: list[int], cp_rank: int, cp_size: int) -> T
 
 
 def to_device(batch: SequenceBatch, device: torch.device) -> SequenceBatch:
-    """Return the batch with every tensor on `device`, without `kept`, which a microbatch has itself."""
+    """Return the batch with every tensor on `device`, without `kept` and `routes`, which a microbatch has itself."""
     return SequenceBatch(
         batch.tokens.to(device),
         batch.lengths.to(device),

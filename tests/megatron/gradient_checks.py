@@ -3,6 +3,7 @@ paper writes it, by autograd through transformers' model in float64: nothing of 
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from worlds import use_layout
 from frpo_nemo.config.options import LoRAConfig, ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import KeptTokens, SequenceBatch
 from frpo_nemo.megatron.actor import PolicyActor
+from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import megatron_device
+from frpo_nemo.megatron.groups import stop_model_parallel
+from frpo_nemo.megatron.routing import ExpertLoad
 from frpo_nemo.megatron.weights.binding import bind_adapters
 from frpo_nemo.megatron.weights.export import stream_adapters
 from frpo_nemo.megatron.weights.load import fill
@@ -61,30 +65,44 @@ def with_kept_tokens(batch: SequenceBatch) -> SequenceBatch:
     return replace(batch, kept=KeptTokens(counts, torch.tensor(ids, dtype=torch.int32)))
 
 
+def with_routes(batch: SequenceBatch, path: str) -> SequenceBatch:
+    """Return the batch as if vLLM had chosen experts at random for every token."""
+    experts = Architecture.from_hf(path).experts
+    shape = len(batch.tokens), sum(experts.layers), experts.number
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(6))
+    return replace(batch, routes=scores.argsort(-1)[..., : experts.chosen].to(torch.uint8))
+
+
 def make_actor(
-    path: str, *, tp=1, pp=1, sp=False, microbatch_tokens=4096, recompute="none", lora: LoRAConfig | None = None
+    path: str, *, tp=1, pp=1, ep=1, sp=False, microbatch_tokens=4096, recompute="none", lora: LoRAConfig | None = None, **more
 ) -> PolicyActor:
     model = ModelConfig(
         path=path,
         precision="fp32",
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
         sequence_parallel=sp,
         recompute=recompute,
         logprob_chunk_tokens=32,
         lora=lora or LoRAConfig(),
+        **more,
     )
     use_layout(model)
     return PolicyActor(model, OptimizerConfig(lr=0.1), microbatch_tokens=microbatch_tokens)
 
 
-def step_gradient(path: str, objective: dict, *, adapter: str | None = None, kept: bool = False, **layout) -> dict:
+def step_gradient(
+    path: str, objective: dict, *, adapter: str | None = None, kept: bool = False, routes: bool = False, **layout
+) -> dict:
     """Hugging Face name -> gradient, on rank 0 (None elsewhere), of the loss of one step over `example_batch`. With `lora`
     in the layout those of adapters alone, whose values are read from PEFT's directory `adapter`."""
     actor = make_actor(path, **layout)
     if adapter:
         set_adapters(actor, adapter)
     batch, built = with_kept_tokens(example_batch()) if kept else example_batch(), build_objective(objective)
+    if routes:
+        batch = with_routes(batch, path)
     current = actor.get_inference_log_probs(batch)
     batch.token_columns["old_logprobs"] = current + batch.token_columns["shift_old"]
     batch.token_columns["reference_logprobs"] = current + batch.token_columns["shift_reference"]
@@ -100,6 +118,20 @@ def step_gradient(path: str, objective: dict, *, adapter: str | None = None, kep
         actor.accumulate_gradient(batch, PolicyLoss(built, batch.num_sequences))
     gradients = hugging_face_gradients(actor)
     return gradients if dist.get_rank() == 0 else None
+
+
+def expert_load(path: str, **layout) -> ExpertLoad:
+    """Return the load of experts in a step of supervised training over `example_batch`."""
+    actor, batch = make_actor(path, **layout), example_batch()
+    with megatron_device():
+        actor.accumulate_gradient(batch, CompletionLoss(int(batch.response_lengths.sum())))
+    return actor.take_expert_load()
+
+
+def threads_without_model_parallel() -> int:
+    """Return the threads of this process after all groups of its layout are gone."""
+    stop_model_parallel()
+    return len(os.listdir("/proc/self/task"))
 
 
 def supervised_gradient(path: str, **layout) -> dict:
@@ -123,11 +155,10 @@ def cross_entropy_gradient(path: str) -> dict[str, torch.Tensor]:
 def hugging_face_gradients(actor: PolicyActor) -> dict[str, torch.Tensor]:
     """The distributed optimizer leaves each replica one shard of every bucket's sum: gather them, put gradients in the
     weights' place for a moment, and let the weight export do the rest."""
-    group = parallel_state.get_data_parallel_group()
-    replicas = dist.get_world_size(group)
-    for buffer in actor.ddp.buffers:
+    for buffer in (*actor.ddp.buffers, *actor.ddp.expert_parallel_buffers):
+        group = buffer.data_parallel_group
         for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(replicas))
+            shards = list(bucket.grad_data.chunk(dist.get_world_size(group)))
             dist.all_gather(shards, shards[dist.get_rank(group)].clone(), group=group)
     trained = [parameter for parameter in actor.gpt.parameters() if parameter.requires_grad]
     weights = [parameter.clone() for parameter in trained]
@@ -151,10 +182,11 @@ def set_adapters(actor: PolicyActor, path: str) -> None:
 
 
 def group_loss_gradient(
-    path: str, settings: dict, adapter: str | None = None, kept: bool = False
+    path: str, settings: dict, adapter: str | None = None, kept: bool = False, routes: bool = False, balance=0.0
 ) -> dict[str, torch.Tensor]:
-    """Return what step_gradient should be; with `adapter`, by PEFT."""
+    """Return what step_gradient should be; with `adapter`, by PEFT. balance: weight of the experts' balance loss."""
     model, batch = hugging_face_model(path), with_kept_tokens(example_batch()) if kept else example_batch()
+    batch = with_routes(batch, path) if routes else batch
     if adapter:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).double()
     logprobs, lengths = response_logprobs(model, batch), batch.response_lengths.tolist()
@@ -163,8 +195,45 @@ def group_loss_gradient(
     importance = clipped_importance(logprobs, old, settings["clip_high"])
     kl = kl_of_reference(logprobs, reference, old if settings.get("kl_gradient") == "reverse" else None)
     (group_loss(importance, batch, settings["lambda_"]) + settings["beta"] * kl).backward()
+    if balance:
+        (balance * balance_loss(model, batch)[0]).backward()
     trained = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = by_expert(trained, model.config.model_type)
     return {name.removeprefix("base_model.model.").replace(".default", ""): grad for name, grad in trained.items()}
+
+
+def balance_loss(model, batch: SequenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean over sequences and layers of E * sum over experts of (share of the choices * mean probability), and the
+    shares of all choices of the batch [layers with experts, E]."""
+    seen, losses, totals = [], [], 0
+    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    hooks = [gate.register_forward_hook(lambda gate, inputs, output: seen.append(output)) for gate in gates]
+    for prompt, response in batch.unpack():
+        seen.clear()
+        model(torch.tensor([prompt + response]))
+        counts = torch.stack([torch.bincount(chosen.flatten(), minlength=len(gates[0].weight)) for *_, chosen in seen])
+        means = torch.stack([logits.softmax(-1).mean(0) for logits, *_ in seen])
+        losses.append(counts.shape[1] * (counts / counts.sum(1, keepdim=True) * means).sum(1).mean())
+        totals = totals + counts
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(losses).mean(), totals / totals.sum(1, keepdim=True)
+
+
+def by_expert(gradients: dict, family: str) -> dict:
+    """Return the gradients under the names of files: transformers stacks all experts of a layer in two parameters."""
+    found = {}
+    for name, grad in gradients.items():
+        layer, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            found[name.replace("mlp.gate.", "block_sparse_moe.gate.") if family == "mixtral" else name] = grad
+            continue
+        names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        layer = layer.replace("mlp", "block_sparse_moe") if family == "mixtral" else layer
+        for expert, one in enumerate(grad):
+            parts = zip(names[:2], one.chunk(2), strict=True) if kind == "gate_up_proj" else [(names[2], one)]
+            found |= {f"{layer}.experts.{expert}.{projection}.weight": part for projection, part in parts}
+    return found
 
 
 def token_loss_gradient(path: str, beta: float, entropy_bonus: float) -> dict[str, torch.Tensor]:
@@ -194,14 +263,17 @@ def hugging_face_model(path: str):
     """Return transformers' model in float64."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).train()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager").train()
 
 
 def response_logprobs(model, batch: SequenceBatch) -> list[torch.Tensor]:
     """Return the log-probs of each sequence's response tokens, among those that were kept, differentiable."""
     logprobs = []
     kept = iter([] if batch.kept is None else batch.kept.ids.split(batch.kept.counts.tolist()))
+    routes = iter([] if batch.routes is None else batch.routes.split(batch.lengths.tolist()))
     for prompt, response in batch.unpack():
+        if batch.routes is not None:
+            force_routes(model, next(routes).long())
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         if batch.kept is not None:
             others = torch.ones_like(logits, dtype=torch.bool)
@@ -210,6 +282,21 @@ def response_logprobs(model, batch: SequenceBatch) -> list[torch.Tensor]:
             logits = logits.masked_fill(others, -torch.inf)
         logprobs.append(torch.log_softmax(logits, -1)[torch.arange(len(response)), torch.tensor(response)])
     return logprobs
+
+
+def force_routes(model, routes: torch.Tensor) -> None:
+    """Make the routers of transformers' model choose `routes` [T, layers with experts, chosen] in the next forward pass."""
+    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    for place, gate in enumerate(gates):
+
+        def forward(hidden, gate=gate, chosen=routes[:, place]):
+            logits = torch.nn.functional.linear(hidden, gate.weight)
+            scores = logits.softmax(-1).gather(1, chosen)
+            if getattr(gate, "norm_topk_prob", True):
+                scores = scores / scores.sum(-1, keepdim=True)
+            return logits, scores, chosen
+
+        gate.forward = forward
 
 
 def clipped_importance(logprobs: list, old: list, clip_high: float) -> torch.Tensor:

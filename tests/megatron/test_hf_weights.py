@@ -13,9 +13,8 @@ from tiny_models import FAMILIES, make_tiny
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.export import _plan_shards, check_replaceable
-from frpo_nemo.megatron.weights.load import check_checkpoint
 from frpo_nemo.megatron.weights.table import WeightLayout, check_complete, hf_shapes, weights
-from frpo_nemo.megatron.weights.tensors import EMBEDDING, HEAD, ROWS
+from frpo_nemo.megatron.weights.tensors import EMBEDDING, HEAD, ROWS, check_checkpoint
 
 LAYOUTS = [
     WeightLayout(**sizes)

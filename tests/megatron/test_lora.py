@@ -35,8 +35,8 @@ def adapter(model, tmp_path_factory):
     return write_adapter(model, tmp_path_factory.mktemp("adapter") / "peft")
 
 
-def write_adapter(model: str, path) -> str:
-    config = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=MATRICES, task_type="CAUSAL_LM")
+def write_adapter(model: str, path, matrices: list[str] = MATRICES) -> str:
+    config = LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=matrices, task_type="CAUSAL_LM")
     peft = get_peft_model(gradient_checks.hugging_face_model(model).float(), config)
     generator = torch.Generator().manual_seed(3)
     for parameter in peft.parameters():
@@ -152,9 +152,9 @@ def test_a_resumed_run_continues_bitwise_also_with_dropout(workers, model, tmp_p
 def test_an_adapter_names_its_base_for_a_reader_in_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
-    named = json.loads(adapter_files.peft_config(8, 16.0, "base"))["base_model_name_or_path"]
+    named = json.loads(adapter_files.peft_config(8, 16.0, "base", []))["base_model_name_or_path"]
     assert named == str(tmp_path / "base")
-    assert json.loads(adapter_files.peft_config(8, 16.0, "org/base"))["base_model_name_or_path"] == "org/base"
+    assert json.loads(adapter_files.peft_config(8, 16.0, "org/base", []))["base_model_name_or_path"] == "org/base"
 
 
 def test_bf16_adapters_of_a_model_with_tied_embeddings(workers, tmp_path):

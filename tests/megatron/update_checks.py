@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from gradient_checks import hugging_face_model, response_logprobs, set_adapters
+from gradient_checks import by_expert, hugging_face_model, response_logprobs, set_adapters
 from peft import PeftModel
 from worlds import use_layout
 
@@ -41,13 +41,14 @@ def batch(update: int) -> SequenceBatch:
 
 
 def make_actor(
-    path: str, *, tp=1, pp=1, sp=False, precision="fp32", lora: LoRAConfig | None = None, optim: OptimizerConfig = OPTIM
+    path: str, *, tp=1, pp=1, ep=1, sp=False, precision="fp32", lora: LoRAConfig | None = None, optim: OptimizerConfig = OPTIM
 ) -> PolicyActor:
     model = ModelConfig(
         path=path,
         precision=precision,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
         sequence_parallel=sp,
         logprob_chunk_tokens=32,
         lora=lora or LoRAConfig(),
@@ -104,6 +105,7 @@ def changes_by_adamw(path: str, adapter: str | None = None) -> dict[str, torch.T
         torch.nn.utils.clip_grad_norm_(trained.values(), OPTIM.clip_grad)
         optimizer.step()
     found = {name: (parameter.detach() - before[name]) for name, parameter in trained.items()}
+    found = by_expert(found, model.config.model_type)
     return {name.removeprefix("base_model.model.").replace(".default", ""): change for name, change in found.items()}
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def read(checkpoint: str | Path) -> dict[str, Any]:
 
 def identity(arch: Architecture) -> dict[str, Any]:
     """Return the values in which a checkpoint and the model that loads it must agree."""
-    return {name: getattr(arch, name) for name in _IDENTITY}
+    experts = {"experts": asdict(arch.experts)} if arch.experts else {}
+    return {name: getattr(arch, name) for name in _IDENTITY} | json.loads(json.dumps(experts))  # as a record has them
 
 
 def differences(checkpoint: str | Path, arch: Architecture) -> list[str]:

@@ -31,7 +31,10 @@ def to_save(optimizer, model_state: dict) -> dict:
     state = {}
     for part in _parts(optimizer):
         group, written = part.data_parallel_group, [0] * part.data_parallel_group.size()
+        own = {id(parameter) for buffer in part.buffers for parameter in buffer.params}  # experts are a part of their own
         for name, template in model_state.items():
+            if id(template.data) not in own:
+                continue
             writer = written.index(min(written))  # the same on all ranks: they have the same parameters
             written[writer] += template.data.numel()
             whole = [_collect(part, template.data, key, writer) for key in KEYS]
@@ -60,6 +63,8 @@ def restore(optimizer, parameters: dict, loaded: dict, step: int) -> None:
     allocate(optimizer)
     for part in _parts(optimizer):
         for name, whole in loaded.items():
+            if parameters[name] not in part.model_param_gbuf_map:
+                continue
             where, pieces = _own_piece(part, parameters[name])
             for key in KEYS:
                 pieces[key].copy_(whole[key].flatten()[where])

@@ -56,6 +56,7 @@ _LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
 )
@@ -127,7 +128,7 @@ def load(checkpoint: str | Path, actor) -> dict[str, Any]:
     if actor.optimizer is not None:
         optimizer_state.restore(actor.optimizer, parameters, loaded.get("optimizer", {}), record["adam_step"])
         actor.decay(weight_decay.rule_of(record))
-    restored = record["layout"] == _layout(actor)
+    restored = {"expert_model_parallel_size": 1} | record["layout"] == _layout(actor)  # an earlier version had no such key
     if restored:
         rng.restore(load_file(Path(checkpoint) / _rng_file()))
     else:

@@ -28,9 +28,9 @@ from frpo_nemo.megatron.checkpoint import save_load as checkpoints
 from frpo_nemo.megatron.lora import membership, merge
 from frpo_nemo.megatron.weights import adapter_files
 from frpo_nemo.megatron.weights.export import assemble
-from frpo_nemo.megatron.weights.load import check_checkpoint, read_weight
+from frpo_nemo.megatron.weights.load import read_weight
 from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, weights
-from frpo_nemo.megatron.weights.tensors import check_range
+from frpo_nemo.megatron.weights.tensors import check_checkpoint, check_range
 
 
 class StoredWeights:
@@ -64,17 +64,18 @@ class StoredWeights:
 
     def _find(self, weight: Weight) -> list[ReadItem]:
         """Return the parts of chunks that make up a weight."""
-        key, layer = _place(weight)
+        key, stack = _place(weight, self._arch)
         stored, whole = self._metadata.state_dict_metadata.get(key), _stacked_shape(weight, self._arch)
         if not isinstance(stored, TensorStorageMetadata):
             raise ConfigError(f"{self._path} lacks {key}, which a {self._arch.family} model has.")
-        padded = layer is None and not weight.replicated  # a vocabulary, padded by the layout that saved it
+        # A vocabulary is padded by the layout that saved it.
+        padded = not weight.replicated and not weight.names[0].startswith("decoder.")
         rows = max(whole[0], stored.size[0]) if padded else whole[0]
         if tuple(stored.size) != (rows, *whole[1:]):
             raise ConfigError(
                 f"{self._path} has {key} of shape {list(stored.size)}; {self._arch.source}/config.json gives {list(whole)}."
             )
-        pieces = create_read_items_for_chunk_list(key, stored, [_chunk(weight)])
+        pieces = create_read_items_for_chunk_list(key, stored, [_chunk(weight, self._arch)])
         if sum(math.prod(piece.lengths) for piece in pieces) != math.prod(weight.shard_shape):
             raise ConfigError(f"{self._path} is not a whole checkpoint: it holds only a part of {key}.")
         return pieces
@@ -95,9 +96,9 @@ class StoredWeights:
 
     def _read(self, weight: Weight, pieces: list[ReadItem], dtype: torch.dtype) -> Tensor:
         """Return the whole weight, [*weight.shard_shape]."""
-        key, layer = _place(weight)
+        key, stack = _place(weight, self._arch)
         whole = torch.empty(weight.shard_shape, dtype=dtype)
-        target = whole if layer is None else whole[None]
+        target = whole if stack is None else whole[None]
         try:
             self._reader.read_data(LoadPlan(pieces), _Into(target)).wait()
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -145,8 +146,8 @@ class MergedWeights:
             value for _, value in self._adapters.read(torch.float32)
         )  # A and B of each layer, in the table's order
         for weight in weights(self._arch, WeightLayout()):
-            whole = read_weight(weight, self._base, torch.float32 if weight.is_linear_layer else dtype)
-            if weight.is_linear_layer:
+            whole = read_weight(weight, self._base, torch.float32 if weight.adapts else dtype)
+            if weight.adapts:
                 a, b = next(adapters), next(adapters)
                 member = membership(weight, 0) if len(weight.hugging_face) > 1 else None
                 whole = merge(whole, a, b, member, self._record["alpha"] / self._record["rank"]).to(dtype)
@@ -158,22 +159,27 @@ class MergedWeights:
         return self._adapters.stream(dtype)
 
 
-def _place(weight: Weight) -> tuple[str, int | None]:
-    """Return (key, place in the stack of layers or None) of a weight of the table without parallelism."""
+def _place(weight: Weight, arch: Architecture) -> tuple[str, tuple[int, int] | None]:
+    """Return (key, (place, length) of a stack or None) of a weight of the table without parallelism. Layers are stacked, but
+    not in a mixture of experts, whose layers differ; there the experts of a layer are stacked."""
     name = weight.names[-1]  # checkpoints use Transformer Engine's, with any layers
+    if expert := re.match(r"(.*\.mlp\.experts\.)(linear_fc.\.weight)(\d+)$", name):
+        return f"{expert[1]}experts.{expert[2]}", (int(expert[3]), arch.experts.number)
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-    return (name, None) if layer is None else (f"decoder.layers.{name[layer.end() :]}", int(layer[1]))
+    if layer is None or (arch.experts and ".lora." not in name):
+        return name, None
+    return f"decoder.layers.{name[layer.end() :]}", (int(layer[1]), arch.num_layers)
 
 
 def _stacked_shape(weight: Weight, arch: Architecture) -> tuple[int, ...]:
-    _, layer = _place(weight)
-    return weight.shard_shape if layer is None else (arch.num_layers, *weight.shard_shape)
+    _, stack = _place(weight, arch)
+    return weight.shard_shape if stack is None else (stack[1], *weight.shard_shape)
 
 
-def _chunk(weight: Weight) -> ChunkStorageMetadata:
+def _chunk(weight: Weight, arch: Architecture) -> ChunkStorageMetadata:
     """Return the place of a weight in its stack."""
-    _, layer = _place(weight)
+    _, stack = _place(weight, arch)
     offsets, sizes = [0] * len(weight.shard_shape), weight.shard_shape
-    if layer is not None:
-        offsets, sizes = [layer, *offsets], (1, *sizes)
+    if stack is not None:
+        offsets, sizes = [stack[0], *offsets], (1, *sizes)
     return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.megatron.weights.files import INDEX, SINGLE
-from frpo_nemo.megatron.weights.table import ADAPTERS
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # prefix of the names of tensors in its files
@@ -70,9 +70,9 @@ def add_samples(found, file: Path) -> None:
             found.update(weights.read(_SAMPLE_BYTES))
 
 
-def peft_config(rank: int, alpha: float, base: str | Path) -> str:
-    """Return PEFT's adapter_config.json. `base`: the model that the adapter was trained on."""
-    modules = [name.split(".")[-3] for row in ADAPTERS for name in row.hugging_face if "lora_A" in name]
+def peft_config(rank: int, alpha: float, base: str | Path, names: Iterable[str]) -> str:
+    """Return PEFT's adapter_config.json. `base`: the model that the adapter was trained on. names: of the adapter's tensors."""
+    modules = list(dict.fromkeys(name.split(".")[-3] for name in names))
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

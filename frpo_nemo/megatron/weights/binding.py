@@ -12,6 +12,13 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, check_complete, weights
 
 
+def rank_of(weight: Weight) -> int:
+    """Return this process's rank among those over which `weight` is split."""
+    if weight.of_expert:
+        return parallel_state.get_expert_model_parallel_rank()
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
 @dataclass(frozen=True)
 class Binding:
     """A weight of the table; `parameter` is this rank's shard, or None when another pipeline stage holds it. `layer`: the
@@ -59,6 +66,7 @@ def layout_of(model: torch.nn.Module) -> WeightLayout:
         parallel_state.get_pipeline_model_parallel_world_size(),
         config.num_layers_in_first_pipeline_stage,
         config.num_layers_in_last_pipeline_stage,
+        parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

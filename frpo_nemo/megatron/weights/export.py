@@ -1,7 +1,8 @@
-"""Export full Hugging Face tensors from a model that is split over tensor and pipeline ranks, a bucket at a time.
+"""Export full Hugging Face tensors from a model that is split over tensor, pipeline and expert ranks, a bucket at a time.
 
 Collective over the tensor and pipeline groups of one model replica, in one order on all its ranks; data-parallel
-replicas do not communicate. The same stream feeds a refit of vLLM and the files that `save_hf` writes.
+replicas do not communicate, except those that share experts. The same stream feeds a refit of vLLM and the files that
+`save_hf` writes.
 """
 
 from __future__ import annotations
@@ -68,13 +69,15 @@ def _stream(
 
 
 def _buckets(bindings: list[Binding], max_numel: int) -> Iterator[list[Binding]]:
-    """Yield consecutive weights of one pipeline stage whose full tensors hold at most `max_numel` elements; at least one."""
+    """Yield consecutive weights of the same ranks whose full tensors hold at most `max_numel` elements; at least one."""
     bucket: list[Binding] = []
     room = 0
     tp = parallel_state.get_tensor_model_parallel_world_size()
+    ep = parallel_state.get_expert_model_parallel_world_size()
     for binding in bindings:
-        numel = binding.weight.shard_numel * (1 if binding.weight.replicated else tp)
-        if bucket and (numel > room or bucket[0].weight.stage != binding.weight.stage):
+        weight = binding.weight
+        numel = weight.shard_numel * (1 if weight.replicated else ep if weight.of_expert else tp)
+        if bucket and (numel > room or _shared_by(bucket[0].weight) != _shared_by(weight)):
             yield bucket
             bucket = []
         if not bucket:
@@ -85,17 +88,30 @@ def _buckets(bindings: list[Binding], max_numel: int) -> Iterator[list[Binding]]
         yield bucket
 
 
+def _shared_by(weight: Weight) -> tuple[int, bool]:
+    """Return what decides which ranks hold the shards of a weight."""
+    return weight.stage, weight.of_expert
+
+
+def _sharing_group(weight: Weight) -> dist.ProcessGroup:
+    """Return the group over which the shards of a weight lie."""
+    if weight.of_expert:
+        return parallel_state.get_expert_model_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def _gather(bucket: list[Binding], like: Tensor) -> list[Tensor]:
     """Return all shards of each weight in the bucket, [tp, elements], or [1, elements] if it is replicated; in the dtype
     and on the device of `like`, on every rank.
 
-    The owning stage's shards are sent to the other stages first, while they are small, and then around each tensor group.
+    The owning stage's shards are sent to the other stages first, while they are small, and then around each tensor group, or
+    for experts each expert group.
     Replicated weights, which all ranks of the stage have, are sent with the first rank's shards, and from there to its
     tensor group: no byte is sent twice, and all ranks get the same bits.
     """
     pipeline, tensor = (
         parallel_state.get_pipeline_model_parallel_group(),
-        parallel_state.get_tensor_model_parallel_group(),
+        _sharing_group(bucket[0].weight),
     )
     in_order = sorted(bucket, key=lambda binding: binding.weight.replicated)  # first the gathered ones
     sizes = [binding.weight.shard_numel for binding in in_order]
@@ -155,14 +171,20 @@ def save_hf(
     dtype = dtype or (getattr(torch, arch.dtype) if arch.dtype else next(model.parameters()).dtype)
     check_replaceable(source, out)
     dist.barrier()  # every rank has checked before one of them writes
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+    if _takes_part():
         stream = stream_hf_weights(model, arch, dtype=dtype, bucket_bytes=bucket_bytes)
-        if parallel_state.get_model_parallel_group().rank() == 0:
+        if dist.get_rank() == 0:
             _write(stream, arch, source, out, dtype, max_shard_bytes)
         else:
             for _ in stream:
                 pass
     dist.barrier()
+
+
+def _takes_part() -> bool:
+    """Return whether this rank must stream for rank 0: those of its replica, and all that share experts with them."""
+    first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    return first_replica or parallel_state.get_expert_model_parallel_world_size() > 1
 
 
 def save_adapter(
@@ -186,12 +208,13 @@ def write_adapter(stream: Iterator, rank: int, alpha: float, directory: Path, ba
     """Write PEFT's files of the adapters of `stream` (as `stream_adapters` yields them) to `directory`."""
     tensors = {f"{adapter_files.PEFT_PREFIX}{name}": tensor.cpu() for name, tensor in stream}
     save_file(tensors, directory / adapter_files.PEFT_WEIGHTS, {"format": "pt"})
-    (directory / adapter_files.PEFT_CONFIG).write_text(adapter_files.peft_config(rank, alpha, base))
+    (directory / adapter_files.PEFT_CONFIG).write_text(adapter_files.peft_config(rank, alpha, base, tensors))
 
 
 def _write(stream: Iterator, arch: Architecture, source: Path, out: Path, dtype: torch.dtype, max_bytes: float) -> None:
     temporary = begin_export(out)
-    write_files(stream, arch, source, temporary, dtype, max_bytes)
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    write_files(stream, arch, source, temporary, dtype, max_bytes, ep)
     publish_export(temporary, out)
 
 
@@ -202,10 +225,11 @@ def write_files(
     directory: Path,
     dtype: torch.dtype,
     max_shard_bytes: float,
+    ep: int = 1,
 ) -> None:
     """Write the tensors of `stream` (as `stream_hf_weights` yields them, in `dtype`) to `directory`, one shard in memory
-    at a time, with the configuration of `arch` and the tokenizer from `source`; None: without one."""
-    _write_shards(stream, arch, directory, dtype, max_shard_bytes)
+    at a time, with the configuration of `arch` and the tokenizer from `source`; None: without one. ep: the stream's."""
+    _write_shards(stream, hf_shapes(arch, ep), directory, dtype, max_shard_bytes)
     for file in companions(source) if source else []:
         (directory / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, directory / file)
@@ -214,8 +238,8 @@ def write_files(
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_shards(stream: Iterator, arch: Architecture, directory: Path, dtype: torch.dtype, max_bytes: float) -> None:
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in hf_shapes(arch).items()}
+def _write_shards(stream: Iterator, shapes: dict, directory: Path, dtype: torch.dtype, max_bytes: float) -> None:
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = _plan_shards(sizes, max_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:

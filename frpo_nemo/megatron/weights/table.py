@@ -2,7 +2,8 @@
 
 A Megatron parameter, joined over the tensor-parallel ranks, is a concatenation of ranges ("pieces") of Hugging Face tensors
 along one dimension; rank r of tp holds the r-th even part. Import copies those ranges one way and export the other, so no
-other module of this package needs to know about query groups, gates or padding. Pure Python: no torch.
+other module of this package needs to know about query groups, gates or padding. Weights of experts are split over the
+expert-parallel ranks instead: the local expert j of every rank, joined, is one weight. Pure Python: no torch.
 """
 
 from __future__ import annotations
@@ -51,34 +52,37 @@ def _stacked(arch: Architecture, tp: int, size: int, tensors: int) -> list[Piece
 class WeightRow:
     """A row of the table. megatron: the parameter's name, by the local layer spec, and by Transformer Engine's if different.
     hugging_face: name -> shape in named sizes (see `_sizes`). dim: the tensor-parallel dimension, None if replicated.
-    pieces: how the tensors fuse along dim. only_if: the Architecture flag that makes the parameter exist."""
+    pieces: how the tensors fuse along dim. only_if: the Architecture flag that makes the parameter exist. of_expert: split
+    over the expert-parallel ranks. adapts: the matrix of a linear layer that may have an adapter."""
 
     megatron: tuple[str, ...]
     hugging_face: dict[str, tuple[str, ...]]
     dim: int | None = 0
     pieces: Callable[[Architecture, int, int], list[Piece]] = _whole
     only_if: str | None = None
-
-    @property
-    def is_matrix(self) -> bool:
-        """Return whether it is the matrix of a linear layer, which may have an adapter."""
-        return all(len(shape) == 2 for shape in self.hugging_face.values())
+    of_expert: bool = False
+    adapts: bool = False
 
 
 # fmt: off
-LAYER = (  # below `decoder.layers.{i}.` and `model.layers.{i}.`
+# Rows of a layer, below `decoder.layers.{i}.` and `model.layers.{i}.`
+ATTENTION = (
     WeightRow(("self_attention.linear_qkv.weight",),
         {"self_attn.q_proj.weight": ("query", "hidden"), "self_attn.k_proj.weight": ("kv", "hidden"),
-         "self_attn.v_proj.weight": ("kv", "hidden")}, pieces=_query_groups),
+         "self_attn.v_proj.weight": ("kv", "hidden")}, pieces=_query_groups, adapts=True),
     WeightRow(("self_attention.linear_qkv.bias",),
         {"self_attn.q_proj.bias": ("query",), "self_attn.k_proj.bias": ("kv",), "self_attn.v_proj.bias": ("kv",)},
         pieces=_query_groups, only_if="qkv_bias"),
-    WeightRow(("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": ("hidden", "query")}, dim=1),
+    WeightRow(("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": ("hidden", "query")}, dim=1, adapts=True),
     WeightRow(("self_attention.q_layernorm.weight",), {"self_attn.q_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
     WeightRow(("self_attention.k_layernorm.weight",), {"self_attn.k_norm.weight": ("head",)}, dim=None, only_if="qk_norm"),
-    WeightRow(("mlp.linear_fc1.weight",),
-        {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")}, pieces=_gate_and_up),
-    WeightRow(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, dim=1),
+)
+DENSE = (
+    WeightRow(("mlp.linear_fc1.weight",), {"mlp.gate_proj.weight": ("ffn", "hidden"), "mlp.up_proj.weight": ("ffn", "hidden")},
+        pieces=_gate_and_up, adapts=True),
+    WeightRow(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": ("hidden", "ffn")}, dim=1, adapts=True),
+)
+NORMS = (
     WeightRow(("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         {"input_layernorm.weight": ("hidden",)}, dim=None),
     WeightRow(("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
@@ -90,6 +94,39 @@ FINAL_NORM = WeightRow(("decoder.final_layernorm.weight",), {"model.norm.weight"
 OUTPUT = WeightRow(("output_layer.weight",), {"lm_head.weight": ("vocab", "hidden")}, pieces=_padded_vocabulary)
 TIED_OUTPUT = WeightRow(OUTPUT.megatron, EMBEDDING.hugging_face, pieces=_padded_vocabulary)  # the last stage's own copy
 # fmt: on
+
+# Family -> prefix of the router and of the experts, and an expert's gate, up and down projection
+EXPERT_NAMES = {
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+}
+
+
+@functools.cache
+def layer_rows(arch: Architecture, has_experts: bool, ep: int) -> tuple[WeightRow, ...]:
+    """Return the rows of a layer, with or without experts, which are split over `ep` ranks."""
+    if not arch.experts:
+        return ATTENTION + DENSE + NORMS
+    if not has_experts:
+        return ATTENTION + tuple(replace(row, adapts=False) for row in DENSE) + NORMS
+    prefix, (gate, up, down) = EXPERT_NAMES[arch.family]
+    router = WeightRow(("mlp.router.weight",), {f"{prefix}.gate.weight": ("experts", "hidden")}, dim=None)
+    local = arch.experts.number // ep
+    rows = [router]
+    for j in range(local):
+        names = [f"{prefix}.experts.{rank * local + j}" for rank in range(ep)]
+        first: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            first |= {f"{name}.{projection}.weight": ("expert_ffn", "hidden") for projection in (gate, up)}
+        second: dict[str, tuple[str, ...]] = {f"{name}.{down}.weight": ("hidden", "expert_ffn") for name in names}
+        for layer, tensors in (("linear_fc1", first), ("linear_fc2", second)):
+            stacked = functools.partial(_stacked, tensors=len(tensors))
+            # Megatron's local experts are modules; Transformer Engine's are numbered parameters of one.
+            parameters = (f"mlp.experts.local_experts.{j}.{layer}.weight", f"mlp.experts.{layer}.weight{j}")
+            rows.append(WeightRow(parameters, tensors, pieces=stacked, of_expert=True))
+    input_norm, norm = NORMS
+    # Experts do not share a module with the norm before them, in Transformer Engine's layers neither.
+    return ATTENTION + (*rows, input_norm, replace(norm, megatron=norm.megatron[:1]))
 
 
 def _adapter_rows(row: WeightRow) -> tuple[WeightRow, WeightRow]:
@@ -107,11 +144,16 @@ def _adapter_rows(row: WeightRow) -> tuple[WeightRow, WeightRow]:
     return WeightRow((f"{layer}lora.a",), a, 1, row.pieces), WeightRow((f"{layer}lora.b",), b, None, stacked)
 
 
-ADAPTERS = tuple(adapter for row in LAYER if row.is_matrix for adapter in _adapter_rows(row))
+@functools.cache
+def adapter_rows(arch: Architecture) -> tuple[WeightRow, ...]:
+    """Return the rows of a layer's adapters. In a mixture of experts only attention has adapters, in every layer."""
+    adapted = ATTENTION if arch.experts else ATTENTION + DENSE
+    return tuple(adapter for row in adapted if row.adapts for adapter in _adapter_rows(row))
 
 
 def _sizes(arch: Architecture, rank: int) -> dict[str, int]:
-    return {
+    experts = {"experts": arch.experts.number, "expert_ffn": arch.experts.ffn_size} if arch.experts else {}
+    return experts | {
         "rank": rank,
         "hidden": arch.hidden_size,
         "ffn": arch.ffn_hidden_size,
@@ -139,7 +181,8 @@ class Weight:
     """A row of the table for one architecture and layout: one Megatron parameter of one pipeline stage.
 
     names: its possible names there. hugging_face: (name, shape) of each tensor in it. shard_shape: shape on each tensor
-    rank. replicated: every rank holds all of it. exported: False for the copy of a tied embedding.
+    rank. replicated: every rank holds all of it. of_expert: the ranks over which it is split are the expert-parallel ones.
+    adapts: the matrix of a linear layer that may have an adapter. exported: False for the copy of a tied embedding.
     """
 
     stage: int
@@ -149,12 +192,9 @@ class Weight:
     dim: int
     segments: tuple[Segment, ...]
     replicated: bool
+    of_expert: bool = False
+    adapts: bool = False
     exported: bool = True
-
-    @property
-    def is_linear_layer(self) -> bool:
-        """Return whether it is a matrix of a transformer layer, which may have an adapter."""
-        return self.names[0].startswith("decoder.layers.") and len(self.shard_shape) == 2
 
     @property
     def shard_numel(self) -> int:
@@ -163,18 +203,19 @@ class Weight:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """Tensor and pipeline parallel sizes; `first` and `last`: layers of the first and last stage, if uneven."""
+    """Tensor, pipeline and expert parallel sizes; `first` and `last`: layers of the first and last stage, if uneven."""
 
     tp: int = 1
     pp: int = 1
     first: int | None = None
     last: int | None = None
+    ep: int = 1
 
 
 def weights(arch: Architecture, layout: WeightLayout) -> list[Weight]:
     """Return every Megatron parameter of every stage, in the order of the Hugging Face model; a stage's are contiguous
     (except the last stage's copy of a tied embedding, which comes last)."""
-    resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0), *_layers(LAYER, arch, layout)]
+    resolved = [_resolve(EMBEDDING, arch, layout.tp, stage=0), *_layers(arch, layout)]
     last = layout.pp - 1
     resolved.append(_resolve(FINAL_NORM, arch, layout.tp, last))
     if not arch.tied_embeddings:
@@ -187,27 +228,38 @@ def weights(arch: Architecture, layout: WeightLayout) -> list[Weight]:
 def adapter_weights(arch: Architecture, layout: WeightLayout, rank: int) -> list[Weight]:
     """Return every parameter of adapters of rank `rank`, in the same order; hugging_face has PEFT's names, without the
     prefix that its files put before them."""
-    return _layers(ADAPTERS, arch, layout, rank)
+    return _layers(arch, layout, rank)
 
 
-def _layers(rows: Sequence[WeightRow], arch: Architecture, layout: WeightLayout, rank: int = 0) -> list[Weight]:
+def _layers(arch: Architecture, layout: WeightLayout, rank: int = 0) -> list[Weight]:
+    """Return the weights of all layers, or those of their adapters of rank `rank` above 0."""
+    has_experts = arch.experts.layers if arch.experts else (False,) * arch.num_layers
     return [
-        _resolve(row, arch, layout.tp, stage, f"decoder.layers.{local}.", f"model.layers.{layer}.", rank=rank)
+        _resolve(
+            row,
+            arch,
+            layout.ep if row.of_expert else layout.tp,
+            stage,
+            f"decoder.layers.{local}.",
+            f"model.layers.{layer}.",
+            rank=rank,
+        )
         for stage in range(layout.pp)
         for local, layer in enumerate(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
-        for row in rows
+        for row in (adapter_rows(arch) if rank else layer_rows(arch, has_experts[layer], layout.ep))
         if row.only_if is None or getattr(arch, row.only_if)
     ]
 
 
-def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor of the Hugging Face model, in order."""
-    return dict(tensor for weight in weights(arch, WeightLayout()) for tensor in weight.hugging_face)
+def hf_shapes(arch: Architecture, ep: int = 1) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor of the Hugging Face model, in the order in which `ep` expert ranks export them."""
+    return dict(tensor for weight in weights(arch, WeightLayout(ep=ep)) for tensor in weight.hugging_face)
 
 
 def _resolve(
     row: WeightRow, arch: Architecture, tp: int, stage: int, prefix="", hf_prefix="", *, rank: int = 0, exported=True
 ) -> Weight:
+    """Resolve a row of the table. tp: the ranks over which it is split, tensor-parallel ones except for experts."""
     sizes = _sizes(arch, rank)
     tensors = {hf_prefix + name: tuple(sizes[size] for size in shape) for name, shape in row.hugging_face.items()}
     first_shape = next(iter(tensors.values()))
@@ -226,6 +278,8 @@ def _resolve(
         dim=dim,
         segments=tuple(segments),
         replicated=row.dim is None,
+        of_expert=row.of_expert,
+        adapts=row.adapts,
         exported=exported,
     )
 

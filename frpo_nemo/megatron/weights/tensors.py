@@ -1,4 +1,5 @@
-"""Find the file of each tensor in a Hugging Face directory. No megatron-core here, so that a configuration can be checked."""
+"""Find the file of each tensor in a Hugging Face directory, and check them. No megatron-core here, so that a configuration can
+be checked."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.files import INDEX, SINGLE
+from frpo_nemo.megatron.weights.table import hf_shapes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 4096  # compared at a time
@@ -38,6 +40,29 @@ def tensor_files(path: Path) -> dict[str, Path]:
             "safetensors first."
         )
     raise ConfigError(f"{path} holds no weights: neither {INDEX} nor {SINGLE} is there.")
+
+
+def check_checkpoint(arch: Architecture, path: str | Path) -> dict[str, Path]:
+    """Return tensor name -> file for the Hugging Face directory `path`. Checks the files' headers, and with tied embeddings
+    the values of an output layer in the files.
+
+    Raises ConfigError naming tensor and file when one is missing, unexpected, of another shape or value, or unreadable.
+    """
+    files, expected = tensor_files(Path(path)), hf_shapes(arch)
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise ConfigError(f"{path} lacks {some(missing)}, which its config.json ({arch.family}) requires.")
+    unexpected = [name for name in files if name not in expected and not is_derived(name, arch)]
+    if unexpected:
+        name = unexpected[0]
+        raise ConfigError(f"{files[name]} has {some(unexpected)}, which a {arch.family} model does not have.")
+    with open_files() as open_file:
+        for name, shape in expected.items():
+            found = tuple(tensor_slice(open_file, files, name).get_shape())
+            if found != shape:
+                raise ConfigError(f"{files[name]}: {name} has shape {list(found)}; config.json gives {list(shape)}.")
+    check_head(arch, path)
+    return files
 
 
 def is_derived(name: str, arch: Architecture) -> bool:
