@@ -14,8 +14,9 @@ import random
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.rollout import plain_experts
 from frpo_nemo.rollout.refit_check import WeightCheck, raise_on_all_ranks
+from frpo_nemo.rollout.routes import RoutesRecorder
 from frpo_nemo.rollout.sampling_masks import return_from_first_runner
 
 
@@ -31,12 +35,15 @@ from frpo_nemo.rollout.sampling_masks import return_from_first_runner
 class Completion:
     """One response. token_ids: including the stop token that ended it, if any. logprobs: one per token, under the sampled
     distribution before top-p and top-k, or with sampling_masks after them; empty when `generate` was given another
-    temperature. kept: with sampling_masks, the ids that top-p and top-k kept at each token."""
+    temperature. kept: with sampling_masks, the ids that top-p and top-k kept at each token. routes: with `routes`, the experts
+    that were chosen for each token of prompt and response, [tokens, layers with experts, chosen]; any for the last token, which
+    never went through the model."""
 
     token_ids: list[int]
     logprobs: list[float]
     truncated: bool  # max_tokens came before a stop token
     kept: list[list[int]] | None = None
+    routes: np.ndarray | None = None
 
 
 class RolloutEngine:
@@ -55,13 +62,15 @@ class RolloutEngine:
         fp32_logits: bool = False,
         temperature: float = 1.0,
         sampling_masks: bool = False,
+        routes: bool = False,
         load_format: str = "dummy",
     ):
         """Start vLLM. dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. fp32_logits: as in a
         ModelConfig, whatever config.json has (head_dtype). temperature: for rollouts; their log-probs are those of
         softmax(logits / temperature), or at 0 (greedy) of softmax(logits). sampling_masks: return which tokens top-p and
-        top-k kept, and log-probs among these. load_format: "dummy" leaves the weights to the
-        first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does not fit.
+        top-k kept, and log-probs among these. routes: return which experts were chosen. load_format: "dummy" leaves the
+        weights to the first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does
+        not fit.
         """
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed must be initialised before a RolloutEngine, also in a world of one")
@@ -76,10 +85,12 @@ class RolloutEngine:
         self.engine_index = rank // tensor_parallel_size
         self._dtype = getattr(torch, dtype)
         self._temperature, self._max_model_len = temperature, max_model_len
-        self._sampling_masks = sampling_masks
+        self._sampling_masks, self._routes = sampling_masks, routes
         self._on_gpu = torch.cuda.is_available()
         self._asleep: set[str] = set()
         self._has_weights = load_format != "dummy"
+        if routes and self._on_gpu:
+            _return_routes_on_every_rank()
         with _quiet(), isolated_rng(0):  # vLLM seeds all global generators when it starts
             self._llm = _start_vllm(
                 model=model_path,
@@ -95,9 +106,15 @@ class RolloutEngine:
                 # "raw" is before the temperature, "processed" after; at temperature 1 raw does not copy the logits.
                 logprobs_mode="raw_logprobs" if temperature == 1 and not sampling_masks else "processed_logprobs",
                 return_sampling_mask=sampling_masks and self._on_gpu,
+                enable_return_routed_experts=routes and self._on_gpu,
+                # Others of vLLM's kernels for experts rearrange the weights, which could then not be verified.
+                moe_backend="triton" if self._on_gpu else "auto",
             )
         if sampling_masks and not self._on_gpu:
             return_from_first_runner(self._llm)
+        self._recorder = RoutesRecorder(self._llm) if routes and not self._on_gpu else None
+        if routes:  # vLLM has zeros for other layers
+            self._layers_with_experts = np.flatnonzero(Architecture.from_hf(model_path).experts.layers)
 
     def generate(
         self,
@@ -143,7 +160,8 @@ class RolloutEngine:
             requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             outputs = self._llm.generate(requests, params, use_tqdm=False) if requests else []
         masked = rollout and self._sampling_masks
-        return [[_completion(response, rollout, masked) for response in output.outputs] for output in outputs]
+        completions = [[_completion(response, rollout, masked) for response in output.outputs] for output in outputs]
+        return self._with_routes(prompts, completions, outputs) if self._routes else completions
 
     @torch.no_grad()
     def refit(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -188,8 +206,23 @@ class RolloutEngine:
 
     def _forget_prefixes(self) -> None:
         """Reset the prefix cache: its keys and values belong to old weights, and hits change the last bits of results."""
+        if self._recorder:
+            self._recorder.forget()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests of an earlier call are still running")
+
+    def _with_routes(self, prompts, completions: list[list[Completion]], outputs) -> list[list[Completion]]:
+        """Add the chosen experts to the responses. The last token was never an input: it gets any experts."""
+        recorded = self._recorder.collect() if self._recorder else None
+        found: list[list[Completion]] = []
+        for prompt, group, output in zip(prompts, completions, outputs, strict=True):
+            found.append([])
+            for completion, response in zip(group, output.outputs, strict=True):
+                fed = np.array([*prompt, *completion.token_ids[:-1]], np.int32)
+                routes = recorded[fed.tobytes()] if recorded else response.routed_experts[:, self._layers_with_experts]
+                any_experts = np.broadcast_to(np.arange(routes.shape[2], dtype=routes.dtype), (1, *routes.shape[1:]))
+                found[-1].append(replace(completion, routes=np.concatenate([routes, any_experts])))
+        return found
 
     def _model(self) -> torch.nn.Module:
         return self._llm.apply_model(lambda model: model)[0]
@@ -212,6 +245,14 @@ class RolloutEngine:
                 f"a prompt of {longest} tokens and {max_tokens} tokens of response do not fit into "
                 f"max_model_len={self._max_model_len}"
             )
+
+
+def _return_routes_on_every_rank() -> None:
+    """Let every rank of an engine collect the chosen experts. vLLM lets the first alone, for one scheduler; here each rank has
+    its own, which would miss them."""
+    from vllm.distributed.aux_output_connector import worker
+
+    worker.get_tp_group = lambda: SimpleNamespace(is_first_rank=True)
 
 
 def _completion(response, with_logprobs: bool, masked: bool) -> Completion:
@@ -271,6 +312,7 @@ def _cpu_workarounds() -> Iterator[None]:
     run = [f"frpo-{uuid.uuid4().hex[:12]}"]
     dist.broadcast_object_list(run, src=0)
     utils.dispatch_cpu_unquantized_gemm = keep_weight  # not restored: refits call it too
+    plain_experts.install()
     _CPUSHMDistributed.make_group_name = staticmethod(lambda group: run[0] + name_after_rendezvous(group).lstrip("/"))
     try:
         yield

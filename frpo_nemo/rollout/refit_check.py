@@ -81,10 +81,17 @@ class WeightCheck:
 
 
 def live_shards(model: nn.Module) -> dict[str, Shard]:
-    """Return Hugging Face name -> place of that tensor in this rank's vLLM model (dense decoders, unquantised)."""
-    fused_names = model.packed_modules_mapping  # {"qkv_proj": ["q_proj", "k_proj", "v_proj"], ...}
-    shards, seen = {}, set()
+    """Return Hugging Face name -> place of that tensor in this rank's vLLM model (decoders, unquantised)."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    # Of a mixture of experts, vLLM does not always name what its dense layers fuse.
+    fused_names = {"gate_up_proj": ["gate_proj", "up_proj"]} | model.packed_modules_mapping
+    shards: dict[str, Shard] = {}
+    seen: set[int] = set()
     for path, module in model.named_modules():
+        if isinstance(module, RoutedExperts):
+            shards |= _experts(module, path.removesuffix(".routed_experts"))
+            continue
         parent, _, leaf = path.rpartition(".")
         for kind, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:  # tied embeddings appear once, as in a Hugging Face checkpoint
@@ -93,6 +100,21 @@ def live_shards(model: nn.Module) -> dict[str, Shard]:
             pieces = _pieces(module, kind, parameter.detach())
             for name, shard in zip(fused_names.get(leaf, [leaf]), pieces, strict=True):
                 shards[f"{parent}.{name}.{kind}" if parent else f"{name}.{kind}"] = shard
+    return shards
+
+
+def _experts(module: nn.Module, path: str) -> dict[str, Shard]:
+    """Return the places of all experts' tensors in vLLM's stacks: w13 [E, 2 * F / TP, H], the gate above the up projection,
+    and w2 [E, H, F / TP]."""
+    first, second, rank = module.w13_weight.detach(), module.w2_weight.detach(), module.moe_config.tp_rank
+    size = second.shape[2]
+    shards = {}
+    for expert in range(len(first)):
+        gate, up = first[expert].split(size)
+        name = f"{path}.{expert}"
+        shards[f"{name}.{module.ckpt_gate_proj_name}.weight"] = Shard(gate, start=rank * size)
+        shards[f"{name}.{module.ckpt_up_proj_name}.weight"] = Shard(up, start=rank * size)
+        shards[f"{name}.{module.ckpt_down_proj_name}.weight"] = Shard(second[expert], dim=1, start=rank * size)
     return shards
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from frpo_nemo.rollout import thoughts
 from frpo_nemo.rollout.chat import load_chat, stop_token_ids
 from frpo_nemo.rollout.engine import RolloutEngine, isolated_rng
 from frpo_nemo.rollout.refit_check import GapLimit, check_logprob_gap
+
+PROOF_PROMPTS, PROOF_TOKENS = 32, 16  # of the check after the first refit
+PROOF_MARGIN = 2.0  # on a mean over so few tokens: a single one may be off by nats
+PROOF = 1 << 31 | 2  # replaces the step in its sampling seed; those of training/probe.py are the others
 
 
 @dataclass
@@ -118,6 +122,7 @@ class RolloutWorker:
             fp32_logits=model.fp32_logits,
             temperature=rollout.temperature,
             sampling_masks=rollout.mask_replay,
+            routes=rollout.routing_replay,
             load_format=load_format,
         )
         self.engine.sleep()  # the policy is built next
@@ -130,6 +135,30 @@ class RolloutWorker:
         with self.phases("refit"):
             actor.finish_training()  # the optimizer's GPU memory is vLLM's until the next update
             self.engine.refit(actor.stream_hf_weights(bucket_bytes=self.rollout.refit_bucket_mb << 20))
+
+    def prove(self, actor: PolicyActor, prompts: PromptSet, step: int, max_tokens: int) -> None:
+        """Check what the engine computes after its first refit, on a few short responses, before the first rollout, which may
+        take an hour. A kernel may hold a copy of its weights that no fingerprint sees. max_tokens: of a response. Raises
+        RefitError."""
+        count = max(PROOF_PROMPTS, self.engine.num_engines)
+        examples = [prompts.examples[i % len(prompts)] for i in range(count)]
+        with self.phases("refit"):
+            mine, groups = self._generate_share(examples, samples=1, max_tokens=min(PROOF_TOKENS, max_tokens), seed_step=PROOF)
+            self.engine.sleep()
+            everything = [pair for pairs in world.gather_objects(list(zip(mine, groups, strict=True))) for pair in pairs]
+            places, responses = zip(*((place, group[0]) for place, group in everything), strict=True)
+            batch = SequenceBatch.from_lists([examples[p].prompt_ids for p in places], [r.token_ids for r in responses])
+            if self.rollout.mask_replay:
+                batch.kept = KeptTokens.from_lists([ids for r in responses for ids in r.kept])
+            if self.rollout.routing_replay:
+                batch.routes = torch.cat([torch.from_numpy(r.routes) for r in responses])
+            sampled = torch.tensor([logprob for r in responses for logprob in r.logprobs])
+            logprobs = actor.get_inference_log_probs(batch)
+            actor.finish_inference()
+            limit = self.gap_limit
+            if limit.statistic == "mean":
+                limit = replace(limit, value=PROOF_MARGIN * limit.value)
+            check_logprob_gap(sampled, logprobs, batch.response_lengths, step=step, limit=limit)
 
     def roll_out(
         self, scored: ScoredPrompts, indices: Sequence[int], *, samples: int, max_tokens: int, seed_step: int
@@ -199,7 +228,8 @@ class RolloutWorker:
             torch.tensor([i for c in flat for ids in c.kept or () for i in ids], dtype=torch.int32),
         )
         tensors = {"reward": scores.total, **{f"reward/{name}": part for name, part in scores.parts.items()}} | (more or {})
-        own = (mine, responses, tensors, scores.failures, scores.said)
+        routes = [torch.from_numpy(c.routes) for c in flat if c.routes is not None]
+        own = (mine, responses, tensors, torch.cat(routes) if routes else None, scores.failures, scores.said)
         everything = world.gather_objects(own)
         places = torch.tensor(
             [p for places, *_ in everything for p in places for _ in range(samples)], dtype=torch.int64
@@ -215,6 +245,9 @@ class RolloutWorker:
             truncated=truncated,
             **{name: torch.cat([t[name] for _, _, t, *_ in everything]) for name in tensors},
         )
+        gathered = [each for _, _, _, each, *_ in everything if each is not None]
+        if gathered:
+            batch.routes = torch.cat(gathered)
         if counts.numel():
             batch.kept = KeptTokens(counts, kept)
         batch.columns |= _comparison(batch.columns, scored.rewards)

@@ -60,6 +60,7 @@ def train(cfg: FRPORun) -> bool:
         )
         sampler = PromptSampler(len(training.prompts), cfg.rollout.prompts_per_step, cfg.trainer.seed, cfg.data.shuffle)
         worker.refit(actor)
+        worker.prove(actor, training.prompts, run.step, cfg.rollout.max_response_tokens)
         if run.step == 0:
             measure(run, worker, actor, held_out, probe, 0)
 

@@ -26,6 +26,7 @@ class Probe:
         self.cfg, self.worker = cfg, worker
         rewards = build_rewards(cfg.probe.reward)
         self.scored = ScoredPrompts.load(cfg.probe.prompts, rewards, worker.chat, cfg.data.max_prompt_tokens)
+        self._proven = False  # the engine of this start, where only the probe refits it
 
     def run_if_due(self, run: Run, actor: PolicyActor, step: int, *, refit: bool) -> None:
         """Probe before the first step (0), every `interval` steps, and after the last. refit: the engine does not have the
@@ -35,6 +36,9 @@ class Probe:
         with run.phases("probe"):
             if refit:
                 self.worker.refit(actor)
+                if not self._proven:
+                    self.worker.prove(actor, self.scored.prompts, step, self.cfg.probe.max_response_tokens)
+                    self._proven = True
             rollouts = self.worker.roll_out(
                 self.scored,
                 range(len(self.scored.prompts)),

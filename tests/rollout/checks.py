@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
+from worlds import use_layout
 
+from frpo_nemo.config.options import EngineConfig, ModelConfig
+from frpo_nemo.data.prompts import Prompt, PromptSet
 from frpo_nemo.errors import ConfigError
+from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.logprobs import vocab_parallel_logits
+from frpo_nemo.processes.phases import PhaseTimer
 from frpo_nemo.rollout import RefitError, RolloutEngine, check_logprob_gap, logprob_gap
-from frpo_nemo.rollout.refit_check import GapLimit, live_shards
+from frpo_nemo.rollout import engine as engine_module
+from frpo_nemo.rollout.refit_check import GapLimit, WeightCheck, live_shards
+from frpo_nemo.rollout.worker import RolloutWorker
 
 EOS = 1
 MODELS = {  # the vocabulary is odd, so that vLLM pads it
@@ -25,6 +34,10 @@ MODELS = {  # the vocabulary is odd, so that vLLM pads it
     "mistral": dict(family="mistral", seed=5),
     "one kv head": dict(family="qwen2", num_key_value_heads=1, seed=6),
     "five layers": dict(family="llama", layers=5, tied=True, seed=7),
+    "experts": dict(family="qwen3_moe", layers=2, seed=8),
+    "experts other": dict(family="qwen3_moe", layers=2, seed=9),
+    "experts and dense layers": dict(family="qwen3_moe", layers=2, decoder_sparse_step=2, norm_topk_prob=False, seed=10),
+    "mixtral": dict(family="mixtral", layers=2, seed=11),
 }
 LOST = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "input_layernorm")  # of one layer
 _engines: dict[tuple, RolloutEngine] = {}
@@ -52,7 +65,10 @@ def hf_model(path: str, dtype: torch.dtype = torch.float32):
 
 def hf_weights(path: str) -> list[tuple[str, Tensor]]:
     """Return the weights as a policy streams them: (Hugging Face name, full tensor)."""
-    return list(hf_model(path).state_dict().items())
+    model = hf_model(path)
+    if getattr(model.config, "num_experts_per_tok", None):  # transformers stacks experts, files and streams do not
+        return [pair for file in Path(path).glob("*.safetensors") for pair in load_file(file).items()]
+    return list(model.state_dict().items())
 
 
 def prompts() -> list[list[int]]:
@@ -286,8 +302,6 @@ def check_faults_are_named(tiny, tp: int = 1) -> list[str]:
 
 def _stream_problem(engine: RolloutEngine, pair: tuple[str, Tensor]) -> str:
     """Return what the check reports about a tensor, without vLLM, whose own assertions come first."""
-    from frpo_nemo.rollout.refit_check import WeightCheck
-
     check = WeightCheck(engine._model(), torch.float32)
     list(check.watch([pair]))
     return check.problems()[0]
@@ -334,6 +348,122 @@ _flip_one_bit.tensor = "model.layers.0.mlp.down_proj.weight"
 _swap_k_and_v.tensor = "model.layers.2.self_attn.v_proj.weight"
 _keep_old_norm.tensor = "model.norm.weight"
 _permute_heads.tensor = "model.layers.3.self_attn.q_proj.weight"
+
+
+def check_refit_of_experts(tiny, name: str, tp: int = 1) -> None:
+    """The engine computes with what the last refit sent, whatever came before: a checkpoint, random weights or a refit."""
+    engine = use_engine(tiny[name], tp=tp, load_format="auto" if name == "experts" else "dummy")
+    if name == "experts":
+        assert gap_to(tiny[name], engine)[1] < 1e-5
+    for _ in range(2):
+        if name == "experts":
+            engine.refit(hf_weights(tiny["experts other"]))
+            assert gap_to(tiny["experts other"], engine)[1] < 1e-5
+        engine.refit(hf_weights(tiny[name]))
+        assert gap_to(tiny[name], engine)[1] < 1e-5
+
+
+def check_faults_of_experts_are_named(tiny) -> None:
+    engine = use_engine(tiny["experts"], load_format="auto")
+    weights = hf_weights(tiny["experts other"])
+    router, down = "model.layers.1.mlp.gate.weight", "model.layers.0.mlp.experts.5.down_proj.weight"
+    assert f"{down} was not in the weight stream" in refit_error(engine, [w for w in weights if w[0] != down])
+
+    def flip_one_bit(shards, before):
+        shards[flip_one_bit.tensor].live.view(torch.int32)[3, 5] ^= 1
+
+    def swap_gate_and_up(shards, before):
+        gate, up = (shards[f"model.layers.1.mlp.experts.7.{x}_proj.weight"].live for x in ("gate", "up"))
+        sent = gate.clone()
+        gate.copy_(up)
+        up.copy_(sent)
+
+    swap_gate_and_up.tensor = "experts.7.up_proj.weight"
+    for fault, tensor in ((flip_one_bit, router), (flip_one_bit, down), (swap_gate_and_up, swap_gate_and_up.tensor)):
+        fault.tensor = tensor
+        message = _refit_with_fault(engine, weights, fault)
+        assert tensor in message and "differs from the tensor sent" in message, message
+    engine.refit(weights)
+
+
+@torch.no_grad()
+def routes_of_transformers(path: str, tokens: list[int]) -> Tensor:
+    """Return the experts that transformers' model chooses, in order: [tokens, layers with experts, chosen]."""
+    model, chosen = hf_model(path), []
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_hook(lambda module, inputs, output: chosen.append(output[2].sort(-1).values))
+    model(torch.tensor([tokens]))
+    return torch.stack(chosen, 1)
+
+
+def check_routes(tiny, name: str, tp: int = 1, scarce: bool = False) -> int:
+    """Every response comes with the experts that were chosen for its tokens and its prompt's, which three responses share.
+    scarce: prompts are read in pieces, and the KV cache is too small for all requests. Returns how many were preempted."""
+    small = dict(max_num_batched_tokens=64, num_gpu_blocks_override=9, block_size=32) if scarce else {}
+    start = engine_module._start_vllm
+    engine_module._start_vllm = lambda **settings: start(**settings, **small)
+    try:
+        engine = use_engine(tiny[name], tp=tp, routes=True, load_format="auto", max_model_len=200 if scarce else 256)
+    finally:
+        engine_module._start_vllm = start
+    scheduler, preempted = engine._llm.llm_engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+    scheduler._preempt_request = lambda *request, **how: preempted.append(1) or preempt(*request, **how)
+    try:
+        for seed in (1, 2):  # the second finds none of the first's prefixes
+            groups = engine.generate(prompts(), samples=3, max_tokens=40, seed=seed, stop_token_ids=[EOS])
+            for prompt, group in zip(prompts(), groups, strict=True):
+                for response in group:
+                    tokens = [*prompt, *response.token_ids]
+                    found = torch.from_numpy(response.routes).long()
+                    expected = routes_of_transformers(tiny[name], tokens)
+                    assert found.shape == expected.shape
+                    assert torch.equal(found[:-1].sort(-1).values, expected[:-1])
+                    assert all(len(set(row)) == len(row) for row in found[-1].tolist())
+    finally:
+        scheduler._preempt_request = preempt
+    return len(preempted)
+
+
+def check_of(worker: RolloutWorker, actor: PolicyActor) -> WeightCheck:
+    """Return the check of the weights that the actor would send to the worker's engine."""
+    check = WeightCheck(worker.engine._model(), torch.float32)
+    for _ in check.watch(actor.stream_hf_weights()):
+        pass
+    return check
+
+
+def check_proof_by_computing(tiny, name: str, layer: str) -> str:
+    """A layer that computes with a copy of its weights, made before a refit, passes every fingerprint; the check after the
+    first refit of a start finds it. Returns its message."""
+    model = ModelConfig(path=tiny[name], precision="fp32")
+    rollout = EngineConfig(max_num_seqs=8, routing_replay="expert" in layer)
+    worker = RolloutWorker(model, rollout, PhaseTimer(), seed=1, max_model_len=64)
+    use_layout(model)
+    actor = PolicyActor(model, microbatch_tokens=256)
+    examples = [Prompt(ids, [], None, {}) for ids in prompts()[:3]]
+    module = worker.engine._model().get_submodule(layer)
+    if layer.endswith("experts"):
+        module = module.routed_experts
+        stale, kernel = module.w2_weight.detach().clone(), module.quant_method.moe_kernel.fused_experts
+        apply = kernel.apply
+        with_copy = lambda **how: apply(**how | {"w2": stale})  # noqa: E731
+        holder, attribute = kernel, "apply"
+    else:
+        stale = module.weight.detach().clone()
+        with_copy = lambda x, weight, bias=None: torch.nn.functional.linear(x, stale, bias)  # noqa: E731
+        holder, attribute = module, "cpu_linear"
+    worker.refit(actor)
+    worker.prove(actor, PromptSet(examples, dropped=0), 0, 16)
+    worker.refit(actor)
+    setattr(holder, attribute, with_copy)
+    assert not check_of(worker, actor).problems(), "no fingerprint differs"
+    try:
+        worker.prove(actor, PromptSet(examples, dropped=0), 0, 16)
+    except RefitError as error:
+        return str(error)
+    raise AssertionError("a stale copy passed")
 
 
 def check_stream_is_exhausted(tiny) -> None:
