@@ -15,85 +15,11 @@ from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.table import Weight, WeightLayout, adapter_weights, weights
+from frpo_nemo.planning.memory import layers_with_experts
+from frpo_nemo.planning.parallel import Parallel, Transfer
 
 FP32, INT64 = 4, 8  # bytes
 SHAPE_BYTES = 3 * INT64  # sent before every activation between stages: packs differ in length
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """Sizes of the groups, and which ranks they hold: ranks are ordered TP fastest, then CP, DP, PP. `first`, `last`:
-    layers of the first and last stage in an uneven split."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    cp: int = 1
-    sequence_parallel: bool = False
-    first: int | None = None
-    last: int | None = None
-
-    @property
-    def world(self) -> int:
-        return self.tp * self.cp * self.dp * self.pp
-
-    def stage(self, rank: int) -> int:
-        """Return the pipeline stage of `rank`."""
-        return rank // (self.tp * self.cp * self.dp)
-
-    def replica(self, rank: int) -> int:
-        """Return the data-parallel replica of `rank`."""
-        return rank // (self.tp * self.cp) % self.dp
-
-    def ranks(self, rank: int, group: str) -> tuple[int, ...]:
-        """Return the global ranks in the group `group` of `rank`: world, tp, pp, cp, dp, dp_cp, embedding (first and
-        last stage); for "previous" and "next", the one rank there."""
-        if group == "world":
-            return tuple(range(self.world))
-        inner = self.tp * self.cp  # ranks of one stage of one replica
-        stage_ranks = inner * self.dp
-        same_place = [rank % stage_ranks + stage * stage_ranks for stage in range(self.pp)]
-        if group in ("previous", "next"):
-            return (same_place[self.stage(rank) + (1 if group == "next" else -1)],)
-        if group == "embedding":
-            return (same_place[0], same_place[-1])
-        if group == "pp":
-            return tuple(same_place)
-        if group == "tp":
-            first = rank - rank % self.tp
-            return tuple(range(first, first + self.tp))
-        base = rank - rank % stage_ranks + rank % self.tp
-        context = range(self.cp) if group in ("cp", "dp_cp") else [rank // self.tp % self.cp]
-        data = range(self.dp) if group in ("dp", "dp_cp") else [self.replica(rank)]
-        return tuple(base + inner * d + self.tp * c for d in data for c in context)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """`calls` calls of one kind in one group, with `payload` bytes in all.
-
-    The payload of an all-gather or reduce-scatter is the whole vector, of a gather or scatter one rank's part, of all
-    others the tensor. root: this rank is the source of a broadcast or scatter, or the destination of a reduce or gather.
-    """
-
-    part: str  # part of the step, in words
-    kind: str  # all_reduce, all_gather, reduce_scatter, broadcast, reduce, gather, scatter, send, recv or barrier
-    group: str  # a name of Parallel.ranks
-    payload: int
-    calls: int = 1
-    root: bool = False
-
-    def received(self, size: int) -> float:
-        """Return the bytes that this rank receives when `size` ranks use ring algorithms (broadcast and reduce: pipelines)."""
-        if self.kind == "all_reduce":
-            return 2 * (size - 1) / size * self.payload
-        if self.kind in ("all_gather", "reduce_scatter"):
-            return (size - 1) / size * self.payload
-        if self.kind == "gather":
-            return (size - 1) * self.payload if self.root else 0.0
-        if self.kind in ("send", "barrier") or size == 1 and self.kind != "recv":
-            return 0.0
-        return 0.0 if self.root and self.kind in ("broadcast", "scatter") else self.payload
 
 
 @dataclass(frozen=True)
@@ -133,7 +59,7 @@ class Model:
     @property
     def _layout(self) -> WeightLayout:
         parallel = self.parallel
-        return WeightLayout(parallel.tp, parallel.pp, parallel.first, parallel.last)
+        return WeightLayout(parallel.tp, parallel.pp, parallel.first, parallel.last, parallel.ep)
 
     def layers_of(self, stage: int) -> int:
         parallel = self.parallel
@@ -174,7 +100,20 @@ def _layers(model: Model, stage: int, pack: Pack, direction: str) -> list[Transf
         fused = local * (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim * model.element
         kind = "all_gather" if direction == "forward" else "reduce_scatter"
         transfers.append(Transfer(f"layers, {direction}", kind, "tp", count * fused, count))
-    return transfers
+    return transfers + _dispatch(model, stage, pack, direction)
+
+
+def _dispatch(model: Model, stage: int, pack: Pack, direction: str) -> list[Transfer]:
+    """Return the transfers of tokens to the experts that were chosen for them, and back, if all experts get equally many.
+    Splits and weights, a few bytes a token, are left out."""
+    arch, parallel = model.arch, model.parallel
+    layers = arch.layers_of_stage(stage, parallel.pp, parallel.first, parallel.last)
+    mixtures = layers_with_experts(arch, layers)
+    if parallel.ep == 1 or not mixtures:
+        return []
+    split = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    rows = pack.tokens // split * arch.experts.chosen * arch.hidden_size * model.element
+    return [Transfer(f"experts, {direction}", "all_to_all", "ep", 2 * mixtures * rows, 2 * mixtures)]
 
 
 def _adapters(model: Model, count: int, product: int, direction: str) -> list[Transfer]:
@@ -258,13 +197,17 @@ def columns(parallel: Parallel, stage: int, names: Sequence[str], length: int) -
     return transfers
 
 
-def buffer_elements(model: Model, stage: int) -> list[int]:
+def buffer_elements(model: Model, stage: int, *, of_experts: bool = False) -> list[int]:
     """Return the elements of each gradient (and weight) bucket of the distributed optimizer, with its padding. Without
-    overlap there is one bucket, and one more for a tied embedding that first and last stage both hold."""
-    held = model.trained_of(stage)
+    overlap there is one bucket, and one more for a tied embedding that first and last stage both hold; experts have their
+    own."""
+    held = [weight for weight in model.trained_of(stage) if weight.of_expert == of_experts]
     tied = [weight for weight in held if _is_shared_embedding(model, weight)]
     rest = [weight for weight in held if weight not in tied]
-    align = math.lcm(model.parallel.dp * model.parallel.cp, 128)
+    replicas = model.parallel.dp * model.parallel.cp
+    if of_experts:
+        replicas = replicas * model.parallel.tp // model.parallel.ep
+    align = math.lcm(replicas, 128)
     return [_up(sum(_up(weight.shard_numel, 64) for weight in part), align) for part in (rest, tied) if part]
 
 
@@ -274,6 +217,8 @@ def gradient_sync(model: Model, stage: int) -> list[Transfer]:
     parallel, arch = model.parallel, model.arch
     buckets = buffer_elements(model, stage)
     transfers = [Transfer("gradients", "reduce_scatter", "dp_cp", FP32 * sum(buckets), len(buckets))]
+    if experts := buffer_elements(model, stage, of_experts=True):
+        transfers.append(Transfer("gradients of experts", "reduce_scatter", "edp", FP32 * sum(experts), len(experts)))
     # Under sequence parallelism each rank saw only its own tokens; norms of single heads always saw only this rank's heads.
     of_heads = ("q_layernorm.weight", "k_layernorm.weight")
     partial = [
@@ -292,11 +237,14 @@ def gradient_sync(model: Model, stage: int) -> list[Transfer]:
 
 def optimizer_step(model: Model, stage: int) -> list[Transfer]:
     """Return the transfers of the global gradient norm, and of the updated weights from the ranks that updated them."""
-    buckets = buffer_elements(model, stage)
-    return [
+    buckets, experts = buffer_elements(model, stage), buffer_elements(model, stage, of_experts=True)
+    transfers = [
         Transfer("gradient norm", "all_reduce", "world", FP32),
         Transfer("weights", "all_gather", "dp_cp", model.element * sum(buckets), len(buckets)),
     ]
+    if experts:
+        transfers.append(Transfer("experts", "all_gather", "edp", model.element * sum(experts), len(experts)))
+    return transfers
 
 
 def refit(model: Model, rank: int, bucket_bytes: int) -> list[Transfer]:
@@ -310,8 +258,9 @@ def refit(model: Model, rank: int, bucket_bytes: int) -> list[Transfer]:
         if parallel.pp > 1 and between:
             is_source = bucket[0].stage == parallel.stage(rank)
             transfers.append(Transfer("weights from their stage", "broadcast", "pp", between, root=is_source))
-        if parallel.tp > 1 and split:
-            transfers.append(Transfer("weights from all shards", "all_gather", "tp", parallel.tp * split))
+        group, size = ("ep", parallel.ep) if bucket[0].of_expert else ("tp", parallel.tp)
+        if size > 1 and split:
+            transfers.append(Transfer("weights from all shards", "all_gather", group, size * split))
         if parallel.tp > 1 and whole:
             transfers.append(Transfer("replicated weights", "broadcast", "tp", whole, root=first))
     return transfers + agreement(parallel)
@@ -325,8 +274,9 @@ def refit_buckets(model: Model, bucket_bytes: int) -> list[list[Weight]]:
     for weight in model.weights:
         if not weight.exported:
             continue
-        size = model.element * weight.shard_numel * (1 if weight.replicated else model.parallel.tp)
-        if not buckets or size > room or buckets[-1][0].stage != weight.stage:
+        ranks = 1 if weight.replicated else model.parallel.ep if weight.of_expert else model.parallel.tp
+        size, last = model.element * weight.shard_numel * ranks, buckets[-1][0] if buckets else weight
+        if not buckets or size > room or (last.stage, last.of_expert) != (weight.stage, weight.of_expert):
             buckets.append([])
             room = bucket_bytes
         buckets[-1].append(weight)
@@ -347,12 +297,13 @@ def agreement(parallel: Parallel) -> list[Transfer]:
 
 def optimizer_collection(model: Model, stage: int) -> list[Transfer]:
     """Return a checkpoint's transfers of each parameter's fp32 weight and Adam moments to one replica. Weights need none."""
-    replicas = model.parallel.dp * model.parallel.cp
-    if replicas == 1:
-        return []
-    held = model.trained_of(stage)
-    size = sum(weight.shard_numel for weight in held)
-    return [Transfer("optimizer state", "reduce", "dp_cp", 3 * FP32 * size, 3 * len(held))]
+    parallel, transfers = model.parallel, []
+    replicas = parallel.dp * parallel.cp
+    for group, size, of_expert in (("dp_cp", replicas, False), ("edp", replicas * parallel.tp // parallel.ep, True)):
+        held = [weight.shard_numel for weight in model.trained_of(stage) if weight.of_expert == of_expert]
+        if held and size > 1:
+            transfers.append(Transfer("optimizer state", "reduce", group, 3 * FP32 * sum(held), 3 * len(held)))
+    return transfers
 
 
 def checkpoint_agreements(parallel: Parallel, rank: int) -> list[Transfer]:

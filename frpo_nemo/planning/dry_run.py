@@ -17,7 +17,7 @@ from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.model import build_model
 from frpo_nemo.megatron.weights.binding import bind
-from frpo_nemo.megatron.weights.table import hf_shapes
+from frpo_nemo.megatron.weights.table import EXPERT_NAMES, hf_shapes
 from frpo_nemo.planning.memory import Layout, rank_parameters
 
 
@@ -36,7 +36,7 @@ def dry_run(model: ModelConfig, layout: Layout) -> list[Stage]:
     """Build one rank of each stage (tensor-parallel ranks have equal shapes) and check it. layout: the
     sizes of `model`. Raises ValueError that names what differs."""
     arch = Architecture.from_hf(model.path)
-    arch.check_parallel(layout.tp, layout.pp, layout.first, layout.last)
+    arch.check_parallel(layout.tp, layout.pp, layout.first, layout.last, layout.ep)
     check_against_transformers(arch)
     # Neither changes a parameter, and both need Transformer Engine; context-parallel ranks count as replicas.
     model = replace(model, fp8=None, context_parallel_size=1)
@@ -58,6 +58,7 @@ def check_against_transformers(arch: Architecture) -> int:
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arch.source, trust_remote_code=False))
     found = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+    found = _as_in_files(found, arch) if arch.experts else found
     expected = hf_shapes(arch)
     for name in found.keys() | expected.keys():
         if found.get(name) != expected.get(name):
@@ -65,6 +66,22 @@ def check_against_transformers(arch: Architecture) -> int:
                 f"{name} of {arch.source} has shape {found.get(name)} in transformers and {expected.get(name)} here."
             )
     return len(found)
+
+
+def _as_in_files(shapes: dict[str, tuple[int, ...]], arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of files for those of transformers' modules, which stack the experts of a layer."""
+    prefix, (gate, up, down) = EXPERT_NAMES[arch.family]
+    found = {}
+    for name, shape in shapes.items():
+        name = name.replace("mlp.", f"{prefix}.") if ".mlp.gate.weight" in name or ".experts." in name else name
+        layer, _, kind = name.rpartition(".experts.")
+        names = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(kind, ())
+        if not names:
+            found[name] = shape
+        for expert in range(shape[0] if names else 0):
+            each = (shape[1] // len(names), shape[2])
+            found |= {f"{layer}.experts.{expert}.{projection}.weight": each for projection in names}
+    return found
 
 
 def _stage(arch: Architecture, model: ModelConfig, layout: Layout, number: int) -> Stage:
@@ -91,7 +108,13 @@ def _fake_world(layout: Layout, rank: int) -> Iterator[None]:
     size = layout.tp * layout.pp * layout.cp * layout.dp
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        parallel_state.initialize_model_parallel(layout.tp, layout.pp, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
         yield
     finally:
         parallel_state.destroy_model_parallel()

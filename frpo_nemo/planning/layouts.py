@@ -77,7 +77,15 @@ def enumerate_layouts(
                 rejected[f"vLLM TP={engine_tp}: more engines than the {work.prompts_per_step} prompts"] += 1
                 continue
             engine = replace(base.engine, tp=engine_tp, longest=work.longest)
-            yield from _choices(replace(base, tp=tp, pp=pp, dp=dp, engine=engine, sequence_parallel=tp > 1), work)
+            for ep in _expert_parallel(arch, world // pp):
+                layout = replace(base, tp=tp, pp=pp, dp=dp, ep=ep, engine=engine, sequence_parallel=tp > 1)
+                yield from _choices(layout, work)
+
+
+def _expert_parallel(arch: Architecture, ranks: int) -> list[int]:
+    """Return the sizes that divide the experts and the ranks of a stage: 1 for a dense model."""
+    number = arch.experts.number if arch.experts else 1
+    return [size for size in range(1, number + 1) if number % size == 0 and ranks % size == 0]
 
 
 def _choices(layout: Layout, work: Workload) -> Iterator[Layout]:
@@ -124,6 +132,7 @@ def overrides(layout: Layout, cluster: Cluster, work: Workload) -> str:
         "trainer.devices": cluster.gpus_per_node,
         "model.tensor_model_parallel_size": layout.tp,
         "model.pipeline_model_parallel_size": layout.pp,
+        **({"model.expert_model_parallel_size": layout.ep} if layout.ep > 1 else {}),
         "model.sequence_parallel": str(layout.sequence_parallel).lower(),
         "model.recompute": layout.recompute,
         "trainer.microbatch_tokens": layout.microbatch_tokens,

@@ -45,6 +45,7 @@ class Layout:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
     first: int | None = None
     last: int | None = None
     sequence_parallel: bool = False
@@ -75,7 +76,8 @@ class Layout:
     def __str__(self) -> str:
         engine = f", vLLM TP{self.engine.tp}" if self.engine else ""
         cp = f" CP{self.cp}" if self.cp > 1 else ""
-        return f"TP{self.tp} PP{self.pp}{cp} DP{self.dp}{engine}"
+        ep = f" EP{self.ep}" if self.ep > 1 else ""
+        return f"TP{self.tp} PP{self.pp}{cp} DP{self.dp}{ep}{engine}"
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,46 @@ class PhaseMemory:
 def parameters(arch: Architecture) -> int:
     """Return the number of parameters, without the padding of the vocabulary."""
     embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    return arch.num_layers * layer_parameters(arch, 1) + embeddings + arch.hidden_size
+    return layers_parameters(arch, 1, range(arch.num_layers)) + embeddings + arch.hidden_size
 
 
-def layer_parameters(arch: Architecture, tp: int) -> int:
-    """Return the parameters of one layer on one tensor-parallel rank."""
+def active_parameters(arch: Architecture) -> int:
+    """Return the parameters that one token uses: in a layer with experts, of those that are chosen for it."""
+    if not arch.experts:
+        return parameters(arch)
+    one = expert_parameters(arch, range(arch.num_layers), arch.experts.number)  # of every layer
+    return parameters(arch) - (arch.experts.number - arch.experts.chosen) * one
+
+
+def layers_parameters(arch: Architecture, tp: int, layers: range, ep: int = 1) -> int:
+    """Return the parameters of `layers` on one rank of `tp` and `ep`."""
     heads = arch.num_heads + 2 * arch.num_kv_heads
     attention = (arch.hidden_size * (heads + arch.num_heads) + (heads if arch.qkv_bias else 0)) * arch.head_dim
     norms = 2 * arch.hidden_size + (2 * arch.head_dim if arch.qk_norm else 0)
-    return (attention + 3 * arch.hidden_size * arch.ffn_hidden_size) // tp + norms
+    mixtures = layers_with_experts(arch, layers)
+    routers = mixtures * arch.experts.number * arch.hidden_size if mixtures else 0
+    dense = (len(layers) - mixtures) * 3 * arch.hidden_size * arch.ffn_hidden_size
+    return (len(layers) * attention + dense) // tp + len(layers) * norms + routers + expert_parameters(arch, layers, ep)
+
+
+def layers_with_experts(arch: Architecture, layers: range) -> int:
+    """Return how many of `layers` have experts."""
+    return sum(arch.experts.layers[layer] for layer in layers) if arch.experts else 0
+
+
+def expert_parameters(arch: Architecture, layers: range, ep: int) -> int:
+    """Return the parameters of the experts in `layers` on one of `ep` ranks."""
+    if not arch.experts:
+        return 0
+    one = 3 * arch.hidden_size * arch.experts.ffn_size
+    return layers_with_experts(arch, layers) * arch.experts.number // ep * one
 
 
 def adapter_parameters(arch: Architecture, rank: int, tp: int) -> int:
     """Return the parameters of one layer's adapters of rank `rank`, on one tensor-parallel rank; 0 without any."""
+    if arch.experts:  # on attention only
+        queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        return rank * (4 * arch.hidden_size + (2 * queries + 2 * keys) // tp)
     h, f, q, kv = (
         arch.hidden_size,
         arch.ffn_hidden_size,
@@ -127,12 +156,14 @@ def trained_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
 def rank_parameters(arch: Architecture, layout: Layout, stage: int) -> int:
     """Return the parameters of one rank of pipeline stage `stage`, including padding of the vocabulary and adapters;
     tensor-parallel ranks are equal."""
-    layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+    layers = arch.layers_of_stage(stage, layout.pp, layout.first, layout.last)
+    adapters = len(layers) * adapter_parameters(arch, layout.lora_rank, layout.tp)
     vocabulary = arch.padded_vocab_size(layout.tp) // layout.tp * arch.hidden_size
     own_output = not arch.tied_embeddings or layout.pp > 1  # a tied embedding has a copy on the last of several stages
     last = stage == layout.pp - 1
     return (
-        layers * (layer_parameters(arch, layout.tp) + adapter_parameters(arch, layout.lora_rank, layout.tp))
+        layers_parameters(arch, layout.tp, layers, layout.ep)
+        + adapters
         + (vocabulary if stage == 0 else 0)
         + (arch.hidden_size + (vocabulary if own_output else 0) if last else 0)
     )
@@ -147,12 +178,17 @@ def checkpoint_bytes(arch: Architecture, precision: str, lora_rank: int = 0, ref
 
 
 def state_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
-    """Return the bytes of a rank's weights and gradients, and of its share of the optimizer, sharded over DP and CP."""
+    """Return the bytes of a rank's weights and gradients, and of its share of the optimizer, sharded over DP and CP, of experts
+    over the ranks that hold the same ones."""
     trained = trained_parameters(arch, layout, stage)
+    layers = arch.layers_of_stage(stage, layout.pp, layout.first, layout.last)
+    experts = 0 if layout.lora_rank else expert_parameters(arch, layers, layout.ep)
+    replicas = layout.dp * layout.cp
+    share = (trained - experts) / replicas + experts * layout.ep / (layout.tp * replicas)
     return {
         "weights": rank_parameters(arch, layout, stage) * layout.element,
         "gradients": trained * GRADIENT_BYTES,
-        "optimizer": math.ceil(trained * OPTIMIZER_BYTES[layout.precision] / (layout.dp * layout.cp)),
+        "optimizer": math.ceil(share * OPTIMIZER_BYTES[layout.precision]),
     }
 
 
@@ -174,8 +210,8 @@ def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int
         state = {"weights": state["weights"]}  # the optimizer is in host memory, the gradients are released
     parts = {"reserve": GPU_RESERVE if layout.gpu else CPU_RESERVE} | state
     if layout.fp8:
-        layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
-        parts["FP8 weights"] = FP8_WEIGHT_BYTES * layers * layer_parameters(arch, layout.tp)
+        layers = arch.layers_of_stage(stage, layout.pp, layout.first, layout.last)
+        parts["FP8 weights"] = FP8_WEIGHT_BYTES * layers_parameters(arch, layout.tp, layers, layout.ep)
     if layout.transformer_engine:
         longest = min(layout.microbatch_tokens, layout.engine.longest if layout.engine else layout.microbatch_tokens)
         parts["rotary tables"] = ROTARY_TABLES * longest * arch.head_dim * 4
@@ -188,7 +224,7 @@ def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int
     if name == "train":
         parts |= training_peak(arch, layout, stage)
     if name == "refit":
-        bucket = max(layout.engine.bucket_bytes, _largest_weight(arch) * layout.element)
+        bucket = max(layout.engine.bucket_bytes, _largest_weight(arch, layout) * layout.element)
         parts["refit buckets"] = 3 * min(bucket, parameters(arch) * layout.element)
     return parts
 
@@ -235,8 +271,9 @@ def _copies_of_reference(layout: Layout) -> int:
 # Tensors that a microbatch keeps for the backward pass.
 
 
-def saved_per_token(arch: Architecture, layout: Layout) -> float:
-    """Return the bytes that a layer keeps of one token between forward and backward pass, without recomputation."""
+def saved_per_token(arch: Architecture, layout: Layout, *, experts: bool = False) -> float:
+    """Return the bytes that a layer, with experts or without, keeps of one token between forward and backward pass, without
+    recomputation."""
     e, h = layout.element, arch.hidden_size / _sequence_split(layout)
     queries, keys, ffn = (size / layout.tp for size in _widths(arch))
     # Each of two norms keeps its input and its output; if not fused, the input is kept twice in fp32, raw and normalised.
@@ -247,7 +284,24 @@ def saved_per_token(arch: Architecture, layout: Layout) -> float:
         padded = ATTENTION_PADDING * 2 * (queries + keys)  # rectangles of q, k, v and the output
         attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
     # Gate and up together, silu(gate), a copy of up, their product.
-    return norms + attention + 5 * e * ffn + _adapter_saved(arch, layout)
+    network = _saved_by_experts(arch, layout) if experts else 5 * e * ffn
+    return norms + attention + network + _adapter_saved(arch, layout)
+
+
+def _saved_by_experts(arch: Architecture, layout: Layout) -> float:
+    """Return the bytes that the experts of a layer keep of one token on its ranks, if all experts get equally many: the rows
+    sent to each chosen expert, back and put in order, the expert's five tensors and their product with the token's weight,
+    and the router's scores in fp32."""
+    experts, split = arch.experts, _sequence_split(layout)
+    rows = experts.chosen * layout.element * (3 * arch.hidden_size + 6 * experts.ffn_size)
+    return (rows + 2 * 4 * experts.number) / split
+
+
+def saved_by_layers(arch: Architecture, layout: Layout, layers: range) -> float:
+    """Return the bytes that `layers` keep of one token."""
+    mixtures = layers_with_experts(arch, layers)
+    dense = (len(layers) - mixtures) * saved_per_token(arch, layout)
+    return dense + (mixtures * saved_per_token(arch, layout, experts=True) if mixtures else 0)
 
 
 def _adapter_saved(arch: Architecture, layout: Layout) -> float:
@@ -264,16 +318,16 @@ def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
     """Return activations and logits of a stage at their peak in a training step: when the last stage begins its backward
     pass with the logits, or any stage that of a layer. On a CPU, gloo's copy of the gradients may be larger than both."""
     e, tokens = layout.element, layout.tokens
-    layers = len(arch.layers_of_stage(stage, layout.pp, layout.first, layout.last))
+    layers = arch.layers_of_stage(stage, layout.pp, layout.first, layout.last)
     input_bytes = e * arch.hidden_size / _sequence_split(layout)
-    layer = saved_per_token(arch, layout)
+    layer = max(saved_by_layers(arch, layout, range(i, i + 1)) for i in layers)
     held = tokens * (layout.pp - stage)  # of the microbatches in flight in the 1F1B schedule
     if layout.update_tokens is not None:
         held = min(held, layout.update_tokens / layout.cp)
     full = layout.recompute == "full"
-    saved = held * layers * (input_bytes if full else layer)
-    ffn = arch.ffn_hidden_size / layout.tp
-    ffn_weight = 0 if layout.lora_rank else arch.hidden_size * ffn
+    saved = held * (len(layers) * input_bytes if full else saved_by_layers(arch, layout, layers))
+    ffn, ffn_weight = _network(arch, layout)
+    ffn_weight = 0 if layout.lora_rank else ffn_weight
     # Backward of the second projection: gradients of output and input, and of the weight before it is added to the buffer.
     backward = tokens * (layer if full else 0) + tokens * (input_bytes + e * ffn) + e * ffn_weight
     peaks = [{"activations": saved + backward}]
@@ -290,7 +344,7 @@ def training_peak(arch: Architecture, layout: Layout, stage: int) -> dict[str, i
 def forward_bytes(arch: Architecture, layout: Layout, stage: int) -> dict[str, int]:
     """Return the peak of a pass without gradient: inside one feed-forward layer, or at the logits."""
     e, tokens, h = layout.element, layout.tokens, arch.hidden_size / _sequence_split(layout)
-    layer = {"activations": tokens * e * (2 * h + 5 * arch.ffn_hidden_size / layout.tp)}
+    layer = {"activations": tokens * e * (2 * h + 5 * _network(arch, layout)[0])}
     if stage < layout.pp - 1:
         return _whole(layer)
     head = {"activations": tokens * e * (h + 2 * arch.hidden_size), "logits": 16 * _chunk(arch, layout)}
@@ -325,8 +379,22 @@ def _widths(arch: Architecture) -> tuple[int, int, int]:
     return arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim, arch.ffn_hidden_size
 
 
-def _largest_weight(arch: Architecture) -> int:
-    return arch.hidden_size * max(arch.vocab_size, 2 * arch.ffn_hidden_size)
+def _network(arch: Architecture, layout: Layout) -> tuple[float, float]:
+    """Return the inner width of a layer's feed-forward network on one rank, for one token, and the elements of its second
+    matrix there; of the larger where layers differ."""
+    kinds = []
+    if not arch.experts or not all(arch.experts.layers):
+        width = arch.ffn_hidden_size / layout.tp
+        kinds.append((width, arch.hidden_size * width))
+    if arch.experts:
+        width = arch.experts.ffn_size
+        kinds.append((arch.experts.chosen * width / _sequence_split(layout), arch.hidden_size * width))
+    return tuple(map(max, zip(*kinds, strict=True)))
+
+
+def _largest_weight(arch: Architecture, layout: Layout) -> int:
+    experts = 2 * arch.experts.ffn_size * layout.ep if arch.experts else 0
+    return arch.hidden_size * max(arch.vocab_size, 2 * arch.ffn_hidden_size, experts)
 
 
 def _sequence_split(layout: Layout) -> int:

@@ -15,7 +15,14 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning import communication
 from frpo_nemo.planning.cluster import Cluster
 from frpo_nemo.planning.communication import Model, Pack, Parallel, Transfer
-from frpo_nemo.planning.memory import Layout, kv_bytes, parameters, rank_parameters, trained_parameters
+from frpo_nemo.planning.memory import (
+    Layout,
+    active_parameters,
+    kv_bytes,
+    parameters,
+    rank_parameters,
+    trained_parameters,
+)
 
 # Reached share of the data sheet's rate.
 MATRIX_EFFICIENCY = 0.5  # products of training and log-probs, in large microbatches
@@ -93,14 +100,14 @@ def generation(arch: Architecture, layout: Layout, cluster: Cluster, work: Workl
         each = _decode(arch, layout, cluster, alive, work.prompt_tokens + done)
         total += work.max_response_tokens / slices * each
     prompts = work.prompts_per_step / engines * work.prompt_tokens  # once per group: the prefix cache has the rest
-    return total + 2 * parameters(arch) * prompts / (tp * _peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
+    return total + 2 * active_parameters(arch) * prompts / (tp * _peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
 
 
 def _decode(arch: Architecture, layout: Layout, cluster: Cluster, batch: float, context: float) -> float:
     """Return the seconds of one token for each of `batch` sequences of `context` tokens."""
     tp, memory = layout.engine.tp, cluster.memory_gb_per_s * 1e9 * MEMORY_EFFICIENCY
     weights = parameters(arch) * layout.element / tp / memory
-    products = 2 * parameters(arch) * batch / tp / (_peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
+    products = 2 * active_parameters(arch) * batch / tp / (_peak_flops(layout, cluster) * MATRIX_EFFICIENCY)
     cache = batch * context * kv_bytes(arch, layout) / memory
     exchange = 2 * arch.num_layers * ALL_REDUCE_LATENCY if tp > 1 else 0
     return max(weights, products) + cache + exchange + DECODE_OVERHEAD
@@ -140,7 +147,7 @@ def _passes(arch: Architecture, layout: Layout, cluster: Cluster, work: Workload
     efficiency = MATRIX_EFFICIENCY * rows / (rows + SMALL_BATCH_TOKENS)
     length = work.prompt_tokens + work.response_tokens
     attention = arch.num_layers * arch.num_heads * arch.head_dim * length  # causal; as costly as so many parameters
-    products = flops * rows * (parameters(arch) + attention) / (layout.tp * layout.pp * layout.cp)
+    products = flops * rows * (active_parameters(arch) + attention) / (layout.tp * layout.pp * layout.cp)
     busy = products / (_peak_flops(layout, cluster) * efficiency)
 
     model, packs = _model(arch, layout), [Pack(int(rows), int(rows * work.response_tokens / length))]
@@ -185,7 +192,9 @@ def transfer_seconds(parallel: Parallel, cluster: Cluster, rank: int, transfers:
 
 
 def _model(arch: Architecture, layout: Layout) -> Model:
-    parallel = Parallel(layout.tp, layout.pp, layout.dp, layout.cp, layout.sequence_parallel, layout.first, layout.last)
+    parallel = Parallel(
+        layout.tp, layout.pp, layout.dp, layout.cp, layout.sequence_parallel, layout.first, layout.last, layout.ep
+    )
     recompute = layout.recompute == "full"
     return _cached_model(arch, parallel, layout.element, layout.logprob_chunk_tokens, recompute, layout.lora_rank)
 

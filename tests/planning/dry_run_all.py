@@ -28,8 +28,12 @@ LAYOUTS = {
     "Qwen3-8B": (2, 4, 1, 8, 8),
     "Llama-3.1-8B-Instruct": (8, 3, 1, 12, None),
     "Llama-3.1-70B-Instruct": (8, 4, 2, None, 17),
+    "Qwen3-30B-A3B-Instruct-2507": (1, 1, 16),
+    "Qwen3-235B-A22B": (4, 2, 8),
+    "Mixtral-8x7B-Instruct-v0.1": (2, 1, 8),
 }
-EXPERIMENTS = ("frpo_7b", "frpo_70b", "sft_7b", "sft_70b")  # of slurm/*.sh, in their own layouts
+EXPERT_PARALLEL = {"Qwen3-30B-A3B-Instruct-2507": 8, "Qwen3-235B-A22B": 16, "Mixtral-8x7B-Instruct-v0.1": 8}
+EXPERIMENTS = ("frpo_7b", "frpo_70b", "sft_7b", "sft_70b", "frpo_30b_a3b")  # of slurm/*.sh, in their own layouts
 ADAPTERS = {"Mistral-7B-Instruct-v0.1": 64, "Llama-3.1-70B-Instruct": 64}  # name -> rank; the others have none
 
 
@@ -46,15 +50,17 @@ def main() -> None:
                 sequence_parallel=tp > 1,
                 num_layers_in_first_pipeline_stage=first,
                 num_layers_in_last_pipeline_stage=last,
+                expert_model_parallel_size=(ep := EXPERT_PARALLEL.get(name, 1)),
                 lora=LoRAConfig(rank=ADAPTERS.get(name, 0)),
             )
-            stages = dry_run(model, Layout(tp=tp, pp=pp, dp=dp, first=first, last=last, lora_rank=model.lora.rank))
+            layout = Layout(tp=tp, pp=pp, dp=dp, ep=ep, first=first, last=last, lora_rank=model.lora.rank)
+            stages = dry_run(model, layout)
             report(name, stages)
         for name in EXPERIMENTS:
             composed = compose(f"experiment/{name}", ["run_dir=run"])
             cfg = load(FRPORun if "objective" in composed else SFTRun, composed)
             cfg.model.path = str(write_config(cfg.model.path.rpartition("/")[2], Path(directory)))
-            cfg.trainer.num_nodes, cfg.trainer.devices = (8 if name.endswith("70b") else 1), 8
+            cfg.trainer.num_nodes, cfg.trainer.devices = {"70b": 8, "a3b": 2}.get(name[-3:], 1), 8
             report(name, dry_run(cfg.model, layout_of(cfg, cfg.trainer.num_nodes * 8, gpu=True)))
 
 

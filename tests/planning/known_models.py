@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def _model(family: str, vocab, hidden, ffn, layers, heads, kv_heads, positions, **more) -> dict:
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    name = (names | {"qwen3_moe": "Qwen3Moe", "mixtral": "Mixtral"})[family]
     return {
         "model_type": family,
         "architectures": [f"{name}ForCausalLM"],
@@ -37,6 +38,8 @@ _LLAMA3 = {
     },
 }
 _QWEN = {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "use_sliding_window": False}
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1}
+_MIXTRAL = {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "sliding_window": None}
 _MISTRAL = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5, "sliding_window": 4096}
 
 MODELS = {
@@ -51,6 +54,18 @@ MODELS = {
     "Qwen3-8B": _model("qwen3", 151936, 4096, 12288, 36, 32, 8, 40960, head_dim=128, **_QWEN),
     "Llama-3.1-8B-Instruct": _model("llama", 128256, 4096, 14336, 32, 32, 8, 131072, **_LLAMA3),
     "Llama-3.1-70B-Instruct": _model("llama", 128256, 8192, 28672, 80, 64, 8, 131072, **_LLAMA3),
+}
+
+MODELS |= {
+    "Qwen3-30B-A3B-Instruct-2507": _model(
+        "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, 262144, head_dim=128, **_QWEN, **_EXPERTS, moe_intermediate_size=768
+    ),
+    "Qwen3-235B-A22B": _model(
+        "qwen3_moe", 151936, 4096, 12288, 94, 64, 4, 40960, head_dim=128, **_QWEN, **_EXPERTS, moe_intermediate_size=1536
+    ),
+    "Mixtral-8x7B-Instruct-v0.1": _model(
+        "mixtral", 32000, 4096, 14336, 32, 32, 8, 32768, num_local_experts=8, num_experts_per_tok=2, **_MIXTRAL
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.processes import world
 
 SHAPE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=16, num_key_value_heads=4)
+MIXTURE = SHAPE | dict(moe_intermediate_size=768, num_experts=8, num_experts_per_tok=2, head_dim=32)
 LAYERS, VOCABULARY, CHUNK = 2, 1024, 128
 LENGTHS = [262, 307, 455]  # attention makes one rectangle of them, 3 x 455
 RANK = 32  # of adapters
@@ -87,23 +88,25 @@ def measure(model: ModelConfig) -> dict[str, int]:
 def main() -> None:
     world.start_world()
     with tempfile.TemporaryDirectory() as directory:
-        make_tiny(directory, "llama", layers=LAYERS, vocab=VOCABULARY, **SHAPE)
+        make_tiny(f"{directory}/llama", "llama", layers=LAYERS, vocab=VOCABULARY, **SHAPE)
+        make_tiny(f"{directory}/qwen3_moe", "qwen3_moe", layers=LAYERS, vocab=VOCABULARY, **MIXTURE)
         cases = [
-            (precision, recompute, rank, dropout)
+            ("llama", precision, recompute, rank, dropout)
             for precision in ("fp32", "bf16")
             for recompute in sys.argv[1:]
             for rank, dropout in CASES[recompute]
         ]
+        cases += [("qwen3_moe", precision, recompute, 0, 0.0) for precision in ("fp32", "bf16") for recompute in sys.argv[1:]]
         start_model_parallel(ModelConfig(path=directory), seed=1)
-        for precision, recompute, rank, dropout in cases:
+        for family, precision, recompute, rank, dropout in cases:
             model = ModelConfig(
-                path=directory,
+                path=f"{directory}/{family}",
                 precision=precision,
                 recompute=recompute,
                 logprob_chunk_tokens=CHUNK,
                 lora=LoRAConfig(rank=rank, dropout=dropout),
             )
-            case = {"precision": precision, "recompute": recompute, "rank": rank, "dropout": dropout}
+            case = {"family": family, "precision": precision, "recompute": recompute, "rank": rank, "dropout": dropout}
             print(json.dumps(case | measure(model)), flush=True)
 
 

@@ -17,10 +17,8 @@ LAYOUTS = {
     "TP2 PP2, tied embedding": dict(world=4, family="qwen3", tp=2, pp=2, sp=True),
     "TP2 PP2 in bf16": dict(world=4, family="qwen3", tp=2, pp=2, sp=True, precision="bf16"),
     "TP2 DP2": dict(world=4, family="llama", tp=2, sp=True),
-    "adapters, TP2": dict(world=2, family="qwen3", tp=2, lora_rank=4),
     "adapters, TP2 PP2 with sequence parallelism": dict(world=4, family="qwen3", tp=2, pp=2, sp=True, lora_rank=4),
     "adapters, TP2 DP2, recomputed": dict(world=4, family="llama", tp=2, sp=True, recompute="full", lora_rank=4),
-    "TP2 PP2 DP2": dict(world=8, family="qwen3", tp=2, pp=2, sp=True),
 }
 BUCKET = 1 << 18  # bytes: several buckets, and one tiny weight (fc1, 192 KiB) fits
 

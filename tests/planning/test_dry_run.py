@@ -28,6 +28,9 @@ BILLIONS = {  # as published on the model cards
     "Qwen3-8B": 8.19,
     "Llama-3.1-8B-Instruct": 8.03,
     "Llama-3.1-70B-Instruct": 70.55,
+    "Qwen3-30B-A3B-Instruct-2507": 30.53,
+    "Qwen3-235B-A22B": 235.09,
+    "Mixtral-8x7B-Instruct-v0.1": 46.70,
 }
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from measure_memory import CASES, CHUNK, LAYERS, LENGTHS, SHAPE, VOCABULARY
+from measure_memory import CASES, CHUNK, LAYERS, LENGTHS, MIXTURE, SHAPE, VOCABULARY
 from scripts import printed_by
 from tiny_models import make_tiny
 
@@ -13,7 +13,7 @@ from frpo_nemo.planning.memory import (
     GIB,
     Engine,
     Layout,
-    layer_parameters,
+    layers_parameters,
     phases,
     state_bytes,
     training_peak,
@@ -23,9 +23,9 @@ PACK = sum(LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[tuple[str, str, int, float], dict[str, int]]:
+def measured() -> dict[tuple[str, str, str, int, float], dict[str, int]]:
     rows = printed_by("measure_memory.py", "none", "full")
-    return {(row["precision"], row["recompute"], row["rank"], row["dropout"]): row for row in rows}
+    return {(row["family"], row["precision"], row["recompute"], row["rank"], row["dropout"]): row for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,20 @@ def on_cpu(precision: str, recompute: str, rank: int, dropout: float) -> Layout:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_estimate_is_near_the_tensors_of_a_measured_step(precision, recompute, rank, dropout, measured, small):
     case = (precision, recompute, rank, dropout)
-    layout, row = on_cpu(*case), measured[case]
+    layout, row = on_cpu(*case), measured["llama", *case]
     # gloo's thread may give back its copy of the gradients later, up to 7% of the state with adapters.
     assert sum(state_bytes(small, layout, 0).values()) == pytest.approx(row["state"], rel=0.1)
     assert sum(training_peak(small, layout, 0).values()) == pytest.approx(row["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", CASES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_estimate_is_near_the_tensors_of_a_measured_step_of_a_mixture(precision, recompute, measured, tmp_path):
+    mixture = Architecture.from_hf(make_tiny(tmp_path, "qwen3_moe", layers=LAYERS, vocab=VOCABULARY, **MIXTURE))
+    case = (precision, recompute, 0, 0.0)
+    layout, row = on_cpu(*case), measured["qwen3_moe", *case]
+    assert sum(state_bytes(mixture, layout, 0).values()) == pytest.approx(row["state"], rel=0.1)
+    assert sum(training_peak(mixture, layout, 0).values()) == pytest.approx(row["peak"], rel=0.1)
 
 
 def test_the_measured_pack_is_padded_as_much_as_the_estimate_assumes():
@@ -79,7 +89,7 @@ def total(arch: Architecture, layout: Layout, phase: str, limit: int = 79 * GIB)
 def test_fp8_keeps_two_bytes_of_every_layer_weight_in_every_phase(known):
     arch = Architecture.from_hf(known["Llama-3.1-70B-Instruct"])
     layout = Layout(tp=8, pp=2, dp=4, sequence_parallel=True, engine=Engine(tp=8))
-    weights = 2 * arch.num_layers // 2 * layer_parameters(arch, 8)
+    weights = 2 * layers_parameters(arch, 8, range(arch.num_layers // 2))
     for without, with_fp8 in zip(
         *(phases(arch, replace(layout, fp8=fp8), 79 * GIB) for fp8 in (False, True)), strict=True
     ):

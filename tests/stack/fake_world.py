@@ -18,7 +18,14 @@ def fake_world(model, *, rank: int, replicas: int = 1) -> Iterator[None]:
     tp, pp, cp = sizes
     dist.init_process_group("fake", rank=rank, world_size=tp * pp * cp * replicas, store=FakeStore())
     try:
-        parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            tp,
+            pp,
+            context_parallel_size=cp,
+            expert_model_parallel_size=model.expert_model_parallel_size,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -13,4 +13,6 @@ LAYOUTS = {
     "FP8, delayed": _TP2 | dict(fp8="hybrid", fp8_recipe="delayed"),
     "FP8, blockwise": _TP2 | dict(fp8="e4m3", fp8_recipe="blockwise"),
 }
+_EP2 = dict(expert_model_parallel_size=2)
+EXPERT_LAYOUTS = {"EP2": _EP2, "TP2 x EP2": _TP2 | _EP2, "PP2 x EP2": _PP2 | _EP2, "TP2, experts not shared": _TP2}
 LORA_RANK = 8

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import torch
 from fake_world import fake_world, or_the_error
-from layouts import LAYOUTS, LORA_RANK
-from tiny_models import FAMILIES, make_tiny
+from layouts import EXPERT_LAYOUTS, LAYOUTS, LORA_RANK
+from tiny_models import EXPERT_FAMILIES, FAMILIES, make_tiny
 
 from frpo_nemo.config.options import LoRAConfig, ModelConfig
 from frpo_nemo.megatron import model
@@ -35,12 +35,25 @@ def all_layouts() -> Iterator[dict]:
                     yield case | facts(settings, stage)
 
 
+def expert_layouts() -> Iterator[dict]:
+    """The same of mixtures, of which every second layer is dense."""
+    with tempfile.TemporaryDirectory() as directory:
+        for family in EXPERT_FAMILIES:
+            sizes = dict(decoder_sparse_step=2) if family == "qwen3_moe" else {}
+            path = make_tiny(f"{directory}/{family}", family, **sizes)
+            for lora, layout in product((False, True), EXPERT_LAYOUTS):
+                settings = ModelConfig(path=path, lora=LoRAConfig(rank=LORA_RANK if lora else 0), **EXPERT_LAYOUTS[layout])
+                for stage in range(settings.pipeline_model_parallel_size):
+                    yield {"family": family, "lora": lora, "layout": layout} | facts(settings, stage)
+
+
 @or_the_error
 def facts(settings: ModelConfig, stage: int) -> dict:
     """About the last rank of a pipeline stage."""
     arch = Architecture.from_hf(settings.path)
-    ranks_of_stage = settings.tensor_model_parallel_size * settings.context_parallel_size
-    with fake_world(settings, rank=(stage + 1) * ranks_of_stage - 1):
+    replicas = settings.expert_model_parallel_size
+    ranks_of_stage = settings.tensor_model_parallel_size * settings.context_parallel_size * replicas
+    with fake_world(settings, rank=(stage + 1) * ranks_of_stage - 1, replicas=replicas):
         on_meta = build(arch, settings, meta=True)
         gpt = build(arch, settings, meta=False)
         return {
@@ -96,6 +109,6 @@ def stored(gpt, arch: Architecture, settings: ModelConfig) -> dict:
     table = adapter_weights(arch, WeightLayout(), rank) if rank else weights(arch, WeightLayout())
     return {
         "saved": sorted({sharded.key for sharded in state.values()}),
-        "read": sorted({checkpoint_weights._place(weight)[0] for weight in table}),
+        "read": sorted({checkpoint_weights._place(weight, arch)[0] for weight in table}),
         "extra_states": sum(name.endswith("_extra_state") for name in gpt.sharded_state_dict()),
     }

@@ -18,6 +18,7 @@ def main() -> None:
 
     for kind, found in (
         ("layers", te_layers.all_layouts()),
+        ("expert layers", te_layers.expert_layouts()),
         ("calls", te_calls.all_families()),
         ("fp8", te_fp8.all_recipes()),
         ("optimizer", te_optimizer.both_ways()),

@@ -3,8 +3,8 @@ layers are Transformer Engine's own; only its compiled part has a stand-in, so n
 
 import pytest
 import te_stand_in
-from layouts import LAYOUTS
-from tiny_models import FAMILIES
+from layouts import EXPERT_LAYOUTS, LAYOUTS
+from tiny_models import EXPERT_FAMILIES, FAMILIES
 
 if not te_stand_in.is_possible():
     pytest.skip("Transformer Engine is not installed; make test STACK=gpu has it", allow_module_level=True)
@@ -81,3 +81,21 @@ def test_checkpoints_have_the_keys_that_the_table_reads(stages):
     for facts in stages:
         assert {key for each in stages for key in each["saved"]} == set(facts["read"])
         assert facts["extra_states"] > 0, "Transformer Engine's pickles, which are left out"
+
+
+@pytest.mark.parametrize("lora", (False, True), ids=("", "LoRA"))
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_experts_are_weights_of_the_table_that_count_on_every_rank(family, layout, lora, te_facts):
+    """Experts are parameters of one grouped layer there. Each rank's are its own, so their gradients' norms are added."""
+    stages = te_facts(kind="expert layers", family=family, lora=lora, layout=layout)
+    assert len(stages) == EXPERT_LAYOUTS[layout].get("pipeline_model_parallel_size", 1)
+    for facts in stages:
+        assert facts["on_meta"] == facts["parameters"]
+        assert sorted(facts["bound"]) == sorted([name, shape] for name, shape in facts["on_meta"].items())
+        experts = {name: marks for name, marks in facts["marks"].items() if ".experts." in name}
+        assert experts and all(tensor_parallel for _, tensor_parallel in experts.values())
+        routers = [marks for name, marks in facts["marks"].items() if "router" in name]
+        assert routers == [[EXPERT_LAYOUTS[layout].get("sequence_parallel", False), False]] * len(routers)
+        assert {key for each in stages for key in each["saved"]} <= set(facts["read"])
+    assert lora or {key for each in stages for key in each["saved"]} == set(stages[0]["read"])
