@@ -30,12 +30,14 @@ class NewModel:
     source: str = MISSING  # "toy", or the texts of the tokenizer: a file or a hub name
     columns: list[str] = field(default_factory=list)  # whose texts to train on
     vocab_size: int = 1024
-    family: str = "llama"  # llama, mistral, qwen2 or qwen3
+    family: str = "llama"  # llama, mistral, qwen2, qwen3; with experts: qwen3_moe, mixtral
     hidden_size: int = MISSING
     num_layers: int = MISSING
     num_heads: int = MISSING  # vLLM's CPU attention needs hidden_size / num_heads >= 32
     num_kv_heads: int | None = None  # None: num_heads
     ffn_hidden_size: int | None = None  # None: 4 * hidden_size
+    num_experts: int = 8  # of families with experts, each of ffn_hidden_size
+    experts_per_token: int = 2
     max_position_embeddings: int = 1024
     tie: bool = False
     head: str = "lm"  # lm, a language model, or reward, one number per sequence
@@ -66,6 +68,8 @@ def main() -> None:
             temporary,
             tokenizer=tokenizer,
             family=config.family,
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,
             num_heads=config.num_heads,

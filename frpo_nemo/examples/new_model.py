@@ -14,6 +14,8 @@ FAMILIES = {
     "mistral": "MistralConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
+    "qwen3_moe": "Qwen3MoeConfig",
+    "mixtral": "MixtralConfig",
 }
 HEADS = {"lm": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
 BOS, EOS, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
@@ -36,6 +38,8 @@ def new_model(
     num_kv_heads: int,
     ffn_hidden_size: int,
     max_position_embeddings: int = 1024,
+    num_experts: int = 8,
+    experts_per_token: int = 2,
     tie: bool = False,
     head: str = "lm",
     seed: int = 0,
@@ -55,7 +59,12 @@ def new_model(
             f"num_heads={num_heads} must divide hidden_size={hidden_size}, "
             f"and num_kv_heads={num_kv_heads} must divide num_heads"
         )
+    experts: dict[str, int | bool] = {}
+    if family in ("qwen3_moe", "mixtral"):  # num_local_experts: transformers' name in both
+        experts = dict(num_local_experts=num_experts, num_experts_per_tok=experts_per_token)
+        experts |= dict(moe_intermediate_size=ffn_hidden_size, norm_topk_prob=True) if family == "qwen3_moe" else {}
     config = getattr(transformers, FAMILIES[family])(
+        **experts,
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=ffn_hidden_size,

@@ -56,7 +56,7 @@ class MetricsLogger:
             return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.sinks.append(_JsonLines(run_dir / "metrics.jsonl", resume_step))
+        self.sinks.append(JsonLines(run_dir / "metrics.jsonl", resume_step))
         if tensorboard:
             self.sinks.append(_TensorBoard(run_dir / "tensorboard", resume_step))
         if wandb_project:
@@ -85,8 +85,9 @@ class MetricsLogger:
         self.close()
 
 
-class _JsonLines:
-    """Write one object per line: step, time (seconds since 1970) and the values, null where not finite."""
+class JsonLines:
+    """Write one object per line: step, time (seconds since 1970) and the values, null where a number is not finite.
+    resume_step: see MetricsLogger."""
 
     def __init__(self, path: Path, resume_step: int | None):
         last = -1 if resume_step is None else resume_step
@@ -94,8 +95,8 @@ class _JsonLines:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(path, "a")  # noqa: SIM115 (closed in close)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values.items()}
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self.file.flush()
 

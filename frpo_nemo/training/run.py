@@ -4,6 +4,7 @@ run_dir/config.yaml       resolved configuration        run_dir/environment.json
 run_dir/metrics.jsonl     metrics of every step         run_dir/checkpoints/       to continue from
 run_dir/hf/               the trained model in Hugging Face format (at the end); adapter/: only the adapters, for PEFT
 run_dir/masked/           tokens that the loss leaves out (masked.py)
+run_dir/experts.jsonl     the share of (token, expert) pairs that each expert of a mixture got in each step
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from frpo_nemo.megatron.checkpoint import files as checkpoint_files
 from frpo_nemo.megatron.checkpoint import save_load
 from frpo_nemo.megatron.weights.export import save_adapter, save_hf
 from frpo_nemo.planning.cluster import peak_flops
-from frpo_nemo.planning.memory import parameters
+from frpo_nemo.planning.memory import active_parameters
 from frpo_nemo.processes import world
 from frpo_nemo.processes.phases import PhaseTimer
 from frpo_nemo.processes.watchdog import Watchdog
@@ -44,7 +45,7 @@ from frpo_nemo.training import start_record
 from frpo_nemo.training.checks.data import describe_data
 from frpo_nemo.training.checks.resources import describe_plan
 from frpo_nemo.training.checks.resume import check_same_data, describe_weight_decay, source_digests
-from frpo_nemo.training.logging import MetricsLogger
+from frpo_nemo.training.logging import JsonLines, MetricsLogger
 
 Config = TypeVar("Config", FRPORun, SFTRun)
 
@@ -73,6 +74,7 @@ class Run(Generic[Config]):
         self._stop_signal: int | None = None
         self._actor: PolicyActor | None = None
         self.logger: MetricsLogger | None = None
+        self._shares: JsonLines | None = None  # of a mixture's experts
         self._resumed_from: Path | None = None
         self.moment: datetime | None = None  # time on chat templates' clock, also after a restart
         self._saved_step: int | None = None
@@ -134,6 +136,8 @@ class Run(Generic[Config]):
             enabled=self.rank == 0,
             resume_step=resume_step,
         )
+        if self.rank == 0 and actor.arch.experts:
+            self._shares = JsonLines(self.dir / "experts.jsonl", resume_step)
 
     def steps(self) -> Iterator[int]:
         """Yield the step numbers that remain. Ends early, after a checkpoint, when a signal asks for it."""
@@ -159,7 +163,7 @@ class Run(Generic[Config]):
         seconds = self.phases.pop()
         speed = {"tokens_per_second": batch_tokens / seconds["seconds/step"]}
         gpu = self._gpu_use(batch_tokens, seconds["seconds/train"])
-        self.logger.log(step, values | seconds | speed | gpu)
+        self.logger.log(step, values | seconds | speed | gpu | self._expert_load(step))
         interval = self.cfg.trainer.save_interval
         if step == self.cfg.trainer.max_steps or (interval and step % interval == 0) or self._is_new_best():
             self.save()
@@ -252,6 +256,19 @@ class Run(Generic[Config]):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    def _expert_load(self, step: int) -> dict[str, float]:
+        """Return statistics of a mixture's experts in this step, and write the share of each to experts.jsonl."""
+        load = self._actor.take_expert_load()
+        if load is None:
+            return {}
+        if self._shares:
+            self._shares.log(step, {"shares": [[round(share, 5) for share in layer] for layer in load.shares.tolist()]})
+        return {
+            "experts/imbalance": load.imbalance,
+            "experts/most_loaded": load.shares.max().item() * load.shares.shape[1],
+            "experts/unused": (load.shares == 0).double().mean().item(),
+        }
+
     def _gpu_use(self, tokens: int, seconds: float) -> dict[str, float]:
         """Return peak memory, and the model FLOP/s of training as a share of the GPUs' bf16 peak: 6 FLOP per parameter and
         token, or 4 for frozen weights, which have no gradient."""
@@ -261,7 +278,7 @@ class Run(Generic[Config]):
         peak = peak_flops(torch.cuda.get_device_name())
         if peak:
             flops = 4 if self.cfg.model.lora.rank else 6
-            values["mfu"] = flops * parameters(self._actor.arch) * tokens / (seconds * peak * self.world_size)
+            values["mfu"] = flops * active_parameters(self._actor.arch) * tokens / (seconds * peak * self.world_size)
         return values
 
     def _write_description(self) -> None:

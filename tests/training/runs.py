@@ -23,10 +23,10 @@ RECIPES = HERE.parents[1] / "recipes"
 LIMIT = 900  # seconds that a job may take: many times what it needs, because a busy machine is slow
 
 
-def random_model(path: Path) -> str:
+def random_model(path: Path, family: str = "llama", ffn_hidden_size: int = 128) -> str:
     """Return a random model that knows the world's words."""
-    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=128)
-    new_model(path, tokenizer=toy_tokenizer(), family="llama", max_position_embeddings=64, tie=False, seed=0, **sizes)
+    sizes = dict(hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=2, ffn_hidden_size=ffn_hidden_size)
+    new_model(path, tokenizer=toy_tokenizer(), family=family, max_position_embeddings=64, tie=False, seed=0, **sizes)
     return str(path)
 
 

@@ -62,15 +62,22 @@ def files(tmp_path_factory) -> Path:
     """Return a directory with a good model, data and configurations, and with broken ones."""
     root = tmp_path_factory.mktemp("files")
     make_tiny(root / "tiny", "llama")
-    for name in ("no_weights", "missing_shard", "no_template", "no_tokenizer", "moe", "small_heads", "broken_json"):
+    for name in ("no_weights", "missing_shard", "no_template", "no_tokenizer", "broken_json"):
         shutil.copytree(root / "tiny", root / name)
     (root / "no_weights/model.safetensors").unlink()
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (root / "missing_shard/model.safetensors.index.json").write_text(json.dumps(index))
     (root / "no_template/chat_template.jinja").unlink()
     (root / "no_tokenizer/tokenizer.json").unlink()
-    _change_json(root / "moe/config.json", model_type="mixtral")
-    _change_json(root / "small_heads/config.json", head_dim=16, num_attention_heads=8)
+    make_tiny(root / "experts", "qwen3_moe", layers=2)
+    make_tiny(root / "narrow", "mixtral", layers=2, hidden_size=80)
+    shutil.copytree(root / "experts", root / "lost_expert")
+    weights = load_file(root / "lost_expert/model.safetensors")
+    del weights["model.layers.1.mlp.experts.5.up_proj.weight"]
+    save_file(weights, root / "lost_expert/model.safetensors", {"format": "pt"})
+    shutil.copytree(root / "experts", root / "wide_experts")
+    _change_json(root / "wide_experts/config.json", moe_intermediate_size=96)
+    make_tiny(root / "small_heads", "llama", head_dim=16, num_attention_heads=8)
     (root / "broken_json/config.json").write_text("{")
     make_tiny(root / "other", "llama", layers=2)
     make_tiny(root / "untied", "llama", tied=True)
@@ -240,7 +247,17 @@ BAD_INPUT = [
     (["model.path=/nowhere/model"], ["model.path=/nowhere/model", "does not exist"]),
     (["model.path=empty"], ["empty/config.json", "does not exist"]),
     (["model.path=broken_json"], ["broken_json/config.json", "not valid JSON"]),
-    (["model.path=moe"], ["moe", "mixture of experts"]),
+    (["model.path=lost_expert"], ["lost_expert", "lacks model.layers.1.mlp.experts.5.up_proj.weight"]),
+    (["model.path=wide_experts"], ["experts.0.gate_proj.weight has shape [64, 96]; config.json gives [96, 96]"]),
+    (["model.path=experts", "model.expert_model_parallel_size=3"], ["expert_model_parallel_size=3", "the 8 experts"]),
+    (
+        ["model.path=experts", "model.expert_model_parallel_size=2"],
+        ["model.expert_model_parallel_size=2", "does not divide the 1 ranks of a pipeline stage"],
+    ),
+    (["model.expert_model_parallel_size=2"], ["expert_model_parallel_size=2 needs a mixture of experts", "is dense"]),
+    (["model.expert_balance=0.1"], ["model.expert_balance=0.1 needs a mixture of experts", "is dense"]),
+    (["model.path=narrow"], ["vLLM's experts on a CPU need sizes that 32 divides", "hidden_size is 80"]),
+    (["rollout.routing_replay=true"], ["rollout.routing_replay=true needs a mixture of experts"]),
     (["model.path=no_weights"], ["model.path=no_weights", ".safetensors"]),
     (["model.path=missing_shard"], ["model.path=missing_shard", "model-00002-of-00002.safetensors"]),
     (["model.path=untied"], ["untied/model.safetensors", "lm_head.weight, that differs", "tie_word_embeddings"]),

@@ -18,7 +18,7 @@ from frpo_nemo.data.overlap import check_apart
 from frpo_nemo.data.sources import keep_files
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.weights.tensors import check_head
+from frpo_nemo.megatron.weights.tensors import check_checkpoint
 from frpo_nemo.objective import Objective, build_objective
 from frpo_nemo.rewards.reward_set import check_rewards, check_waits
 from frpo_nemo.training.checks import resources
@@ -34,6 +34,7 @@ from frpo_nemo.training.checks.logging import check_logging
 from frpo_nemo.training.checks.resume import check_resume, describe_weight_decay
 
 MIN_CPU_HEAD_DIM = 32  # smallest head that vLLM's CPU attention supports
+CPU_EXPERT_MULTIPLE = 32
 
 
 def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
@@ -122,6 +123,12 @@ def _check_layout(cfg: TrainingRun, world_size: int) -> None:
             f"{model.pipeline_model_parallel_size} x context_parallel_size={model.context_parallel_size} = "
             f"{_model_parallel(model)} does not divide the number of processes, {world_size} "
             f"(trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})."
+        )
+    ranks = world_size // model.pipeline_model_parallel_size
+    if ranks % model.expert_model_parallel_size:
+        raise ConfigError(
+            f"model.expert_model_parallel_size={model.expert_model_parallel_size} does not divide the {ranks} ranks of a "
+            f"pipeline stage (trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})."
         )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size above 1.")
@@ -266,12 +273,31 @@ def _check_model(model: ModelConfig, longest: int) -> Architecture | None:
         model.pipeline_model_parallel_size,
         model.num_layers_in_first_pipeline_stage,
         model.num_layers_in_last_pipeline_stage,
+        model.expert_model_parallel_size,
     )
+    _check_experts(model, arch)
     arch.check_sequence_length(longest)
     _check_weight_files(path)
-    check_head(arch, path)
+    check_checkpoint(arch, path)
     _check_tokenizer_files(path)
     return arch
+
+
+def _check_experts(model: ModelConfig, arch: Architecture) -> None:
+    if arch.experts is None:
+        if model.expert_balance:
+            raise ConfigError(
+                f"model.expert_balance={model.expert_balance:g} needs a mixture of experts; {model.path} is dense."
+            )
+        return
+    if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} with a mixture of experts needs "
+            "model.sequence_parallel=true: megatron-core does not train it otherwise."
+        )
+    for name, unsupported in (("context_parallel_size", model.context_parallel_size > 1), ("fp8", model.fp8 is not None)):
+        if unsupported:
+            raise ConfigError(f"model.{name}={getattr(model, name)} is not supported with a mixture of experts yet.")
 
 
 def _check_weight_files(path: Path) -> None:
@@ -311,6 +337,20 @@ def _check_engine(cfg: TrainingRun, arch: Architecture) -> None:
             f"rollout.tensor_model_parallel_size={ranks} is neither a divisor nor a multiple of "
             f"num_key_value_heads={arch.num_kv_heads} {where}."
         )
+    if arch.experts and arch.experts.ffn_size % ranks:
+        raise ConfigError(
+            f"rollout.tensor_model_parallel_size={ranks} does not divide the {arch.experts.ffn_size} inner units of an expert "
+            f"{where}."
+        )
+    on_cpu = not resources.gpu_memory() and not resources.on_login_node()
+    inner = arch.experts.ffn_size // ranks if arch.experts else 0
+    if on_cpu and arch.experts and (arch.hidden_size % CPU_EXPERT_MULTIPLE or inner % CPU_EXPERT_MULTIPLE):
+        raise ConfigError(
+            f"vLLM's experts on a CPU need sizes that {CPU_EXPERT_MULTIPLE} divides; hidden_size is {arch.hidden_size}, and an "
+            f"expert has {inner} inner units on a rank {where}."
+        )
+    if cfg.rollout.routing_replay and arch.experts is None:
+        raise ConfigError(f"rollout.routing_replay=true needs a mixture of experts; {cfg.model.path} is dense.")
     arch.check_engine_windows()
     if arch.head_dim < MIN_CPU_HEAD_DIM and not resources.gpu_memory() and not resources.on_login_node():
         raise ConfigError(

@@ -134,6 +134,7 @@ def layout_of(cfg: TrainingRun, world_size: int, *, gpu: bool) -> Layout:
         pp=model.pipeline_model_parallel_size,
         cp=model.context_parallel_size,
         dp=replicas,
+        ep=model.expert_model_parallel_size,
         first=model.num_layers_in_first_pipeline_stage,
         last=model.num_layers_in_last_pipeline_stage,
         sequence_parallel=model.sequence_parallel,
