@@ -54,7 +54,7 @@ def validate_frpo(cfg: FRPORun, world_size: int) -> list[str]:
     _check_reference(cfg)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     _check_longest(cfg, longest, "data.max_prompt_tokens + rollout.max_response_tokens")
-    arch = _check_model(cfg.model, longest)
+    arch = _check_model(cfg.model, longest, world_size)
     if arch:
         _check_engine(cfg, arch)
     columns = check_sources(cfg.data)
@@ -86,7 +86,7 @@ def validate_sft(cfg: SFTRun, world_size: int) -> list[str]:
     for key, source in named_sources(cfg.data):
         if source.completion is None:
             raise ConfigError(f"{key}.completion is not set; supervised training needs the column with the answers.")
-    arch = _check_model(cfg.model, cfg.data.max_tokens)
+    arch = _check_model(cfg.model, cfg.data.max_tokens, world_size)
     check_sources(cfg.data)
     if cfg.probe.interval:
         _check_engine_options(cfg, world_size)
@@ -123,12 +123,6 @@ def _check_layout(cfg: TrainingRun, world_size: int) -> None:
             f"{model.pipeline_model_parallel_size} x context_parallel_size={model.context_parallel_size} = "
             f"{_model_parallel(model)} does not divide the number of processes, {world_size} "
             f"(trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})."
-        )
-    ranks = world_size // model.pipeline_model_parallel_size
-    if ranks % model.expert_model_parallel_size:
-        raise ConfigError(
-            f"model.expert_model_parallel_size={model.expert_model_parallel_size} does not divide the {ranks} ranks of a "
-            f"pipeline stage (trainer.num_nodes={trainer.num_nodes} x trainer.devices={trainer.devices})."
         )
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise ConfigError("model.sequence_parallel=true needs model.tensor_model_parallel_size above 1.")
@@ -257,7 +251,7 @@ def _check_longest(cfg: TrainingRun, longest: int, keys: str) -> None:
         )
 
 
-def _check_model(model: ModelConfig, longest: int) -> Architecture | None:
+def _check_model(model: ModelConfig, longest: int, world_size: int) -> Architecture | None:
     """Return the architecture of a model on disk; None for a hub name, because nothing is known of it offline."""
     path = Path(model.path)
     if not path.is_dir():
@@ -275,7 +269,7 @@ def _check_model(model: ModelConfig, longest: int) -> Architecture | None:
         model.num_layers_in_last_pipeline_stage,
         model.expert_model_parallel_size,
     )
-    _check_experts(model, arch)
+    _check_experts(model, arch, world_size)
     arch.check_sequence_length(longest)
     _check_weight_files(path)
     check_checkpoint(arch, path)
@@ -283,13 +277,19 @@ def _check_model(model: ModelConfig, longest: int) -> Architecture | None:
     return arch
 
 
-def _check_experts(model: ModelConfig, arch: Architecture) -> None:
+def _check_experts(model: ModelConfig, arch: Architecture, world_size: int) -> None:
     if arch.experts is None:
         if model.expert_balance:
             raise ConfigError(
                 f"model.expert_balance={model.expert_balance:g} needs a mixture of experts; {model.path} is dense."
             )
         return
+    ranks = world_size // model.pipeline_model_parallel_size
+    if ranks % model.expert_model_parallel_size:
+        raise ConfigError(
+            f"model.expert_model_parallel_size={model.expert_model_parallel_size} does not divide the {ranks} ranks of a "
+            f"pipeline stage (trainer.num_nodes x trainer.devices = {world_size})."
+        )
     if model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
         raise ConfigError(
             f"model.tensor_model_parallel_size={model.tensor_model_parallel_size} with a mixture of experts needs "
