@@ -440,6 +440,7 @@ def check_proof_by_computing(tiny, name: str, layer: str) -> str:
     model = ModelConfig(path=tiny[name], precision="fp32")
     rollout = EngineConfig(max_num_seqs=8, routing_replay="expert" in layer)
     worker = RolloutWorker(model, rollout, PhaseTimer(), seed=1, max_model_len=64)
+    _engines[tiny[name], 1, "proof", layer] = worker.engine  # an engine that ends takes the process group with it
     use_layout(model)
     actor = PolicyActor(model, microbatch_tokens=256)
     examples = [Prompt(ids, [], None, {}) for ids in prompts()[:3]]
