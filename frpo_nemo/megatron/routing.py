@@ -38,7 +38,7 @@ class FollowedRouter:
     def __init__(self, router: torch.nn.Module, experts: Experts, layer: int, balance: float, recompute: bool):
         """layer: its place among the model's layers with experts. balance: weight of the balance loss. recompute: the layer's
         forward pass runs twice, without gradient and again when its backward pass begins, after those of other microbatches."""
-        self.layer, self._router, self._experts = layer, [router], experts  # in a list: not this object's submodule
+        self.layer, self._router, self._experts = layer, router, experts
         self._balance, self._recompute = balance, recompute
         self.next: _Pass | None = None  # of the microbatch that runs forward next
         self.pending: deque[_Pass | None] = deque()
@@ -53,13 +53,13 @@ class FollowedRouter:
         else:
             chosen = current.routes[:, self.layer]
             values = scores.gather(1, chosen)
-        if current is not None and self._router[0].training:
+        if current is not None and self._router.training:
             values = self._follow(current, again, scores, values, chosen)
         return values, chosen
 
     def _current(self) -> tuple[_Pass | None, bool]:
         """Return the microbatch that runs now, and whether it does for the second time."""
-        if not (self._recompute and self._router[0].training):
+        if not (self._recompute and self._router.training):
             return self.next, False
         if torch.is_grad_enabled():
             return self.pending.popleft(), True
