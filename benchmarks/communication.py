@@ -28,6 +28,7 @@ from frpo_nemo.data.prompts import Prompt
 from frpo_nemo.megatron import packing
 from frpo_nemo.megatron.actor import PolicyActor
 from frpo_nemo.megatron.checkpoint import save_load
+from frpo_nemo.megatron.cpu import BF16_ROWS
 from frpo_nemo.megatron.groups import start_model_parallel, stop_model_parallel
 from frpo_nemo.objective import build_objective
 from frpo_nemo.planning import communication as formulas
@@ -171,7 +172,7 @@ def _model(actor: PolicyActor) -> Model:
 
 def _formulas(model: Model, rank: int, batch, largest: int) -> dict[str, list[Transfer]]:
     parallel, stage = model.parallel, model.parallel.stage(rank)
-    packs = packs_of(batch, parallel, parallel.replica(rank), MICROBATCH_TOKENS)
+    packs = packs_of(batch, parallel, parallel.replica(rank), MICROBATCH_TOKENS, BF16_ROWS if model.element == 2 else 1)
     sequences, responses = batch.num_sequences, int(batch.response_lengths.sum())
 
     reference = replace(model, lora_rank=0)  # adapters are switched off
@@ -198,16 +199,16 @@ def _formulas(model: Model, rank: int, batch, largest: int) -> dict[str, list[Tr
     }
 
 
-def packs_of(batch, parallel: Parallel, replica: int, microbatch_tokens: int) -> list[Pack]:
-    """Return the packed microbatches of a replica, as PolicyActor makes them."""
+def packs_of(batch, parallel: Parallel, replica: int, microbatch_tokens: int, rows: int) -> list[Pack]:
+    """Return the packed microbatches of a replica, as PolicyActor makes them. rows: see BF16_ROWS."""
     lengths, responses = batch.lengths.tolist(), batch.response_lengths.tolist()
     mine = packing.split_over_replicas(lengths, parallel.dp)[replica]
     packs = packing.split_into_microbatches([lengths[i] for i in mine], microbatch_tokens)
-    multiple = parallel.tp if parallel.sequence_parallel else 1
+    multiple = rows * (parallel.tp if parallel.sequence_parallel else 1)
     return [
         Pack(
             -(-sum(lengths[mine[i]] for i in pack) // multiple) * multiple,
-            sum(responses[mine[i]] for i in pack),
+            -(-sum(responses[mine[i]] for i in pack) // rows) * rows,
         )
         for pack in packs
     ]

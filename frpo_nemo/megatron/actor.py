@@ -23,7 +23,7 @@ from frpo_nemo.config.options import ModelConfig, OptimizerConfig
 from frpo_nemo.data.batch import SequenceBatch, ragged_positions
 from frpo_nemo.megatron import groups, lora, optimizer, packing, routing, weight_decay
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.cpu import runs_on_megatron_device, without_device_mapping
+from frpo_nemo.megatron.cpu import BF16_ROWS, runs_on_megatron_device, without_device_mapping
 from frpo_nemo.megatron.logprobs import token_kl, token_logprobs
 from frpo_nemo.megatron.model import DTYPES, build_model, output_weight
 from frpo_nemo.megatron.reference import Reference
@@ -296,6 +296,7 @@ class PolicyActor:
             packs += [[]] * (packing.most_microbatches(lengths, shares, self.microbatch_tokens) - len(packs))
         te = uses_transformer_engine(self.config.precision)
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        rows = BF16_ROWS if self.device.type == "cpu" and self.config.precision == "bf16" else 1
         return [
             packing.build_microbatch(
                 batch,
@@ -303,9 +304,11 @@ class PolicyActor:
                 device=self.device,
                 # FP8 GEMMs need every rank's token count to be a multiple of 16.
                 pad_multiple=multiple
+                * rows
                 * self.config.context_parallel_size
                 * (2 if te else 1)
                 * (16 if self.config.fp8 else 1),
+                row_multiple=rows,
                 cp_rank=parallel_state.get_context_parallel_rank(),
                 cp_size=self.config.context_parallel_size,
                 thd=te,
@@ -347,6 +350,8 @@ class PolicyActor:
             hidden, output_weight(self.gpt), microbatch.targets, kept=microbatch.kept, **self._softmax_options()
         )
         columns = {"entropy": entropy, "likeliest": likeliest} | (observe(hidden) if observe else {})
+        own = microbatch.slots.numel()  # rows beyond are padding
+        logprobs, columns = logprobs[:own], {name: column[:own] for name, column in columns.items()}
         if self.config.context_parallel_size > 1:
             total = int(microbatch.sequences.response_lengths.sum())
             group = parallel_state.get_context_parallel_group()

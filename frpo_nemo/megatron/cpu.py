@@ -15,6 +15,10 @@ import logging
 import torch
 from torch.overrides import TorchFunctionMode
 
+# oneDNN compiles a kernel for every new shape of a bf16 product: 1 to 2 ms, and .7 MB of memory that it keeps (finding:
+# findings/onednn_compiles_every_shape_of_bf16.sh). Ragged batches have ever new shapes, so their rows are rounded up to this.
+BF16_ROWS = 32
+
 
 def megatron_device() -> contextlib.AbstractContextManager:
     """Return a context for every call into megatron-core, which makes it run on a CPU if there is no CUDA device."""

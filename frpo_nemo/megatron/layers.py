@@ -1,5 +1,5 @@
-"""Replace three modules of megatron-core where Transformer Engine is absent: a core attention and a rotary embedding for
-packed sequences, and an RMSNorm that works under sequence parallelism. Also form a layer of them."""
+"""Replace modules of megatron-core where Transformer Engine is absent: a core attention and a rotary embedding for packed
+sequences, an RMSNorm that works under sequence parallelism, and experts that are fast on a CPU. Also form a layer of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from frpo_nemo.megatron.cpu import BF16_ROWS
+
+SLOW_IN_BF16 = 192  # tokens: torch's attention takes smaller blocks below, and in bf16 packs each: 2 to 5 times fp32's time
 
 
 @dataclass
@@ -20,20 +25,21 @@ class AttentionPlan:
     """Arrange a pack's sequences in rectangles for batched causal attention.
 
     rows: int64 [B, L] tensors; each names the token positions of B sequences, right-padded to L with T (one past the
-    pack). restore: int64 [T], the place of each token among all rectangles' elements, one rectangle after the other.
+    pack). restore: int64 [T], the place of each token among all rectangles' elements, one rectangle after the other; padding
+    at the pack's end has the place of another token, for it attends to nothing and nobody uses what it gets.
     """
 
     rows: list[Tensor]
     restore: Tensor
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> AttentionPlan:
-        """Group sequences whose lengths share a power of two, so that less than half of a rectangle is padding."""
+    def of(cls, lengths: list[int], total: int, device: torch.device) -> AttentionPlan:
+        """Group sequences whose lengths share a power of two, so that less than half of a rectangle is padding. total: T."""
         groups: dict[int, list[int]] = {}
         for index, length in enumerate(lengths):
             groups.setdefault((length - 1).bit_length(), []).append(index)
         all_lengths = torch.tensor(lengths)
-        starts, total = all_lengths.cumsum(0) - all_lengths, sum(lengths)
+        starts = all_lengths.cumsum(0) - all_lengths
         rows = []
         for members in groups.values():
             length, start = all_lengths[members][:, None], starts[members][:, None]
@@ -41,7 +47,7 @@ class AttentionPlan:
             rows.append(torch.where(column < length, start + column, total))
         elements = torch.cat([r.flatten() for r in rows])
         real = (elements < total).nonzero().squeeze(1)
-        restore = torch.empty(total, dtype=torch.int64)
+        restore = torch.zeros(total, dtype=torch.int64)
         restore[elements[real]] = real
         return cls([r.to(device) for r in rows], restore.to(device))
 
@@ -77,9 +83,24 @@ class PackedAttention(torch.nn.Module):
         for rows in plan.rows:
             # [B, L, heads * d] -> [B, heads, L, d]
             batch = [F.embedding(rows, t, tokens).unflatten(-1, (-1, head_dim)).transpose(1, 2) for t in (q, k, v)]
+            if query.device.type == "cpu" and rows.shape[1] < SLOW_IN_BF16:
+                batch = [t.float() for t in batch]
             out = F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)
-            attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+            attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1).to(query.dtype))
         return F.embedding(plan.restore, torch.cat(attended)).unsqueeze(1)
+
+
+class PaddedExperts(SequentialMLP):
+    """megatron-core's experts one after the other, each with tokens rounded up to a multiple of cpu.BF16_ROWS."""
+
+    def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """hidden: [t, H], expert after expert. probs: [t], the weights of their outputs. Returns [t, H] and no bias."""
+        outputs, counts = [], tokens_per_expert.tolist()
+        for expert, tokens, weights in zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True):
+            padding = -len(tokens) % BF16_ROWS
+            output, _ = expert(F.pad(tokens, (0, 0, 0, padding)), F.pad(weights, (0, padding)))
+            outputs.append(output[: len(tokens)])
+        return torch.cat(outputs), None
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):

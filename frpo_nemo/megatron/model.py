@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,7 +22,7 @@ from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron import routing
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
-from frpo_nemo.megatron.layers import PackedRotaryEmbedding, RMSNorm, local_layer_spec
+from frpo_nemo.megatron.layers import PackedRotaryEmbedding, PaddedExperts, RMSNorm, local_layer_spec
 from frpo_nemo.megatron.lora import add_adapters
 from frpo_nemo.megatron.weights.binding import bind, bind_adapters
 from frpo_nemo.stack import uses_transformer_engine
@@ -126,6 +127,10 @@ def build_model(arch: Architecture, model: ModelConfig) -> GPTModel:
         gpt.output_layer.__class__ = _HiddenStatesOutput
     if not transformer_engine:
         gpt.rotary_pos_emb.__class__ = PackedRotaryEmbedding
+    if arch.experts and model.precision == "bf16" and not torch.cuda.is_available():
+        for layer in gpt.decoder.layers:
+            if isinstance(getattr(layer.mlp, "experts", None), SequentialMLP):
+                layer.mlp.experts.__class__ = PaddedExperts
     if arch.experts:
         routing.follow(gpt, arch, get_transformer_layer_offset(config), model.expert_balance)
     if model.lora.rank:

@@ -18,9 +18,9 @@ class Microbatch:
     """One packed forward pass.
 
     indices: places of its sequences in the global batch. tokens, position_ids: int64 [1, T'], T' the padded length
-    (divided by CP). predictors, targets: int64 [R'], positions whose hidden state predicts a response token, and that
-    token. slots: int64 [R'], the response token's place among the microbatch's R response tokens (R' = R without CP). kept:
-    what those R' tokens were sampled from. routes: the experts to replay, [T', layers with experts, chosen].
+    (divided by CP). slots: int64 [R'], the places of the response tokens here among the microbatch's R (R' = R without CP).
+    predictors, targets: int64, R' rounded up, positions whose hidden state predicts a response token, and that token; the
+    last is repeated. kept: what they were sampled from. routes: the experts to replay, [T', layers with experts, chosen].
     """
 
     indices: list[int]
@@ -72,13 +72,15 @@ def build_microbatch(
     *,
     device: torch.device,
     pad_multiple: int = 1,
+    row_multiple: int = 1,
     cp_rank: int = 0,
     cp_size: int = 1,
     thd: bool = False,
 ) -> Microbatch:
     """Pack the sequences at `indices`; without any, return a pack of padding. The pack's length becomes a multiple of
-    `pad_multiple` by a segment of padding at its end; with context parallelism each sequence is padded to a multiple of
-    2 * cp_size too. `thd`: parameters for Transformer Engine's attention instead of layers.py's."""
+    `pad_multiple` by a segment of padding at its end, the number of predictors one of `row_multiple`; with context parallelism
+    each sequence is padded to a multiple of 2 * cp_size too. `thd`: parameters for Transformer Engine's attention instead of
+    layers.py's."""
     sequences = batch.select(indices)
     lengths = sequences.lengths.tolist()
     if not indices:
@@ -106,17 +108,18 @@ def build_microbatch(
         here = local[predictors] >= 0
         predictors, targets, slots = local[predictors[here]], targets[here], slots[here]
 
-    packed = _thd_parameters(starts, segments, device) if thd else _local_parameters(positions, segments, device)
+    rows = torch.arange(slots.numel() + -slots.numel() % row_multiple).clamp(max=slots.numel() - 1)
+    packed = _thd_parameters(starts, segments, device) if thd else _local_parameters(positions, padded, device)
     return Microbatch(
         indices=list(indices),
         sequences=to_device(sequences, device),
         tokens=tokens[None].to(device),
         position_ids=positions[None].to(device),
         packed=packed,
-        predictors=predictors.to(device),
-        targets=targets.to(device),
+        predictors=predictors[rows].to(device),
+        targets=targets[rows].to(device),
         slots=slots.to(device),
-        kept=None if sequences.kept is None else sequences.kept.select(slots).to(device),
+        kept=None if sequences.kept is None else sequences.kept.select(slots[rows]).to(device),
         routes=None if sequences.routes is None else _routes(sequences.routes, places, sum(segments)).to(device),
     )
 
@@ -171,7 +174,9 @@ def to_device(batch: SequenceBatch, device: torch.device) -> SequenceBatch:
 
 def _local_parameters(positions: Tensor, segments: list[int], device: torch.device) -> PackedSequences:
     return PackedSequences(
-        qkv_format="sbhd", positions=positions.to(device), attention=AttentionPlan.of(segments, device)
+        qkv_format="sbhd",
+        positions=positions.to(device),
+        attention=AttentionPlan.of(segments, positions.numel(), device),
     )
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.rollout import plain_experts
+from frpo_nemo.megatron.cpu import BF16_ROWS
+from frpo_nemo.rollout import cpu_experts
 from frpo_nemo.rollout.refit_check import WeightCheck, raise_on_all_ranks
 from frpo_nemo.rollout.routes import RoutesRecorder
 from frpo_nemo.rollout.sampling_masks import return_from_first_runner
@@ -306,13 +307,13 @@ def _cpu_workarounds() -> Iterator[None]:
     from vllm.model_executor.layers import utils
 
     def keep_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
+        layer.cpu_linear = _linear
 
     name_after_rendezvous = _CPUSHMDistributed.make_group_name
     run = [f"frpo-{uuid.uuid4().hex[:12]}"]
     dist.broadcast_object_list(run, src=0)
     utils.dispatch_cpu_unquantized_gemm = keep_weight  # not restored: refits call it too
-    plain_experts.install()
+    cpu_experts.install()
     _CPUSHMDistributed.make_group_name = staticmethod(lambda group: run[0] + name_after_rendezvous(group).lstrip("/"))
     try:
         yield
@@ -321,6 +322,15 @@ def _cpu_workarounds() -> Iterator[None]:
     dist.barrier()
     for segment in Path("/dev/shm").glob(f"{run[0]}*"):
         segment.unlink(missing_ok=True)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x [..., H] times weight^T [H, O], with a number of rows that cpu.BF16_ROWS explains."""
+    if x.dtype != torch.bfloat16:
+        return torch.nn.functional.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BF16_ROWS))
+    return torch.nn.functional.linear(padded, weight, bias)[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def test_microbatches_hold_every_sequence_within_the_budget(lengths, budget):
 
 @given(LENGTHS)
 def test_attention_rectangles_hold_every_token_once_and_are_less_than_half_padding(lengths):
-    plan, total = AttentionPlan.of(lengths, CPU), sum(lengths)
+    plan, total = AttentionPlan.of(lengths, sum(lengths), CPU), sum(lengths)
     elements = torch.cat([rows.flatten() for rows in plan.rows])
     assert torch.equal(elements[plan.restore], torch.arange(total))
     for rows in plan.rows:
@@ -48,6 +48,23 @@ def example(num_sequences: int, seed: int) -> SequenceBatch:
     return SequenceBatch.from_lists(
         [draw(3, 90) for _ in range(num_sequences)], [draw(3, 90) for _ in range(num_sequences)]
     )
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_rows_are_rounded_up_without_another_sequence_or_response_token(num_sequences, seed):
+    """A number of rows that was seen before needs no new kernel (BF16_ROWS). The last response token stands for the rest."""
+    batch = example(num_sequences, seed)
+    whole = build_microbatch(batch, list(range(num_sequences)), device=CPU)
+    padded = build_microbatch(batch, list(range(num_sequences)), device=CPU, pad_multiple=32, row_multiple=32)
+    own, tokens = whole.predictors.numel(), whole.tokens.shape[1]
+    assert padded.predictors.numel() % 32 == 0 and padded.tokens.shape[1] % 32 == 0
+    assert torch.equal(padded.slots, whole.slots)
+    for name in ("predictors", "targets"):
+        column = getattr(padded, name)
+        assert torch.equal(column[:own], getattr(whole, name)) and (column[own:] == column[own - 1]).all()
+    for rows, unpadded in zip(padded.packed.attention.rows, whole.packed.attention.rows, strict=True):
+        assert torch.equal(rows.clamp(max=tokens), unpadded)
+    assert torch.equal(padded.packed.attention.restore[:tokens], whole.packed.attention.restore)
 
 
 @settings(max_examples=40)

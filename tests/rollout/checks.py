@@ -447,18 +447,16 @@ def check_proof_by_computing(tiny, name: str, layer: str) -> str:
     module = worker.engine._model().get_submodule(layer)
     if layer.endswith("experts"):
         module = module.routed_experts
-        stale, kernel = module.w2_weight.detach().clone(), module.quant_method.moe_kernel.fused_experts
-        apply = kernel.apply
-        with_copy = lambda **how: apply(**how | {"w2": stale})  # noqa: E731
-        holder, attribute = kernel, "apply"
+        kernel = module.quant_method.moe_kernel.fused_experts
+        holder, attribute, stale = kernel, "packed", kernel.packed
     else:
-        stale = module.weight.detach().clone()
-        with_copy = lambda x, weight, bias=None: torch.nn.functional.linear(x, stale, bias)  # noqa: E731
+        copy = module.weight.detach().clone()
         holder, attribute = module, "cpu_linear"
+        stale = lambda x, weight, bias=None: torch.nn.functional.linear(x, copy, bias)  # noqa: E731
     worker.refit(actor)
     worker.prove(actor, PromptSet(examples, dropped=0), 0, 16)
     worker.refit(actor)
-    setattr(holder, attribute, with_copy)
+    setattr(holder, attribute, stale)
     assert not check_of(worker, actor).problems(), "no fingerprint differs"
     try:
         worker.prove(actor, PromptSet(examples, dropped=0), 0, 16)
