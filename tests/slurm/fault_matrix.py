@@ -1,14 +1,16 @@
 """Every fault of docs/reliability.md, one after another, in one job on the test cluster; prints what was seen.
 
-    python tests/slurm/fault_matrix.py [OUT]
+    python tests/slurm/fault_matrix.py [--experts] [OUT]
 
-Two nodes of two ranks train a small model (TP2 in a node, PP2 between nodes) with a checkpoint at every step. The job
+Two nodes of two ranks train a small model (TP2 in a node, PP2 between nodes; with --experts a mixture, EP2 in a node and the
+router's choices replayed) with a checkpoint at every step. The job
 meets a fault in each of steps 2, 3, ...; it continues by requeue, and its weights must at the end be those, bit for
 bit, of a job that met none.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -110,6 +112,9 @@ CASES = [
 ]
 
 
+EXPERTS = ["model.sequence_parallel=true", "model.expert_model_parallel_size=2", "rollout.routing_replay=true"]
+
+
 def overrides(model: str, run_dir: Path, max_steps: int) -> list[str]:
     return [
         "--config-name=experiment/demo",
@@ -153,16 +158,19 @@ def meet(trial: Trial, case: Case, step: int) -> tuple[str, str, str]:
     return f"{seconds:.0f}", "; ".join(said), resumed
 
 
-def main(out: Path) -> int:
+def main(out: Path, experts: bool) -> int:
     max_steps, console = len(CASES) + 2, Console(width=200)
-    model = random_model(out / "model")
+    model = random_model(out / "model", **dict(family="qwen3_moe", ffn_hidden_size=64) if experts else {})
+    more = EXPERTS if experts else []
     disk = out / "disturbed" / "checkpoints"
     disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
     cluster = Cluster(Path(tempfile.mkdtemp(prefix="slurm-", dir="/var/tmp")), nodes=3)
     cluster.up()
     try:
-        plain = cluster.submit("slurm/frpo_7b.sh", *overrides(model, out / "plain", max_steps), log=out / "plain.log")
+        plain = cluster.submit(
+            "slurm/frpo_7b.sh", *overrides(model, out / "plain", max_steps), *more, log=out / "plain.log"
+        )
         plain.succeed(900)
         faults = Faults(out / "faults")
         for step, case in enumerate(CASES, start=2):
@@ -170,7 +178,7 @@ def main(out: Path) -> int:
                 f"step_{step}", step=step, where=case.where, action=case.action, rank=case.rank, delay=case.delay
             )
         settings = faults.environment | {"FRPO_GRACE": str(GRACE)}
-        arguments = overrides(model, out / "disturbed", max_steps)
+        arguments = [*overrides(model, out / "disturbed", max_steps), *more]
         job = cluster.submit(
             "slurm/frpo_7b.sh", *arguments, log=out / "disturbed.log", options=["--time=600"], **settings
         )
@@ -205,6 +213,10 @@ def same_training(a: Path, b: Path) -> bool:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="faults-"))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("out", nargs="?", type=Path, default=None)
+    parser.add_argument("--experts", action="store_true")
+    chosen = parser.parse_args()
+    where = chosen.out or Path(tempfile.mkdtemp(prefix="faults-"))
     where.mkdir(parents=True, exist_ok=True)
-    sys.exit(main(where.resolve()))
+    sys.exit(main(where.resolve(), chosen.experts))
