@@ -357,7 +357,7 @@ class PolicyActor:
             group = parallel_state.get_context_parallel_group()
 
             def gather(column: Tensor) -> Tensor:
-                return _SumOverGroup.apply(column.new_zeros(total).index_add(0, microbatch.slots, column), group)
+                return groups.SumOverGroup.apply(column.new_zeros(total).index_add(0, microbatch.slots, column), group)
 
             return gather(logprobs), {name: gather(column) for name, column in columns.items()}
         return logprobs, columns
@@ -395,16 +395,3 @@ class PolicyActor:
         ones."""
         with lora.switched_off(self.gpt) if self.config.lora.rank else self.reference.inside(self.gpt):
             yield
-
-
-class _SumOverGroup(torch.autograd.Function):
-    """Sum over the group in the forward pass. Backward is the identity: every rank computes the same loss from the sum."""
-
-    @staticmethod
-    def forward(ctx, values, group):
-        torch.distributed.all_reduce(values, group=group)
-        return values
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None

@@ -348,6 +348,10 @@ def _experts(config: dict[str, Any], family: str, path: str | Path) -> Experts |
             "so its router has no gradient; that is not supported."
         )
     dense = [] if mixtral else config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(i not in range(layers) for i in dense):
+        raise ConfigError(
+            f"{path}/config.json has mlp_only_layers={json.dumps(dense)}; it must be a list of layers, 0 to {layers - 1}."
+        )
     has_experts = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
     if not any(has_experts):
         raise ConfigError(f"{path}/config.json gives no layer experts (mlp_only_layers, decoder_sparse_step={step}).")

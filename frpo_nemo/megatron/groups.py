@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
@@ -59,3 +60,16 @@ def from_last_stage(value):
     group = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return box[0]
+
+
+class SumOverGroup(torch.autograd.Function):
+    """Sum over the group in the forward pass. Backward is the identity: every rank computes the same loss from the sum."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        dist.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

@@ -232,7 +232,10 @@ def _parts(name: str, arch: Architecture, layout: Layout, stage: int, limit: int
 def engine_bytes(arch: Architecture, layout: Layout, limit: int, *, kv_cache: bool) -> dict[str, int]:
     """Return the bytes of vLLM's weights and KV cache, which on a GPU takes the rest of vLLM's share."""
     engine = layout.engine
-    parts = {"vLLM weights": math.ceil(parameters(arch) * layout.element / engine.tp)}
+    weights = parameters(arch)
+    if not layout.gpu:  # rollout/cpu_experts.py keeps a packed copy
+        weights += expert_parameters(arch, range(arch.num_layers), 1)
+    parts = {"vLLM weights": math.ceil(weights * layout.element / engine.tp)}
     if kv_cache and layout.gpu:
         parts |= {"vLLM KV cache": max(cache_room(arch, layout, limit), 0), "vLLM activations": VLLM_RESERVE}
     elif kv_cache:

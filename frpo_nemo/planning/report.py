@@ -17,22 +17,24 @@ REASONS = 8  # listed
 
 
 def print_layouts(console: Console, found: list[Candidate], show: int) -> None:
-    """Print the best layouts, one row each, at most one row for every combination of TP, PP and vLLM's TP."""
+    """Print the best layouts, one row each, at most one row for every combination of TP, PP, EP and vLLM's TP."""
     table = Table(
         box=box.SIMPLE, title=f"{len(found)} layouts fit; the best of each split, best first", title_justify="left"
     )
     names = list(found[0].seconds)
-    for column in ("TP", "PP", "DP", "vLLM TP", "tokens", "recompute", "peak GiB", "in", *names, "step s"):
+    splits = ["TP", "PP", "DP"] + ["EP"] * any(candidate.layout.ep > 1 for candidate in found)
+    for column in (*splits, "vLLM TP", "tokens", "recompute", "peak GiB", "in", *names, "step s"):
         table.add_column(column, justify="right")
     best: dict[tuple, Candidate] = {}
     for candidate in found:
         layout = candidate.layout
-        best.setdefault((layout.tp, layout.pp, layout.engine.tp), candidate)
+        best.setdefault((layout.tp, layout.pp, layout.ep, layout.engine.tp), candidate)
     for candidate in list(best.values())[:show]:
         layout = candidate.layout
         worst = max(candidate.phases, key=lambda phase: phase.total)
         table.add_row(
-            *map(str, (layout.tp, layout.pp, layout.dp, layout.engine.tp, layout.microbatch_tokens, layout.recompute)),
+            *(str(getattr(layout, name.lower())) for name in splits),
+            *map(str, (layout.engine.tp, layout.microbatch_tokens, layout.recompute)),
             f"{candidate.peak / GIB:.1f}",
             worst.name,
             *(f"{candidate.seconds[name]:.1f}" for name in names),

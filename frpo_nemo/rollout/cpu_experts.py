@@ -39,7 +39,9 @@ def _pack(self, layer: torch.nn.Module) -> None:
     """Keep packed copies of layer.w13_weight [E, 2 * F, H], the gate above the up projection, and layer.w2_weight [E, H, F]."""
     from vllm._custom_ops import cpu_prepack_moe_weight
 
-    padding = self._padded_intermediate_size(self.moe_config) - self.moe_config.intermediate_size_per_partition
-    halves = [F.pad(half, (0, 0, 0, padding)) for half in layer.w13_weight.chunk(2, dim=1)]
-    down = F.pad(layer.w2_weight, (0, padding)).contiguous()
-    self.packed = tuple(cpu_prepack_moe_weight(weight, self.isa) for weight in (torch.cat(halves, dim=1), down))
+    self.packed = None  # first, so that there are never two
+    gate_up, down = layer.w13_weight, layer.w2_weight
+    if padding := self._padded_intermediate_size(self.moe_config) - down.shape[2]:
+        gate_up = torch.cat([F.pad(half, (0, 0, 0, padding)) for half in gate_up.chunk(2, dim=1)], dim=1)
+        down = F.pad(down, (0, padding))
+    self.packed = cpu_prepack_moe_weight(gate_up, self.isa), cpu_prepack_moe_weight(down, self.isa)

@@ -221,6 +221,8 @@ class RolloutEngine:
             for completion, response in zip(group, output.outputs, strict=True):
                 fed = np.array([*prompt, *completion.token_ids[:-1]], np.int32)
                 routes = recorded[fed.tobytes()] if recorded else response.routed_experts[:, self._layers_with_experts]
+                if routes.dtype == np.uint16:  # torch can hardly compute with it
+                    routes = routes.astype(np.int16)
                 any_experts = np.broadcast_to(np.arange(routes.shape[2], dtype=routes.dtype), (1, *routes.shape[1:]))
                 found[-1].append(replace(completion, routes=np.concatenate([routes, any_experts])))
         return found

@@ -96,8 +96,9 @@ class Run(Generic[Config]):
                 leaving.push(self.watchdog)
             else:  # report the failure first: closing the logs may fail as well, or wait for a network
                 self.watchdog.__exit__(kind, error, traceback)
-            if self.logger is not None:
-                self.logger.close()
+            for log in (self._shares, self.logger):
+                if log is not None:
+                    leaving.callback(log.close)
             if kind is None and dist.is_initialized():  # vLLM's shutdown destroys the process group as well
                 dist.destroy_process_group()
 

@@ -73,6 +73,8 @@ def test_families_differ_in_bias_and_norms(tmp_path, family, flags):
         (dict(model_type="qwen3_moe", num_experts=4), "num_experts_per_tok=8, more than its 4 experts"),
         (dict(model_type="mixtral", num_experts_per_tok=1), "so its router has no gradient"),
         (dict(model_type="qwen3_moe", decoder_sparse_step=99), "gives no layer experts"),
+        (dict(model_type="qwen3_moe", mlp_only_layers=[0, 99]), r"mlp_only_layers=\[0, 99\]; it must be a list of layers"),
+        (dict(model_type="qwen3_moe", mlp_only_layers=2), "mlp_only_layers=2; it must be a list of layers"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(attention_bias=True), "attention_bias=true"),
         (dict(mlp_bias=True), "mlp_bias=true"),

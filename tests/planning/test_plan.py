@@ -19,6 +19,7 @@ from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.planning.cluster import CLUSTERS, peak_flops
 from frpo_nemo.planning.layouts import default_base, find_layouts, overrides
 from frpo_nemo.planning.plan import PlanRun, plan
+from frpo_nemo.planning.report import print_layouts
 from frpo_nemo.planning.timing import Workload, seconds
 from frpo_nemo.training.checks import config as checks
 from frpo_nemo.training.checks.resources import layout_of, step_of
@@ -176,3 +177,12 @@ def test_dry_run_of_an_experiment_shows_every_stage(known):
     printed = run("--dry-run", "--config-name", "experiment/gsm8k_frpo", *given)
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout.count("equal") == 4 and "2,270,756,864" in printed.stdout
+
+
+def test_layouts_of_a_mixture_say_how_many_ranks_share_its_experts(known):
+    cfg, found, _ = search(known["Qwen3-30B-A3B-Instruct-2507"], "cluster.num_nodes=2")
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_layouts(console, found, cfg.show)
+    header, _, *rows = console.export_text().splitlines()[2:]
+    place = header.split().index("EP")
+    assert any(int(row.split()[place]) > 1 for row in rows if row.strip())

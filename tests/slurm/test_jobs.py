@@ -163,20 +163,28 @@ def test_where_too_few_nodes_would_be_left_none_is_excluded(cluster, model, tmp_
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory) -> Path:
+def of_experts(tmp_path_factory) -> list[str]:
+    """Return the options of a run with a mixture whose experts two ranks share, over two nodes in a job."""
+    model = random_model(tmp_path_factory.mktemp("mixture") / "base", family="qwen3_moe", ffn_hidden_size=64)
+    split = ["model.sequence_parallel=true", "model.expert_model_parallel_size=2"]
+    return [*frpo_overrides(model), *split, "rollout.routing_replay=true"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(of_experts, tmp_path_factory) -> Path:
     """Return the same run without Slurm: two ranks of torchrun."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    return Job("frpo.py", frpo_overrides(model), run_dir, ranks=2).succeed().run_dir
+    return Job("frpo.py", of_experts, run_dir, ranks=2).succeed().run_dir
 
 
-def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cluster, model, undisturbed, tmp_path):
+def test_a_job_that_meets_faults_ends_with_the_weights_of_one_that_meets_none(cluster, of_experts, undisturbed, tmp_path):
     """Rank 1 is killed in generation of step 2; its node in step 3; Slurm's signal comes in step 4. Each time the
     job requeues itself, or Slurm does, and the run goes on from the newest checkpoint."""
     run_dir, faults = tmp_path / "run", Faults(tmp_path / "faults")
     faults.add("kill", step=2, where=f"{ENGINE}.generate", delay=0.02)
     faults.add("node", step=3, where=f"{ENGINE}.generate", action="mark")
     faults.add("signal", step=4, where=f"{ENGINE}.generate", action="mark")
-    overrides = [*frpo_overrides(model), f"run_dir={run_dir}"]
+    overrides = [*of_experts, f"run_dir={run_dir}"]
     job = cluster.submit("slurm/frpo_7b.sh", *overrides, log=tmp_path / "log", ranks=1, **faults.environment)
     job.wait_until(lambda: faults.happened("node"))
     nodes = cluster.slurm("scontrol", "show", "hostnames", job.show()["NodeList"]).split()

@@ -65,7 +65,8 @@ def files(tmp_path_factory) -> Path:
     for name in ("no_weights", "missing_shard", "no_template", "no_tokenizer", "broken_json"):
         shutil.copytree(root / "tiny", root / name)
     (root / "no_weights/model.safetensors").unlink()
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    weight_map = dict.fromkeys(load_file(root / "tiny/model.safetensors"), "model.safetensors")
+    index = {"weight_map": weight_map | {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (root / "missing_shard/model.safetensors.index.json").write_text(json.dumps(index))
     (root / "no_template/chat_template.jinja").unlink()
     (root / "no_tokenizer/tokenizer.json").unlink()

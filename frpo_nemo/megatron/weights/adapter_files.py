@@ -13,7 +13,7 @@ from typing import Any
 from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.checkpoint import files as checkpoint_files
-from frpo_nemo.megatron.weights.files import INDEX, SINGLE
+from frpo_nemo.megatron.weights.tensors import tensor_files
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # prefix of the names of tensors in its files
@@ -51,9 +51,8 @@ def check(checkpoint: str | Path, model: ModelConfig, ours: dict[str, Any] | Non
 def digest(path: str | Path) -> str:
     """Return a digest of the weights in a Hugging Face directory: names, sizes and samples spread over every file. Quick at
     any size, and practically different for any two sets of trained weights. Raises ConfigError when a file is missing."""
-    found, index = hashlib.sha256(), Path(path, INDEX)
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SINGLE}
-    for file in (Path(path, name) for name in sorted(names)):
+    found = hashlib.sha256()
+    for file in sorted(set(tensor_files(Path(path)).values())):
         if not file.is_file():
             raise ConfigError(f"{file} does not exist, so the weights that the adapters belong to are unknown.")
         add_samples(found, file)

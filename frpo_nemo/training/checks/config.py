@@ -271,8 +271,10 @@ def _check_model(model: ModelConfig, longest: int, world_size: int) -> Architect
     )
     _check_experts(model, arch, world_size)
     arch.check_sequence_length(longest)
-    _check_weight_files(path)
-    check_checkpoint(arch, path)
+    try:
+        check_checkpoint(arch, path)
+    except ConfigError as error:
+        raise ConfigError(f"model.path={path}: {error}") from error
     _check_tokenizer_files(path)
     return arch
 
@@ -298,18 +300,6 @@ def _check_experts(model: ModelConfig, arch: Architecture, world_size: int) -> N
     for name, unsupported in (("context_parallel_size", model.context_parallel_size > 1), ("fp8", model.fp8 is not None)):
         if unsupported:
             raise ConfigError(f"model.{name}={getattr(model, name)} is not supported with a mixture of experts yet.")
-
-
-def _check_weight_files(path: Path) -> None:
-    index = path / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    absent = sorted(name for name in names if not (path / name).is_file())
-    if absent:
-        raise ConfigError(f"model.path={path} lacks {absent[0]}, which {index.name} names; copy the checkpoint again.")
-    if not names and not any(path.glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path={path} holds no .safetensors file; convert other formats with transformers' save_pretrained."
-        )
 
 
 def _check_tokenizer_files(path: Path) -> None:
