@@ -3,11 +3,13 @@
 Every response must run to its full length, or the two sides would be timed on different work. Settings for that
 differ between libraries, so the model itself does it: channel 0 of the residual stream is 1 everywhere, no layer
 writes to it, and the output row of <eos> reads that channel only. The probability of <eos> is then exactly 0 in
-fp32, and so is its gradient. Needs only torch, transformers and tokenizers, so either environment can run it.
+fp32, and so is its gradient. With --end it is about that at every token instead, and responses are ragged. Needs only torch,
+transformers and tokenizers, so either environment can run it.
 """
 
 import argparse
 import json
+import math
 import string
 from pathlib import Path
 
@@ -32,11 +34,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        chat_template="{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}",
     )
 
 
-def make_model() -> Qwen2ForCausalLM:
+def make_model(end: float) -> Qwen2ForCausalLM:
+    """Return the model. end: probability of <eos> at every token."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=128,
@@ -59,7 +63,8 @@ def make_model() -> Qwen2ForCausalLM:
             layer.mlp.down_proj.weight[0] = 0.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[EOS] = 0.0
-        model.lm_head.weight[EOS, 0] = -100.0  # times about 10 after the last norm: exp(-1000) is 0
+        # Times about 10 after the last norm: exp(-1000) is 0. All other logits are near 0.
+        model.lm_head.weight[EOS, 0] = math.log(127 * end / (1 - end)) / 10 if end else -100.0
     return model
 
 
@@ -72,8 +77,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path, help="gets model/ and prompts.jsonl")
     parser.add_argument("--prompts", type=int, default=4096)
+    parser.add_argument("--end", type=float, default=0.0, help="probability of <eos> at every token")
     arguments = parser.parse_args()
-    make_model().save_pretrained(arguments.directory / "model")
+    make_model(arguments.end).save_pretrained(arguments.directory / "model")
     make_tokenizer().save_pretrained(arguments.directory / "model")
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in make_prompts(arguments.prompts)]
     (arguments.directory / "prompts.jsonl").write_text("".join(lines))

@@ -25,6 +25,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+LENGTHS: list[int] = []  # of this process's responses
 WARM_UP_STEPS = 2  # compilation and first allocations; left out of the median
 
 
@@ -48,11 +49,12 @@ def repair_vllm_on_cpu():
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32")
 
 
-def reward(completions, completion_ids, max_response, **_):
+def reward(completions, completion_ids, max_response, ragged, **_):
     """Return the same as in configs/experiment/benchmark.yaml: 1 where two of the letters a to e are neighbours."""
-    lengths = {len(ids) for ids in completion_ids}
-    if lengths != {max_response}:
-        raise RuntimeError(f"responses have {sorted(lengths)} tokens, not {max_response} each")
+    lengths = [len(ids) for ids in completion_ids]
+    if not ragged and set(lengths) != {max_response}:
+        raise RuntimeError(f"responses have {sorted(set(lengths))} tokens, not {max_response} each")
+    LENGTHS.extend(lengths)
     return [float(re.search("[a-e]{2}", text) is not None) for text in completions]
 
 
@@ -84,7 +86,7 @@ def build_trainer(arguments, output_dir, callbacks):
         logging_strategy="no",
         disable_tqdm=True,
     )
-    scorer = functools.partial(reward, max_response=arguments.max_response)
+    scorer = functools.partial(reward, max_response=arguments.max_response, ragged=arguments.ragged)
     return GRPOTrainer(
         model=arguments.model,
         args=config,
@@ -126,6 +128,7 @@ def main():
     parser.add_argument("--prompts-per-step", type=int, default=16)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--max-response", type=int, default=64, help="tokens; every response has as many")
+    parser.add_argument("--ragged", action="store_true", help="responses may end before")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--mode", choices=["hf", "vllm"], default="hf")
@@ -133,11 +136,13 @@ def main():
 
     seconds = seconds_per_step(arguments)
     median = statistics.median(seconds)
-    tokens = arguments.prompts_per_step * arguments.group * arguments.max_response
+    length = statistics.mean(LENGTHS)
+    tokens = arguments.prompts_per_step * arguments.group * length
     packages = ["trl", "transformers", "torch"] + ["vllm-cpu"] * (arguments.mode == "vllm")
     report = {
         "median_step_s": round(median, 4),
         "steps": len(seconds),
+        "mean_length": length,
         "tokens_per_s": round(tokens / median),
         "generation": arguments.mode,
         "processes": WORLD_SIZE,

@@ -26,6 +26,23 @@ def start_model_parallel(model: ModelConfig, seed: int) -> None:
         distributed_timeout_minutes=int(GROUP_TIMEOUT.total_seconds() // 60),
     )
     tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
+    if not torch.cuda.is_available() and torch.get_num_threads() > 1:
+        _keep_gloo_from_openmp()
+
+
+def _keep_gloo_from_openmp() -> None:
+    """Let each gloo thread copy alone. Otherwise its first large gather starts a team of OpenMP threads, which makes the threads
+    of the process more than its cores, and from then on libgomp's threads sleep at every barrier: small operations take 8 times
+    as long (finding: findings/gloo_gathers_slow_all_of_openmp.sh). A thread takes the number of threads that is set at
+    its first parallel operation, and keeps it. Collective over each group."""
+    threads = torch.get_num_threads()
+    torch._C.set_num_threads(1)  # vLLM replaces torch's function of this name by one that does nothing
+    for group in list(dist.distributed_c10d._world.pg_map):
+        own = torch.zeros(1 << 16)  # more than one thread's share
+        everything = [torch.zeros(own.numel() * dist.get_world_size(group)) for _ in range(8)]  # for both threads of a group
+        for work in [dist.all_gather_into_tensor(gathered, own, group=group, async_op=True) for gathered in everything]:
+            work.wait()
+    torch._C.set_num_threads(threads)
 
 
 def stop_model_parallel() -> None:

@@ -1,6 +1,8 @@
 """Which rank of which world a process is, by the variables of its launcher. (srun itself is not run here.)"""
 
 import datetime
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,3 +60,34 @@ def timeouts_of_groups() -> set[datetime.timedelta]:
 def test_megatrons_groups_wait_as_long_as_the_world_does(workers):
     """Megatron's default of 30 minutes would end a long phase that the watchdog allows."""
     assert workers.run(1, timeouts_of_groups) == [{world.GROUP_TIMEOUT}]
+
+
+GATHER = """
+import glob
+import torch
+import torch.distributed as dist
+from frpo_nemo.config.options import ModelConfig
+from frpo_nemo.megatron.groups import start_model_parallel
+from frpo_nemo.processes.world import start_world
+
+def loops():
+    return sum(open(f"{task}/comm").read().startswith("pt_gloo_runloop") for task in glob.glob("/proc/self/task/*"))
+
+start_world()
+start_model_parallel(ModelConfig(path=""), seed=1)
+before = loops()
+for _ in range(20):
+    works = [dist.all_gather_into_tensor(torch.zeros(1 << 20), torch.zeros(1 << 20), async_op=True) for _ in range(4)]
+    [work.wait() for work in works]
+print(before, loops(), torch.get_num_threads())
+"""
+
+
+def test_gathers_start_no_team_of_openmp_threads(environment):
+    """Which would make the process's threads more than its cores, and every parallel operation slow from then on."""
+    for name in LAUNCHER_VARIABLES:
+        environment.delenv(name, raising=False)
+    environment.setenv("OMP_NUM_THREADS", "2")
+    done = subprocess.run([sys.executable, "-c", GATHER], capture_output=True, text=True, check=True)
+    before, after, threads = map(int, done.stdout.split())
+    assert (after, threads) == (before, 2) and before > 2
