@@ -25,7 +25,7 @@ UTILIZATION = 0.4  # share of GPU memory; a second engine needs room too
 class Colocated:
     """An engine and the policy that it follows, in the order in which a run makes them."""
 
-    def __init__(self, context: Context, *, enforce_eager: bool, tensor_parallel_size: int = 1, **layout):
+    def __init__(self, context: Context, *, enforce_eager: bool | None, tensor_parallel_size: int = 1, **layout):
         self.context = context
         self.longest, self.vocabulary = context.on(cuda=(256, 32003), cpu=(24, 131))
         self.engine = RolloutEngine(
@@ -78,7 +78,7 @@ class Colocated:
 @functools.cache
 def _colocated(context: Context) -> Colocated:
     """Start the pair that the checks share, with CUDA graphs where there is CUDA."""
-    return Colocated(context, enforce_eager=False)
+    return Colocated(context, enforce_eager=None)
 
 
 def refit(context: Context) -> dict:
@@ -101,7 +101,7 @@ def eager_follows(context: Context) -> dict:
 def tp2_follows(context: Context) -> dict:
     """Update a policy of two stages, with one engine on both ranks."""
     return three_updates(
-        Colocated(context, enforce_eager=False, tensor_parallel_size=2, pipeline_model_parallel_size=2)
+        Colocated(context, enforce_eager=None, tensor_parallel_size=2, pipeline_model_parallel_size=2)
     )
 
 

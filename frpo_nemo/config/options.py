@@ -217,7 +217,12 @@ class EngineConfig:
         "Share of GPU memory that vLLM may use while it generates.", 0.6, above=0, at_most=1, may_change=True
     )
     max_num_seqs: int = option("Most sequences that one engine decodes together.", 256, at_least=1, may_change=True)
-    enforce_eager: bool = option("Don't use CUDA graphs: starts sooner, generates more slowly.", False, may_change=True)
+    enforce_eager: bool | None = option(
+        "Don't use CUDA graphs, on a CPU don't compile vLLM's model: starts sooner, generates more slowly; null: use them, and "
+        "compile if the run is long enough.",
+        None,
+        may_change=True,
+    )
     refit_bucket_mb: int = option("MiB of weights in transfer to vLLM at one time.", 512, at_least=1, may_change=True)
     logprob_gap_threshold: float | None = option(
         "Largest mean |log-prob of the trainer - log-prob of vLLM|, in nats; null: set by the first rollout.",

@@ -31,10 +31,10 @@ def start_model_parallel(model: ModelConfig, seed: int) -> None:
 
 
 def _keep_gloo_from_openmp() -> None:
-    """Let each gloo thread copy alone. Otherwise its first large gather starts a team of OpenMP threads, which makes the threads
-    of the process more than its cores, and from then on libgomp's threads sleep at every barrier: small operations take 8 times
-    as long (finding: findings/gloo_gathers_slow_all_of_openmp.sh). A thread takes the number of threads that is set at
-    its first parallel operation, and keeps it. Collective over each group."""
+    """Let each gloo thread copy alone. Otherwise its first large gather starts a team of OpenMP threads. The process then has
+    more of them than cores, and libgomp lets all of them sleep at every barrier: small operations take 8 times as long
+    (findings/gloo_gathers_slow_all_of_openmp.sh). A thread takes the number of threads that is set at its first parallel
+    operation, and keeps it. Collective over each group."""
     threads = torch.get_num_threads()
     torch._C.set_num_threads(1)  # vLLM replaces torch's function of this name by one that does nothing
     for group in list(dist.distributed_c10d._world.pg_map):

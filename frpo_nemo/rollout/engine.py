@@ -59,7 +59,7 @@ class RolloutEngine:
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.6,
         max_num_seqs: int = 256,
-        enforce_eager: bool = False,
+        enforce_eager: bool | None = None,
         fp32_logits: bool = False,
         temperature: float = 1.0,
         sampling_masks: bool = False,
@@ -68,7 +68,8 @@ class RolloutEngine:
     ):
         """Start vLLM. dtype: "float32" or "bfloat16". max_model_len: prompt and response, in tokens. fp32_logits: as in a
         ModelConfig, whatever config.json has (head_dtype). temperature: for rollouts; their log-probs are those of
-        softmax(logits / temperature), or at 0 (greedy) of softmax(logits). sampling_masks: return which tokens top-p and
+        softmax(logits / temperature), or at 0 (greedy) of softmax(logits). enforce_eager: no CUDA graphs, or on a CPU no
+        compiled model; None: graphs on a GPU, eager on a CPU. sampling_masks: return which tokens top-p and
         top-k kept, and log-probs among these. routes: return which experts were chosen. load_format: "dummy" leaves the
         weights to the first refit; "auto" loads the checkpoint at `model_path`. Raises ConfigError for a layout that does
         not fit.
@@ -88,19 +89,21 @@ class RolloutEngine:
         self._temperature, self._max_model_len = temperature, max_model_len
         self._sampling_masks, self._routes = sampling_masks, routes
         self._on_gpu = torch.cuda.is_available()
+        self._eager = not self._on_gpu if enforce_eager is None else enforce_eager
         self._asleep: set[str] = set()
         self._has_weights = load_format != "dummy"
         if routes and self._on_gpu:
             _return_routes_on_every_rank()
         with _quiet(), isolated_rng(0):  # vLLM seeds all global generators when it starts
             self._llm = _start_vllm(
+                self.engine_index,
                 model=model_path,
                 dtype=dtype,
                 tensor_parallel_size=tensor_parallel_size,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=gpu_memory_utilization,
-                enforce_eager=enforce_eager or not self._on_gpu,  # compiling on CPU: 15-25 s, for 5% at most (measured)
+                enforce_eager=self._eager,
                 enable_sleep_mode=self._on_gpu,
                 hf_overrides={"head_dtype": "float32" if fp32_logits else "model"},
                 load_format=load_format,
@@ -232,7 +235,8 @@ class RolloutEngine:
 
     def _without_compiling(self) -> contextlib.AbstractContextManager:
         """Avoid a useless compilation: on a CPU vLLM's sampler compiles one small function at the first call (2 s, C++)."""
-        return contextlib.nullcontext() if self._on_gpu else torch.compiler.set_stance("force_eager")
+        useless = self._eager and not self._on_gpu
+        return torch.compiler.set_stance("force_eager") if useless else contextlib.nullcontext()
 
     def _check_request(self, prompts: Sequence[Sequence[int]], max_tokens: int, truncated_sampling: bool) -> None:
         if not self._has_weights:
@@ -264,14 +268,16 @@ def _completion(response, with_logprobs: bool, masked: bool) -> Completion:
     return Completion(list(response.token_ids), logprobs, response.finish_reason == "length", kept)
 
 
-def _start_vllm(**settings):
+def _start_vllm(engine_index: int, **settings):
     """Return the LLM of this rank. Environment variables that the user set stay as they are."""
-    rank = str(dist.get_rank())
+    rank, caches = str(dist.get_rank()), Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, as external_launcher requires
         "VLLM_PLUGINS": "",  # nemo-toolkit registers one that isn't needed
         "VLLM_LOGGING_LEVEL": "ERROR",  # many warnings on a CPU, none of which needs action here
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB per rank; only what is used is allocated
+        # vLLM names what it has compiled after a rank in its engine; engines would write the same files at the same time.
+        "VLLM_CACHE_ROOT": str(caches / "vllm" / f"engine_{engine_index}"),
         "RANK": rank,
         "LOCAL_RANK": rank,
     }.items():

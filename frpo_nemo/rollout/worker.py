@@ -100,13 +100,15 @@ class RolloutWorker:
         *,
         seed: int,
         max_model_len: int,
+        enforce_eager: bool | None = None,
         load_format: str = "dummy",
         moment: datetime | None = None,
         measured: dict[str, float] | None = None,
     ):
         """Start the engine. torch.distributed must be initialised, and Megatron's model must not exist yet (vLLM measures free
-        memory). seed: for sampling. max_model_len: the longest prompt and response together, in tokens. load_format: "dummy"
-        waits for the weights of a refit, "auto" reads them from model.path. moment: see `load_chat`. measured: Run.measured."""
+        memory). seed: for sampling. max_model_len: the longest prompt and response together, in tokens. enforce_eager: instead
+        of rollout.enforce_eager. load_format: "dummy" waits for the weights of a refit, "auto" reads them from model.path.
+        moment: see `load_chat`. measured: Run.measured."""
         self.model, self.rollout, self.phases, self.seed = model, rollout, phases, seed
         self.chat = load_chat(model, moment)
         self.tokenizer = self.chat.tokenizer
@@ -118,7 +120,7 @@ class RolloutWorker:
             max_model_len=max_model_len,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             max_num_seqs=rollout.max_num_seqs,
-            enforce_eager=rollout.enforce_eager,
+            enforce_eager=rollout.enforce_eager if enforce_eager is None else enforce_eager,
             fp32_logits=model.fp32_logits,
             temperature=rollout.temperature,
             sampling_masks=rollout.mask_replay,

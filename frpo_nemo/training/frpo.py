@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 
 from frpo_nemo.config.options import FRPORun
 from frpo_nemo.data.batch import SequenceBatch
 from frpo_nemo.data.prompts import PromptSampler
 from frpo_nemo.megatron.actor import NonFiniteLoss, PolicyActor, StepResult
+from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.objective import Objective, build_objective
 from frpo_nemo.objective.mismatch import MismatchWeights, agreement
+from frpo_nemo.planning.compiling import compiles_on_cpu
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.loss import PolicyLoss
@@ -37,6 +40,7 @@ def train(cfg: FRPORun) -> bool:
                 run.phases,
                 seed=cfg.trainer.seed,
                 max_model_len=longest_sequence(cfg),
+                enforce_eager=_enforce_eager(cfg),
                 moment=run.moment,
                 measured=run.measured,
             )
@@ -100,6 +104,12 @@ def load_prompts(cfg: FRPORun, worker: RolloutWorker) -> tuple[ScoredPrompts, Sc
     if not cfg.data.validation:
         return training, None
     return training, ScoredPrompts.load(cfg.data.validation, rewards, worker.chat, cfg.data.max_prompt_tokens)
+
+
+def _enforce_eager(cfg: FRPORun) -> bool | None:
+    if torch.cuda.is_available():
+        return cfg.rollout.enforce_eager
+    return not compiles_on_cpu(cfg, Architecture.from_hf(cfg.model.path), dist.get_world_size())
 
 
 def longest_sequence(cfg: FRPORun) -> int:

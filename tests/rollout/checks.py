@@ -139,6 +139,21 @@ def check_refit_changes_the_model(tiny) -> None:
     assert gap_to(tiny["qwen2 other"], engine)[1] < 1e-5
 
 
+def check_compiled_model(tiny) -> None:
+    """Refits go into the storage that the compiled model reads, so they compile nothing, and the same seed gives the same."""
+    from torch._dynamo.utils import counters
+
+    engine = use_engine(tiny["qwen2"], enforce_eager=False)
+    sampled = []
+    for name in ("qwen2", "qwen2 other", "qwen2"):
+        engine.refit(hf_weights(tiny[name]))
+        mean, largest = gap_to(tiny[name], engine)
+        assert largest < 1e-5, f"{name}: {largest}"
+        sampled.append((sample(engine), counters["stats"]["unique_graphs"]))
+    assert sampled[0] == sampled[2] and sampled[0][0] != sampled[1][0]
+    assert sampled[0][1] == sampled[1][1] > 0
+
+
 def check_family(tiny, name: str, temperature: float = 1.0, **settings) -> None:
     engine = use_engine(tiny[name], temperature=temperature, **settings)
     if settings.get("load_format") != "auto":

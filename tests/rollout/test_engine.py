@@ -18,6 +18,10 @@ def test_refit_makes_logprobs_those_of_the_new_model(one):
     one(checks.check_refit_changes_the_model)
 
 
+def test_a_compiled_model_is_not_compiled_again_by_refits(one):
+    one(checks.check_compiled_model)
+
+
 @pytest.mark.parametrize("name, temperature", [("qwen3", 0.7), ("tied", 1.0), ("mistral", 1.0)])
 def test_logprobs_are_those_of_transformers(one, name, temperature):
     one(checks.check_family, name=name, temperature=temperature)

@@ -13,6 +13,7 @@ from frpo_nemo.config.options import FRPORun, ModelConfig, TrainingRun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.checkpoint import files as checkpoint_files
+from frpo_nemo.planning.compiling import compiles_on_cpu
 from frpo_nemo.planning.memory import (
     Engine,
     Layout,
@@ -97,7 +98,9 @@ def describe_plan(cfg: TrainingRun, world_size: int) -> str:
     gpu = gpu_memory() is not None
     arch, layout, limit = Architecture.from_hf(cfg.model.path), layout_of(cfg, world_size, gpu=gpu), memory_limit(cfg)
     found = _phases(arch, layout, limit, _local_reward_models(cfg))
-    return summary(layout, found, limit, "GPU" if gpu else "process on the CPU")
+    compiled = not gpu and isinstance(cfg, FRPORun) and compiles_on_cpu(cfg, arch, world_size)
+    plan = summary(layout, found, limit, "GPU" if gpu else "process on the CPU")
+    return plan + ("\nvLLM compiles its model, which takes about half a minute" if compiled else "")
 
 
 def layout_of(cfg: TrainingRun, world_size: int, *, gpu: bool) -> Layout:
