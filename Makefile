@@ -81,7 +81,7 @@ test: $(if $(wildcard /dev/nvidiactl),setup-gpu,$(GPU_STAMP))
 	$(GPU_BIN)/python -m pytest -p no:cacheprovider tests/objective tests/data tests/megatron tests/planning tests/stack
 else
 # Two streams at the same time: tests that mostly wait for Slurm, servers and other programs, and the others.
-WAITING := tests/slurm tests/rewards tests/evaluation tests/study tests/report
+WAITING := tests/slurm tests/rewards tests/evaluation tests/study tests/report tests/acceptance tests/conversion
 PYTEST := $(BIN)/python -m pytest -p no:cacheprovider
 test: setup
 	@$(PYTEST) $(WAITING) > $(VENV)/waiting.log 2>&1 & waiting=$$!; \
