@@ -218,8 +218,8 @@ class EngineConfig:
     )
     max_num_seqs: int = option("Most sequences that one engine decodes together.", 256, at_least=1, may_change=True)
     enforce_eager: bool | None = option(
-        "Don't use CUDA graphs, on a CPU don't compile vLLM's model: starts sooner, generates more slowly; null: use them, and "
-        "compile if the run is long enough.",
+        "Don't use CUDA graphs (on a CPU: don't compile vLLM's model): starts sooner, generates more slowly; null: CUDA graphs "
+        "on a GPU; on a CPU recipes/frpo.py compiles a dense model if the run is long enough.",
         None,
         may_change=True,
     )

@@ -46,7 +46,8 @@ class Losses:
 
 # (logprobs fp32 [R], entropy fp32 [R], the microbatch's sequences with their columns) -> Losses
 Loss = Callable[[Tensor, Tensor, SequenceBatch], Losses]
-# Hidden states of a microbatch's response tokens [t, H], equal on all TP ranks -> more columns [t]
+# Hidden states that predict a microbatch's response tokens [t, H], equal on all TP ranks -> more columns [t]. See Microbatch
+# for the last ones, which may be repeated.
 Observe = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -296,7 +297,7 @@ class PolicyActor:
             packs += [[]] * (packing.most_microbatches(lengths, shares, self.microbatch_tokens) - len(packs))
         te = uses_transformer_engine(self.config.precision)
         multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        rows = BF16_ROWS if self.device.type == "cpu" and self.config.precision == "bf16" else 1
+        rows = BF16_ROWS if self.device.type == "cpu" and self.config.precision == "bf16" and not te else 1
         return [
             packing.build_microbatch(
                 batch,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frpo_nemo.config.options import ModelConfig
 from frpo_nemo.megatron.cpu import runs_on_megatron_device
-from frpo_nemo.processes.world import GROUP_TIMEOUT
+from frpo_nemo.processes.world import GROUP_TIMEOUT, gather_objects
 
 
 @runs_on_megatron_device
@@ -26,7 +26,7 @@ def start_model_parallel(model: ModelConfig, seed: int) -> None:
         distributed_timeout_minutes=int(GROUP_TIMEOUT.total_seconds() // 60),
     )
     tensor_parallel.random.model_parallel_cuda_manual_seed(seed)
-    if not torch.cuda.is_available() and torch.get_num_threads() > 1:
+    if not torch.cuda.is_available() and max(gather_objects(torch.get_num_threads())) > 1:
         _keep_gloo_from_openmp()
 
 
@@ -38,8 +38,8 @@ def _keep_gloo_from_openmp() -> None:
     threads = torch.get_num_threads()
     torch._C.set_num_threads(1)  # vLLM replaces torch's function of this name by one that does nothing
     for group in list(dist.distributed_c10d._world.pg_map):
-        own = torch.zeros(1 << 16)  # more than one thread's share
-        everything = [torch.zeros(own.numel() * dist.get_world_size(group)) for _ in range(8)]  # for both threads of a group
+        own = torch.zeros(1 << 18)  # far more than one thread's share, and so many that both threads of a group get some
+        everything = [torch.zeros(own.numel() * dist.get_world_size(group)) for _ in range(12)]
         for work in [dist.all_gather_into_tensor(gathered, own, group=group, async_op=True) for gathered in everything]:
             work.wait()
     torch._C.set_num_threads(threads)

@@ -15,9 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from frpo_nemo.megatron.cpu import BF16_ROWS
-
-SLOW_IN_BF16 = 192  # tokens: torch's attention takes smaller blocks below, and in bf16 packs each: 2 to 5 times fp32's time
+from frpo_nemo.megatron.cpu import BF16_ROWS, SLOW_IN_BF16
 
 
 @dataclass

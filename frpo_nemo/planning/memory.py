@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.megatron.cpu import SLOW_IN_BF16
 
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -285,7 +286,9 @@ def saved_per_token(arch: Architecture, layout: Layout, *, experts: bool = False
         attention = 3 * e * (queries + keys)  # the fused qkv, which v keeps alive; rotated q and k; the output
     else:
         padded = ATTENTION_PADDING * 2 * (queries + keys)  # rectangles of q, k, v and the output
-        attention = e * (padded + queries + 4 * arch.head_dim)  # the output as a pack; cos and sin, of q and of k
+        short = not layout.gpu and layout.engine is not None and layout.engine.longest < SLOW_IN_BF16
+        # Short sequences attend in fp32 on a CPU. The output as a pack; cos and sin, of q and of k.
+        attention = (4 if short else e) * padded + e * (queries + 4 * arch.head_dim)
     # Gate and up together, silu(gate), a copy of up, their product.
     network = _saved_by_experts(arch, layout) if experts else 5 * e * ffn
     return norms + attention + network + _adapter_saved(arch, layout)

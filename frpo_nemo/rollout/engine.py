@@ -25,11 +25,12 @@ from torch import Tensor
 
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.cpu import BF16_ROWS
 from frpo_nemo.rollout import cpu_experts
 from frpo_nemo.rollout.refit_check import WeightCheck, raise_on_all_ranks
 from frpo_nemo.rollout.routes import RoutesRecorder
 from frpo_nemo.rollout.sampling_masks import return_from_first_runner
+
+DECODED_ROWS = 16  # as megatron.cpu.BF16_ROWS, but most steps decode few sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +277,7 @@ def _start_vllm(engine_index: int, **settings):
         "VLLM_PLUGINS": "",  # nemo-toolkit registers one that isn't needed
         "VLLM_LOGGING_LEVEL": "ERROR",  # many warnings on a CPU, none of which needs action here
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB per rank; only what is used is allocated
-        # vLLM names what it has compiled after a rank in its engine; engines would write the same files at the same time.
+        # Engines that start together would compile into the same files.
         "VLLM_CACHE_ROOT": str(caches / "vllm" / f"engine_{engine_index}"),
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -304,8 +305,8 @@ def _cpu_workarounds() -> Iterator[None]:
     """Start vLLM on a CPU with weights that can be read and with shared memory of this run only.
 
     vLLM packs linear weights into oneDNN or AMX objects and drops the parameters, so the weights that the engine computes
-    with can't be read. Plain `linear` on live parameters makes every refit verifiable; it costs 5% (fp32) to 20% (bf16)
-    of generation with a tiny model.
+    with can't be read. Plain `linear` on live parameters makes every refit verifiable; it cost 5% (fp32) to 20% (bf16)
+    of generation with a tiny model, before bf16 rows were rounded up.
 
     The ranks of a tensor-parallel engine exchange tensors through segments in /dev/shm, which vLLM names after the
     rendezvous, "env://": the same in every job. A second job, or one after a killed one, would find them taken. Here the
@@ -333,11 +334,11 @@ def _cpu_workarounds() -> Iterator[None]:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x [..., H] times weight^T [H, O], with a number of rows that cpu.BF16_ROWS explains."""
+    """Return x [..., H] times weight^T [H, O], in bf16 with a number of rows that was probably seen before (cpu.BF16_ROWS)."""
     if x.dtype != torch.bfloat16:
         return torch.nn.functional.linear(x, weight, bias)
     rows = x.flatten(0, -2)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % BF16_ROWS))
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % DECODED_ROWS))
     return torch.nn.functional.linear(padded, weight, bias)[: len(rows)].unflatten(0, x.shape[:-1])
 
 

@@ -19,6 +19,7 @@ from frpo_nemo.megatron.groups import start_model_parallel
 from frpo_nemo.objective import Objective, build_objective
 from frpo_nemo.objective.mismatch import MismatchWeights, agreement
 from frpo_nemo.planning.compiling import compiles_on_cpu
+from frpo_nemo.processes import world
 from frpo_nemo.rewards.reward_set import build_rewards
 from frpo_nemo.rollout.worker import Rollouts, RolloutWorker, ScoredPrompts
 from frpo_nemo.training.loss import PolicyLoss
@@ -109,7 +110,8 @@ def load_prompts(cfg: FRPORun, worker: RolloutWorker) -> tuple[ScoredPrompts, Sc
 def _enforce_eager(cfg: FRPORun) -> bool | None:
     if torch.cuda.is_available():
         return cfg.rollout.enforce_eager
-    return not compiles_on_cpu(cfg, Architecture.from_hf(cfg.model.path), dist.get_world_size())
+    compiles = compiles_on_cpu(cfg, Architecture.from_hf(cfg.model.path), dist.get_world_size())
+    return not all(world.gather_objects(compiles))  # nodes may differ
 
 
 def longest_sequence(cfg: FRPORun) -> int:

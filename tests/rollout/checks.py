@@ -417,7 +417,7 @@ def check_routes(tiny, name: str, tp: int = 1, scarce: bool = False) -> int:
     scarce: prompts are read in pieces, and the KV cache is too small for all requests. Returns how many were preempted."""
     small = dict(max_num_batched_tokens=64, num_gpu_blocks_override=9, block_size=32) if scarce else {}
     start = engine_module._start_vllm
-    engine_module._start_vllm = lambda **settings: start(**settings, **small)
+    engine_module._start_vllm = lambda *index, **settings: start(*index, **settings, **small)
     try:
         engine = use_engine(tiny[name], tp=tp, routes=True, load_format="auto", max_model_len=200 if scarce else 256)
     finally:

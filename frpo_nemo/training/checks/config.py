@@ -20,7 +20,7 @@ from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
 from frpo_nemo.megatron.weights.tensors import check_checkpoint
 from frpo_nemo.objective import Objective, build_objective
-from frpo_nemo.planning.compiling import compiler
+from frpo_nemo.planning.compiling import can_compile
 from frpo_nemo.rewards.reward_set import check_rewards, check_waits
 from frpo_nemo.training.checks import resources
 from frpo_nemo.training.checks.chat import check_conversations
@@ -340,9 +340,10 @@ def _check_engine(cfg: TrainingRun, arch: Architecture) -> None:
             f"vLLM's experts on a CPU need sizes that {CPU_EXPERT_MULTIPLE} divides; hidden_size is {arch.hidden_size}, and an "
             f"expert has {inner} inner units on a rank {where}."
         )
-    if on_cpu and cfg.rollout.enforce_eager is False and compiler() is None:
+    if on_cpu and cfg.rollout.enforce_eager is False and not can_compile():
         raise ConfigError(
-            "rollout.enforce_eager=false compiles vLLM's model on a CPU, which needs a C++ compiler: install g++ or set CXX."
+            "rollout.enforce_eager=false compiles vLLM's model on a CPU, which needs a C++ compiler (g++, or that of CXX) and "
+            "Python's headers (python3-dev)."
         )
     if cfg.rollout.routing_replay and arch.experts is None:
         raise ConfigError(f"rollout.routing_replay=true needs a mixture of experts; {cfg.model.path} is dense.")
