@@ -18,8 +18,6 @@ from torch.overrides import TorchFunctionMode
 # oneDNN compiles a kernel for every new shape of a bf16 product: 1 to 2 ms, and .7 MiB of memory that it keeps (finding:
 # findings/onednn_compiles_every_shape_of_bf16.sh). Ragged batches have ever new shapes, so their rows are rounded up to this.
 BF16_ROWS = 32
-# Tokens: torch's attention takes smaller blocks below, and in bf16 packs each, which takes 2 to 5 times fp32's time.
-SLOW_IN_BF16 = 192
 
 
 def megatron_device() -> contextlib.AbstractContextManager:

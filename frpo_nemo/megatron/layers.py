@@ -15,7 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from frpo_nemo.megatron.cpu import BF16_ROWS, SLOW_IN_BF16
+from frpo_nemo.megatron.cpu import BF16_ROWS
+from frpo_nemo.stack import SLOW_IN_BF16
 
 
 @dataclass

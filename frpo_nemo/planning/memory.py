@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from frpo_nemo.megatron.architecture import Architecture
-from frpo_nemo.megatron.cpu import SLOW_IN_BF16
+from frpo_nemo.stack import SLOW_IN_BF16
 
 GIB = 2**30
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
