@@ -39,7 +39,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(end: float) -> Qwen2ForCausalLM:
+def make_model(end: float = 0.0) -> Qwen2ForCausalLM:
     """Return the model. end: probability of <eos> at every token."""
     torch.manual_seed(0)
     config = Qwen2Config(
