@@ -38,8 +38,9 @@ def _keep_gloo_from_openmp() -> None:
     threads = torch.get_num_threads()
     torch._C.set_num_threads(1)  # vLLM replaces torch's function of this name by one that does nothing
     for group in list(dist.distributed_c10d._world.pg_map):
-        own = torch.zeros(1 << 18)  # far more than one thread's share, and so many that both threads of a group get some
-        everything = [torch.zeros(own.numel() * dist.get_world_size(group)) for _ in range(12)]
+        ranks = dist.get_world_size(group)
+        own = torch.zeros((1 << 21) // ranks)  # milliseconds, in which the other of a group's two threads takes the next
+        everything = [torch.zeros(own.numel() * ranks) for _ in range(6)]
         for work in [dist.all_gather_into_tensor(gathered, own, group=group, async_op=True) for gathered in everything]:
             work.wait()
     torch._C.set_num_threads(threads)
