@@ -3,7 +3,7 @@
 # number of rows: 1 to 2 ms, ten times the product of a small layer, and .5 to .7 MiB of memory that its cache keeps, up to
 # 1,024 kernels. fp32 products are MKL's and have neither. Batches of language models are ragged, so every microbatch, every
 # expert of a mixture and every decoding step has another number of rows: 300 of them in two products held 400 MiB, and a
-# step of a mixture spent a third of its time on compiling. Rounding rows up to a multiple of 32 avoids both.
+# update of a mixture spent a third of its time on compiling. Rounding rows up to a multiple of 32 avoids both.
 #
 # Seen with torch 2.13.0 on Linux x86-64 (AMX), Python 3.11. Sources: aten/src/ATen/native/mkldnn/Matmul.cpp, oneDNN's
 # documentation of its primitive cache (ONEDNN_PRIMITIVE_CACHE_CAPACITY).

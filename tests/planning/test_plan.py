@@ -16,6 +16,7 @@ from frpo_nemo.config.load import load
 from frpo_nemo.config.options import FRPORun, SFTRun
 from frpo_nemo.errors import ConfigError
 from frpo_nemo.megatron.architecture import Architecture
+from frpo_nemo.planning import compiling
 from frpo_nemo.planning.cluster import CLUSTERS, peak_flops
 from frpo_nemo.planning.layouts import default_base, find_layouts, overrides
 from frpo_nemo.planning.plan import PlanRun, plan
@@ -186,3 +187,21 @@ def test_layouts_of_a_mixture_say_how_many_ranks_share_its_experts(known):
     header, _, *rows = console.export_text().splitlines()[2:]
     place = header.split().index("EP")
     assert any(int(row.split()[place]) > 1 for row in rows if row.strip())
+
+
+@pytest.mark.parametrize(
+    "given, machine, compiles",
+    [
+        ([], True, False),
+        (["trainer.max_steps=1000", "rollout.max_response_tokens=1000"], True, True),
+        (["trainer.max_steps=1000", "rollout.max_response_tokens=1000"], False, False),
+        (["trainer.max_steps=1000", "rollout.max_response_tokens=1000", "rollout.enforce_eager=true"], True, False),
+        (["rollout.enforce_eager=false"], True, True),
+    ],
+)
+def test_vllm_compiles_on_a_cpu_where_a_long_run_pays_for_it(known, monkeypatch, given, machine, compiles):
+    """machine: whether it has a compiler."""
+    monkeypatch.setattr(compiling, "can_compile", lambda: machine)
+    cfg = load(FRPORun, compose("experiment/demo", given))
+    arch = Architecture.from_hf(known["Qwen2.5-0.5B-Instruct"])
+    assert compiling.compiles_on_cpu(cfg, replace(arch, num_layers=2), 2) is compiles

@@ -639,3 +639,11 @@ main(run, FRPORun, "frpo", validate_frpo)
     ended = start(files, *overrides, "--config-dir", ".", "--config-name", "good", code=code)
     assert (ended.returncode, ended.stdout) == (2, "0.002 {'name': 'dr_grpo'} 1 3.0\n"), ended
     assert ended.stderr == "-c: found late\n"
+
+
+def test_compiling_without_a_compiler_is_refused(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check(files, [])
+    with pytest.raises(ConfigError, match=r"rollout.enforce_eager=false compiles .* needs a C\+\+ compiler"):
+        check(files, ["rollout.enforce_eager=false"])
